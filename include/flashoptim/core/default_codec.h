@@ -1,0 +1,153 @@
+// The default 8-bit state codec: float codes in a window of the group's own, rounded without bias.
+//
+// An fp32 number is piecewise linear in its bit pattern, so keeping the top bits of the pattern is a logarithmic code
+// that needs neither division nor root nor table, and adding a random number below the kept bits before cutting them
+// is exact unbiased rounding: E[decode(encode(x))] = x. docs/numerics.md derives the error bounds.
+//
+// Variance (unsigned slots). A group's header holds a shift s in 8 ... 23 and a base; the code is
+//     q = ((bits(v) + dither) >> s) - base + 1,   1 ... 255,   dither uniform in [0, 2^s)
+// and 0 for v = 0 alone. s is the smallest for which the group's own range fits, so a homogeneous group gets steps of
+// 0.2 % and a group that spans 254 octaves still keeps every element within a factor of 2. The base is a multiple of
+// 2^max(s, 19): codes lie on one grid for the whole line, and a window that moves re-rounds nothing.
+//
+// Momentum (signed slots). Where the optimizer names a variance, x = m / S with S the power of two nearest below
+// sqrt(v) as stored (Adam bounds |x|, whatever the spread of the group); otherwise x = m. A group's header is a scale
+// G with bfloat16's pattern, and the code a sign and 7 bits a of
+//     |x| / G = float((a << (23 - K)) + bits(1.0)) - 1     (mu-law: K bits of mantissa, 127 / 2^K octaves)
+#pragma once
+
+#include "flashoptim/core/lanes.h"
+
+namespace flashoptim::core {
+
+/// Codec of unsigned slots.
+struct WindowCodec {
+  static constexpr uint32_t kSmallestShift = 8;
+  static constexpr uint32_t kBaseShift = 19;  ///< header = (base >> 19 in bit space) << 4 | (shift - 8)
+  static constexpr float kSmallestNormal = 0x1p-126f;
+
+  /// What is encoded for a state v: 0 for 0 and for non-finite values, otherwise at least the smallest normal number,
+  /// so that a positive v never becomes 0.
+  template <class F>
+  static FLASHOPTIM_HD F storable(F v) {
+    const F positive = select(greater(v, splat<F>(0.0f)), max(v, splat<F>(kSmallestNormal)), splat<F>(0.0f));
+    return select(greater(splat<F>(0x1p127f * 2.0f), positive), positive, splat<F>(0.0f));
+  }
+
+  /// Header of a group from the largest pattern and the smallest non-zero pattern minus 1 (as unsigned: zeros give
+  /// 2^32 - 1), over storable() values. A group of zeros has header 0.
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> header(IntOf<F> largest, IntOf<F> smallest_minus_one) {
+    using I = IntOf<F>;
+    const I smallest = smallest_minus_one + splat_bits<F>(1u);
+    // Up to s = 19 the base is smallest rounded down to 2^19, and s must satisfy (largest - base) <= 254 << s.
+    const I base19 = shift_left(shift_right(smallest, kBaseShift), kBaseShift);
+    const I extent = largest - base19;
+    I s = int_max(bit_length(extent) - splat_bits<F>(8u), splat_bits<F>(kSmallestShift));
+    s = select(int_greater(extent, shift_left_each(splat_bits<F>(254u), s)), s + splat_bits<F>(1u), s);
+    // Above, the base is smallest rounded down to 2^s, which can take one more.
+    const I base = shift_left_each(shift_right_each(smallest, s), s);
+    const I wide = int_greater_bits<F>(s, splat_bits<F>(kBaseShift));
+    const I steps = shift_right_each(largest - base + shift_left_each(splat_bits<F>(1u), s) - splat_bits<F>(1u), s);
+    s = s + (wide & int_greater_bits<F>(steps, splat_bits<F>(254u)) & splat_bits<F>(1u));
+    const I wide_base = shift_right(shift_left_each(shift_right_each(smallest, s), s), kBaseShift);
+    const I field = select(int_greater(s, splat_bits<F>(kBaseShift)), wide_base, shift_right(smallest, kBaseShift));
+    const I packed = shift_left(field, 4) | (s - splat_bits<F>(kSmallestShift));
+    return select(int_equal(largest, splat_bits<F>(0u)), splat_bits<F>(0u), packed);
+  }
+
+  /// Per-group constants unpacked from a header.
+  struct Window {
+    uint32_t shift;
+    uint32_t base_minus_one;  ///< in units of 2^shift
+  };
+
+  static FLASHOPTIM_HD Window window(uint32_t header) {
+    Window w;
+    w.shift = (header & 15u) + kSmallestShift;
+    w.base_minus_one = (((header >> 4) << kBaseShift) >> w.shift) - 1u;
+    return w;
+  }
+
+  template <class F>
+  static FLASHOPTIM_HD F decode(IntOf<F> code, const Window& w) {
+    const IntOf<F> bits = shift_left(code + splat_bits<F>(w.base_minus_one), w.shift);
+    return from_bits(select(int_equal(code, splat_bits<F>(0u)), splat_bits<F>(0u), bits));
+  }
+
+  /// `v` is storable(); `dither` the stream's word.
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> encode(F v, const Window& w, IntOf<F> dither) {
+    const IntOf<F> bits = to_bits(v);
+    const IntOf<F> code =
+        shift_right(bits + shift_right(dither, 32u - w.shift), w.shift) - splat_bits<F>(w.base_minus_one);
+    return select(int_equal(bits, splat_bits<F>(0u)), splat_bits<F>(0u), code);
+  }
+};
+
+/// Codec of signed slots; kMantissaBits is K above.
+template <int kMantissaBits>
+struct MuLawCodec {
+  static constexpr uint32_t kShift = 23 - kMantissaBits;
+  static constexpr uint32_t kOneBits = 0x3f800000u;
+
+  /// Largest |x| / G, that of code 127.
+  static FLASHOPTIM_HD float largest() { return from_bits((127u << kShift) + kOneBits) - 1.0f; }
+
+  /// Header (bfloat16 pattern of G) of a group whose largest |x| is `absmax`: absmax / largest() rounded up to 7 bits
+  /// of mantissa, so that no code saturates. Below the normal range the group is stored as zeros, with header 0.
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> header(F absmax) {
+    // The factor is 2^-22 above 1 / largest(), which covers the two roundings of this product and of encode().
+    const F scale = absmax * splat<F>((1.0f / largest()) * (1.0f + 0x1p-22f));
+    const IntOf<F> up = shift_right(to_bits(scale) + splat_bits<F>(0xffffu), 16);
+    return select(int_greater(splat_bits<F>(0x0080u), up), splat_bits<F>(0u), up);
+  }
+
+  /// Per-group constants: G and 1 / G, both 0 for header 0.
+  template <class F>
+  static FLASHOPTIM_HD F scale(IntOf<F> header) {
+    return from_bits(shift_left(header, 16));
+  }
+  template <class F>
+  static FLASHOPTIM_HD F inverse_scale(IntOf<F> header) {
+    const F g = from_bits(shift_left(header, 16));
+    return select(int_equal(header, splat_bits<F>(0u)), splat<F>(0.0f), splat<F>(1.0f) / g);
+  }
+
+  /// x / G with its sign, from a code's 8 bits.
+  template <class F>
+  static FLASHOPTIM_HD F decode(IntOf<F> code) {
+    const IntOf<F> magnitude = shift_left(code & splat_bits<F>(0x7fu), kShift) + splat_bits<F>(kOneBits);
+    return flip_sign<F>(from_bits(magnitude) - splat<F>(1.0f), shift_left(code & splat_bits<F>(0x80u), 24));
+  }
+
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> encode(F x, F inverse_scale, IntOf<F> dither) {
+    const F y = abs(x) * inverse_scale + splat<F>(1.0f);
+    const IntOf<F> cut = shift_right(to_bits(y) + shift_right(dither, 32u - kShift), kShift);
+    const IntOf<F> a = int_min(cut - splat_bits<F>(kOneBits >> kShift), splat_bits<F>(127u));
+    return a | (shift_right(to_bits(x), 24) & splat_bits<F>(0x80u));
+  }
+};
+
+/// The power of two S that momentum is stored relative to: 2^floor(log2(v) / 2) for the stored v > 0, and its inverse.
+/// For v = 0 the inverse is 0 (momentum is not kept) and S is 1.
+template <class F>
+FLASHOPTIM_HD F root_scale(F v) {
+  const IntOf<F> halved = shift_right(to_bits(v) + splat_bits<F>(127u << 23), 1) & splat_bits<F>(0x7f800000u);
+  return from_bits(halved);
+}
+template <class F>
+FLASHOPTIM_HD F inverse_root_scale(F v) {
+  const IntOf<F> halved = shift_right(to_bits(v) + splat_bits<F>(127u << 23), 1) & splat_bits<F>(0x7f800000u);
+  const IntOf<F> inverse = splat_bits<F>(254u << 23) - halved;
+  return from_bits(select(int_equal(to_bits(v), splat_bits<F>(0u)), splat_bits<F>(0u), inverse));
+}
+
+/// Mantissa bits of momentum codes: relative to a variance the range is narrow; alone it must also cover the spread of
+/// magnitudes within a group (docs/numerics.md has the errors of each choice).
+inline constexpr int kRelativeMantissaBits = 6;
+inline constexpr int kAbsoluteMantissaBits = 4;
+
+}  // namespace flashoptim::core

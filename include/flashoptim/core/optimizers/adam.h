@@ -1,0 +1,71 @@
+// Adam and AdamW (Kingma & Ba 2015, Loshchilov & Hutter 2019; PyTorch's formulation).
+//
+//   g     <- g + weight_decay * w                    (Adam only: L2)
+//   m     <- beta1 m + (1 - beta1) g
+//   v     <- beta2 v + (1 - beta2) g^2
+//   delta  = lr * weight_decay * w                   (AdamW only: decoupled)
+//          + lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// Reads lr, beta1, beta2, eps, weight_decay, decay_lr (AdamW), step.
+#pragma once
+
+#include "flashoptim/core/optimizers/rule.h"
+
+namespace flashoptim::core {
+
+template <bool kDecoupled>
+struct AdamRule {
+  static constexpr int kStateCount = 2;
+  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, 1},
+                                                    {"exp_avg_sq", StateKind::kUnsigned, kNoSlot}};
+
+  struct Hyper {
+    float step_size;           // lr / (1 - beta1^t)
+    float decay;               // AdamW: share of w taken off; Adam: L2 coefficient
+    float beta1, one_minus_beta1;
+    float beta2, one_minus_beta2;
+    float inverse_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+    float eps;
+  };
+
+  static FLASHOPTIM_HD Hyper make_hyper(const Hyperparameters& p) {
+    const double bias1 = 1.0 - integer_power(p.beta1, p.step);
+    const double bias2 = 1.0 - integer_power(p.beta2, p.step);
+    Hyper h{};
+    h.step_size = static_cast<float>(p.lr / bias1);
+    h.decay = static_cast<float>(kDecoupled ? decoupled_decay(p) : p.weight_decay);
+    h.beta1 = static_cast<float>(p.beta1);
+    h.one_minus_beta1 = static_cast<float>(1.0 - p.beta1);
+    h.beta2 = static_cast<float>(p.beta2);
+    h.one_minus_beta2 = static_cast<float>(1.0 - p.beta2);
+    h.inverse_sqrt_bias2 = static_cast<float>(1.0 / double_sqrt(bias2));
+    h.eps = static_cast<float>(p.eps);
+    return h;
+  }
+
+  template <class F>
+  static FLASHOPTIM_HD F update(F w, F g, F (&s)[kMaxStates], const Hyper& h) {
+    if constexpr (!kDecoupled) g = g + splat<F>(h.decay) * w;
+    g = clamp_gradient(g);
+    s[0] = splat<F>(h.beta1) * s[0] + splat<F>(h.one_minus_beta1) * g;
+    s[1] = splat<F>(h.beta2) * s[1] + splat<F>(h.one_minus_beta2) * (g * g);
+    const F denominator = sqrt(s[1]) * splat<F>(h.inverse_sqrt_bias2) + splat<F>(h.eps);
+    const F update = splat<F>(h.step_size) * (s[0] / max(splat<F>(kSmallestDenominator), denominator));
+    if constexpr (kDecoupled) return splat<F>(h.decay) * w + update;
+    return update;
+  }
+
+  /// |g| above 2^60 is taken as 2^60, so that g^2 stays finite; NaN passes.
+  template <class F>
+  static FLASHOPTIM_HD F clamp_gradient(F g) {
+    return min(splat<F>(0x1p60f), max(splat<F>(-0x1p60f), g));
+  }
+
+  /// Only reached with eps below it and |g| below about 1e-18, where g^2 underflows and v no longer bounds m.
+  static constexpr float kSmallestDenominator = 0x1p-62f;
+};
+
+using AdamW = AdamRule<true>;
+using Adam = AdamRule<false>;
+
+}  // namespace flashoptim::core

@@ -1,0 +1,57 @@
+// What an update rule is made of. A rule is one struct over decoded floats; it knows no dtype, no instruction set and
+// no device. See docs/adding_an_optimizer.md.
+//
+//   struct Rule {
+//     static constexpr int kStateCount;                 // 0, 1 or 2
+//     static constexpr StateSlot kStates[kMaxStates];   // name, sign, and the slot it is stored relative to
+//     struct Hyper {...};                               // fp32 numbers of one step
+//     static Hyper make_hyper(const Hyperparameters&);  // in double, the only place where they are rounded
+//     template <class F> static F update(F w, F g, F (&s)[kMaxStates], const Hyper&);
+//   };
+//
+// update() changes the states in place and returns delta; the weight becomes w - delta (the caller subtracts, because
+// a split weight can take off less than one fp32 ULP).
+#pragma once
+
+#include "flashoptim/core/lanes.h"
+#include "flashoptim/types.h"
+
+namespace flashoptim::core {
+
+enum class StateKind : int { kSigned, kUnsigned };
+
+inline constexpr int kNoSlot = -1;
+
+struct StateSlot {
+  const char* name = "";
+  StateKind kind = StateKind::kSigned;
+  /// The default codec stores a signed slot relative to the square root of this unsigned slot (kNoSlot: to its group).
+  int relative_to = kNoSlot;
+};
+
+/// base^exponent by repeated squaring: the same double operations, so the same bits, on host and device.
+FLASHOPTIM_HD double integer_power(double base, int64_t exponent) {
+  double result = 1.0;
+  for (uint64_t n = static_cast<uint64_t>(exponent); n != 0; n >>= 1) {
+    if (n & 1u) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+FLASHOPTIM_HD double double_sqrt(double value) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(value);
+#elif defined(__CUDACC__)
+  return ::sqrt(value);
+#else
+  return __builtin_sqrt(value);
+#endif
+}
+
+/// Share of w that decoupled weight decay takes off in one step.
+FLASHOPTIM_HD double decoupled_decay(const Hyperparameters& p) {
+  return p.decay_lr > 0.0 ? p.weight_decay * (p.lr / p.decay_lr) : p.weight_decay * p.lr;
+}
+
+}  // namespace flashoptim::core

@@ -1,0 +1,170 @@
+// Master weights as a 16-bit parameter and an 8- or 16-bit correction (paper, section 3.1: tight rounding bound).
+//
+//   split(w):     n = round_nearest_even(w to narrow)
+//                 h = 2^(max(E, 1) - bias - mantissa - 1)      E = exponent field of n; h is half a ULP of n
+//                 c = round(clamp((w - n) / h, -1, 1) * N)     N = 127 ("24 bits") or 32767 ("32 bits")
+//   merge(n, c):  n + (c / N) * h
+//
+// Rounding to nearest leaves |w - n| <= h, so all N steps cover values that occur, and
+//   |merge(split(w)) - w| <= h / (2 N) + one fp32 rounding
+// for every finite w that does not overflow the narrow type. merge(split(merge(n, c))) == merge(n, c) bit for bit.
+// tests/core/weight_split_test.cc checks both over all fp32 inputs and all pairs.
+#pragma once
+
+#include "flashoptim/core/narrow_float.h"
+
+namespace flashoptim::core {
+
+/// A correction of `kBits` bits, N = kMax.
+template <int kBits>
+struct Correction {
+  static_assert(kBits == 8 || kBits == 16);
+  static constexpr float kMax = kBits == 8 ? 127.0f : 32767.0f;
+  /// 1 / N as a sum of two floats, the first short enough that c * kInverseHigh is exact: c / N then rounds once.
+  static constexpr float kInverseHigh = kBits == 8 ? 0x1.0204p-7f : 0x1p-15f;
+  static constexpr float kInverseLow = static_cast<float>(1.0 / static_cast<double>(kMax) - static_cast<double>(kInverseHigh));
+  static constexpr float kInverse = static_cast<float>(1.0 / static_cast<double>(kMax));
+  /// Bits of dither that c + u holds exactly in fp32 for |c| <= N (u is a multiple of 2^-kDitherBits plus half of it).
+  static constexpr int kDitherBits = kBits == 8 ? 16 : 8;
+};
+
+/// c / N, correctly rounded for every integer |c| <= N.
+template <int kBits, class F>
+FLASHOPTIM_HD F correction_fraction(F c) {
+  using C = Correction<kBits>;
+  return c * splat<F>(C::kInverseHigh) + c * splat<F>(C::kInverseLow);
+}
+
+/// Scale exponents: an fp32 pattern 2^(max(E, 1) - bias) of the narrow value n, so that h = scale * 2^-(mantissa + 1).
+template <class Narrow, class F>
+FLASHOPTIM_HD IntOf<F> scale_bits(F narrow_value) {
+  constexpr uint32_t kSmallest = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
+  return int_max(to_bits(narrow_value) & splat_bits<F>(0x7f800000u), splat_bits<F>(kSmallest));
+}
+
+/// 2^(128 - e) for a scale 2^(e - 127), e = 1 ... 254: in range at both ends, unlike the reciprocal itself.
+template <class F>
+FLASHOPTIM_HD F twice_inverse_scale(IntOf<F> scale) {
+  return from_bits(splat_bits<F>(0x7f800000u) - scale);
+}
+
+template <class Narrow>
+FLASHOPTIM_HD constexpr float half_ulp_of_unit_scale() {
+  return 1.0f / static_cast<float>(1 << (Narrow::kMantissaBits + 1));
+}
+
+/// fp32 master weight of a narrow value (as fp32) and its correction (an integer in fp32).
+template <class Narrow, int kBits, class F>
+FLASHOPTIM_HD F merge(F narrow_value, F correction) {
+  const F h_fraction = correction_fraction<kBits>(correction) * splat<F>(half_ulp_of_unit_scale<Narrow>());
+  return narrow_value + h_fraction * from_bits(scale_bits<Narrow>(narrow_value));
+}
+
+template <class F>
+struct SplitWeight {
+  IntOf<F> narrow;      ///< 16-bit pattern
+  IntOf<F> correction;  ///< two's complement integer, |correction| <= N
+};
+
+/// Nearest narrow value and nearest correction (halves away from zero in neither direction: floor(x + 1/2)).
+/// NaN and values that round to infinity get correction 0.
+template <class Narrow, int kBits, class F>
+FLASHOPTIM_HD SplitWeight<F> split(F w) {
+  constexpr float kMax = Correction<kBits>::kMax;
+  SplitWeight<F> out;
+  out.narrow = Narrow::template round<F>(w);
+  const F n = Narrow::template widen<F>(out.narrow);
+  // In units of h / N; the two factors keep every intermediate in range.
+  const F unit = twice_inverse_scale<F>(scale_bits<Narrow>(n));
+  F x = ((w - n) * unit) * splat<F>(static_cast<float>(1 << Narrow::kMantissaBits) * kMax);
+  x = min(max(x, splat<F>(-kMax)), splat<F>(kMax));
+  // |n| = infinity makes x = -N, NaN makes it -N too: both read back as n whatever the correction, so store 0.
+  const MaskOf<F> finite = int_greater(splat_bits<F>(0x7f800000u), to_bits(n) & splat_bits<F>(0x7f800000u));
+  // floor(x + 1/2) with x + 1/2 >= -N: the offset makes it positive, where truncation is floor.
+  const IntOf<F> c = truncate_to_int(x + splat<F>(kMax + 1.5f)) - splat_bits<F>(static_cast<uint32_t>(kMax) + 1u);
+  out.correction = select(finite, c, splat_bits<F>(0u));
+  return out;
+}
+
+/// One optimizer update w -= delta on a split weight, rounded without bias.
+///
+/// The sum is formed in units of the correction, c - delta * N / h, so that an update far below one ULP of fp32 at w
+/// still counts, and is rounded down after adding the dither u in [0, 1): the expected weight is the exact one.
+/// delta == 0 changes no bit. `dither` is the stream's 32-bit word.
+template <class Narrow, int kBits, class F>
+FLASHOPTIM_HD SplitWeight<F> split_update_dithered(IntOf<F> narrow_bits, F correction, F delta, IntOf<F> dither) {
+  constexpr float kMax = Correction<kBits>::kMax;
+  constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax;
+  constexpr float kHalfUlp = half_ulp_of_unit_scale<Narrow>();
+  const F n = Narrow::template widen<F>(narrow_bits);
+  const IntOf<F> scale = scale_bits<Narrow>(n);
+  // The common unit is that of the larger of n and delta, so that no intermediate overflows when w is (near) 0.
+  const IntOf<F> common = int_max(scale, to_bits(delta) & splat_bits<F>(0x7f800000u));
+  const F unit = twice_inverse_scale<F>(common);
+  const F ratio = from_bits(int_max(scale - common + splat_bits<F>(0x3f800000u), splat_bits<F>(0u)));
+  const F y = correction * ratio - (delta * unit) * splat<F>(kUnits);
+
+  SplitWeight<F> out;
+  const F w = n + (y * splat<F>(Correction<kBits>::kInverse * kHalfUlp)) * from_bits(common);
+  out.narrow = Narrow::template round<F>(w);
+  const F n_new = Narrow::template widen<F>(out.narrow);
+  const F moved = ((n - n_new) * unit) * splat<F>(kUnits);
+  const IntOf<F> new_scale = scale_bits<Narrow>(n_new);
+  const IntOf<F> growth = common - new_scale + splat_bits<F>(0x3f800000u);
+  const F back = from_bits(int_max(int_min(growth, splat_bits<F>(0x7f000000u)), splat_bits<F>(0u)));
+  F x = (y + moved) * back;
+  x = min(max(x, splat<F>(-kMax)), splat<F>(kMax));
+
+  constexpr int kDitherBits = Correction<kBits>::kDitherBits;
+  constexpr float kStep = 1.0f / static_cast<float>(1 << kDitherBits);
+  const F u = int_to_float(shift_right(dither, 32 - kDitherBits)) * splat<F>(kStep) + splat<F>(0.5f * kStep);
+  // x + u + N + 1 would lose low bits of u; floor by truncation and a correction for negative fractions instead.
+  const F sum = x + u;
+  const IntOf<F> towards_zero = truncate_to_int(sum);
+  const MaskOf<F> below = greater(int_to_float(towards_zero), sum);
+  const IntOf<F> c = select(below, towards_zero - splat_bits<F>(1u), towards_zero);
+
+  const MaskOf<F> unchanged = equals(delta, splat<F>(0.0f));
+  const MaskOf<F> finite = int_greater(splat_bits<F>(0x7f800000u), to_bits(n_new) & splat_bits<F>(0x7f800000u));
+  out.correction = select(finite, c, splat_bits<F>(0u));
+  out.narrow = select(unchanged, narrow_bits, out.narrow);
+  out.correction = select(unchanged, truncate_to_int(correction), out.correction);
+  return out;
+}
+
+/// Spacing of the narrow type's subnormals, 2^(1 - bias - mantissa).
+template <class Narrow>
+FLASHOPTIM_HD constexpr float narrow_subnormal_unit() {
+  float unit = 1.0f;
+  for (int i = 0; i < Narrow::kBias + Narrow::kMantissaBits - 1; ++i) unit *= 0.5f;
+  return unit;
+}
+
+/// A narrow weight without correction, rounded without bias: one of the two neighbours of w, with the probabilities
+/// that make the expectation w. NaN stays NaN; a value that rounds to nearest within range never dithers to infinity.
+template <class Narrow, class F>
+FLASHOPTIM_HD IntOf<F> round_dithered(F w, IntOf<F> dither) {
+  constexpr int kDropped = 23 - Narrow::kMantissaBits;
+  const IntOf<F> bits = to_bits(w);
+  const IntOf<F> nearest = Narrow::template round<F>(w);
+  // fp32 is piecewise linear in its bit pattern, so adding u below the kept digits is exact dithering.
+  const IntOf<F> sum = bits + shift_right(dither, 32 - kDropped);
+  F rounded = from_bits(shift_left(shift_right(sum, kDropped), kDropped));
+  if constexpr (Narrow::kBias != 127) {
+    // Narrow subnormals are evenly spaced: dither in their unit. The unit is 2^(1 - bias - mantissa).
+    constexpr float kUnit = narrow_subnormal_unit<Narrow>();
+    const F units = abs(w) * splat<F>(1.0f / kUnit);
+    const F u = int_to_float(shift_right(dither, 32 - kDropped)) * splat<F>(1.0f / static_cast<float>(1 << kDropped));
+    const F magnitude = int_to_float(truncate_to_int(min(units, splat<F>(2048.0f)) + u)) * splat<F>(kUnit);
+    const F signed_magnitude = flip_sign<F>(magnitude, bits & splat_bits<F>(0x80000000u));
+    const F smallest_normal = from_bits(splat_bits<F>(static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23));
+    rounded = select(greater(smallest_normal, abs(w)), signed_magnitude, rounded);
+  }
+  const IntOf<F> dithered = Narrow::template round<F>(rounded);
+  const F widened = Narrow::template widen<F>(dithered);
+  const IntOf<F> infinity = splat_bits<F>(0x7f800000u);
+  const MaskOf<F> in_range = int_greater(infinity, to_bits(widened) & infinity);
+  return select(in_range, dithered, nearest);
+}
+
+}  // namespace flashoptim::core

@@ -1,0 +1,113 @@
+#include "src/blocks.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace flashoptim::cpu {
+
+ElementSizes element_sizes(const ParameterTensors& t) {
+  const auto bytes = [](DType dtype) -> int64_t { return dtype == DType::kFloat32 ? 4 : 2; };
+  ElementSizes sizes{};
+  sizes.parameter = bytes(t.parameter_dtype);
+  sizes.gradient = bytes(t.gradient_dtype);
+  switch (t.master_weights) {
+    case MasterWeights::kCorrection8:
+    case MasterWeights::kCorrection8Nearest:
+      sizes.correction = 1;
+      break;
+    case MasterWeights::kCorrection16:
+    case MasterWeights::kCorrection16Nearest:
+      sizes.correction = 2;
+      break;
+    default:
+      sizes.correction = 0;
+  }
+  sizes.state = t.state_codec == StateCodec::kFloat32 ? 4 : 1;
+  return sizes;
+}
+
+BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
+    : tensor_(tensor), sizes_(element_sizes(tensor)), first_group_(index * kBlockGroups) {
+  const GroupLayout& layout = tensor.layout;
+  const int64_t per_row = layout.groups_per_row();
+  groups_ = static_cast<int>(std::min<int64_t>(kBlockGroups, layout.groups() - first_group_));
+  int64_t row = first_group_ / per_row;
+  int64_t in_row = first_group_ % per_row;
+  contiguous_ = true;
+  for (int g = 0; g < groups_; ++g) {
+    const int64_t column = in_row * kGroupSize;
+    const int64_t first = row * layout.row_size + column;
+    const int count = static_cast<int>(std::min(kGroupSize, layout.row_size - column));
+    group_first_[g] = first;
+    runs_[g] = {first, g * static_cast<int>(kGroupSize), count};
+    contiguous_ = contiguous_ && count == kGroupSize;
+    if (++in_row == per_row) {
+      in_row = 0;
+      ++row;
+    }
+  }
+  run_count_ = groups_;
+  if (contiguous_ && groups_ > 0) {
+    runs_[0].count = groups_ * static_cast<int>(kGroupSize);
+    run_count_ = 1;
+  }
+}
+
+void BlockWalker::open(Block& block, const BlockAccess& access) {
+  block.groups = groups_;
+  for (int g = 0; g < groups_; ++g) {
+    block.group_hash[g] = core::dither_group_hash(block.dither, tensor_.first_element + group_first_[g]);
+  }
+  for (int k = 0; k < kMaxStates; ++k) {
+    block.scales[k] = tensor_.scales[k] == nullptr ? nullptr : static_cast<uint16_t*>(tensor_.scales[k]) + first_group_;
+  }
+  const int64_t first = group_first_[0];
+  const auto at = [first](const void* base, int64_t size) -> void* {
+    return base == nullptr ? nullptr : const_cast<unsigned char*>(static_cast<const unsigned char*>(base)) + first * size;
+  };
+  if (contiguous_) {
+    block.parameter = at(tensor_.parameter, sizes_.parameter);
+    block.gradient = access.gradient ? at(tensor_.gradient, sizes_.gradient) : nullptr;
+    block.correction = at(tensor_.correction, sizes_.correction);
+    for (int k = 0; k < kMaxStates; ++k) block.states[k] = at(tensor_.states[k], sizes_.state);
+    return;
+  }
+  const auto copy_in = [this](unsigned char* to, const void* from, int64_t size) {
+    std::memset(to, 0, static_cast<size_t>(groups_ * kGroupSize * size));
+    for (int r = 0; r < run_count_; ++r) {
+      std::memcpy(to + runs_[r].offset * size, static_cast<const unsigned char*>(from) + runs_[r].first * size,
+                  static_cast<size_t>(runs_[r].count * size));
+    }
+  };
+  if (tensor_.parameter != nullptr) copy_in(parameter_, tensor_.parameter, sizes_.parameter);
+  if (access.gradient) copy_in(gradient_, tensor_.gradient, sizes_.gradient);
+  if (tensor_.correction != nullptr) copy_in(correction_, tensor_.correction, sizes_.correction);
+  block.parameter = parameter_;
+  block.gradient = access.gradient ? gradient_ : nullptr;
+  block.correction = correction_;
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (tensor_.states[k] != nullptr) copy_in(states_[k], tensor_.states[k], sizes_.state);
+    block.states[k] = states_[k];
+  }
+}
+
+void BlockWalker::close(const BlockAccess& access) {
+  if (contiguous_) return;
+  const auto copy_out = [this](void* to, const unsigned char* from, int64_t size) {
+    for (int r = 0; r < run_count_; ++r) {
+      std::memcpy(static_cast<unsigned char*>(to) + runs_[r].first * size, from + runs_[r].offset * size,
+                  static_cast<size_t>(runs_[r].count * size));
+    }
+  };
+  if (access.write_parameter) {
+    copy_out(tensor_.parameter, parameter_, sizes_.parameter);
+    if (tensor_.correction != nullptr) copy_out(tensor_.correction, correction_, sizes_.correction);
+  }
+  if (access.write_states) {
+    for (int k = 0; k < kMaxStates; ++k) {
+      if (tensor_.states[k] != nullptr) copy_out(tensor_.states[k], states_[k], sizes_.state);
+    }
+  }
+}
+
+}  // namespace flashoptim::cpu

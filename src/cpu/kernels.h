@@ -1,0 +1,72 @@
+// The CPU kernels' interface: one table of functions per instruction set, each function one pass over a block of up to
+// 16 groups (512 elements) that stays in the first-level cache.
+//
+// A step of a block is: load weights and gradients as fp32, decode + update + encode the states (the rule), store the
+// weights. Cutting it there keeps the number of compiled loops a sum (dtypes + rules x codecs) instead of a product,
+// and costs three loads and stores of L1 per 16 elements.
+#pragma once
+
+#include <cstdint>
+
+#include "flashoptim/core/dither.h"
+#include "flashoptim/types.h"
+
+namespace flashoptim::cpu {
+
+inline constexpr int kBlockGroups = 16;
+inline constexpr int kBlockElements = kBlockGroups * static_cast<int>(kGroupSize);
+
+/// Which compiled rule: OptimizerKind with SGD's momentum-free form apart.
+enum class RuleKind : int32_t { kAdamW, kAdam, kSgd, kSgdw, kSgdPlain, kSgdwPlain, kLion, kCount };
+inline constexpr int kRuleKinds = static_cast<int>(RuleKind::kCount);
+inline constexpr int kCodecs = 3;
+inline constexpr int kMasterKinds = 6;
+inline constexpr int kDTypes = 3;
+
+/// Large enough for every rule's Hyper.
+struct HyperStorage {
+  alignas(8) float values[12];
+};
+
+/// Working set of one block; `groups` full groups of 32 (a short group is padded by the caller).
+struct Block {
+  int groups;
+  uint32_t group_hash[kBlockGroups];
+  const void* hyper;  ///< the rule's Hyper
+  core::DitherKey dither;
+  void* parameter;
+  const void* gradient;
+  void* correction;
+  void* states[kMaxStates];
+  uint16_t* scales[kMaxStates];
+  float gradient_scale;
+  int64_t nonfinite;
+  alignas(64) float weight[kBlockElements];
+  alignas(64) float gradient_f32[kBlockElements];
+  alignas(64) float delta[kBlockElements];
+  alignas(64) float state_f32[kMaxStates][kBlockElements];
+};
+
+using Stage = void (*)(Block&);
+
+struct KernelTable {
+  const char* isa;
+  Stage load_weights[kDTypes][kMasterKinds];
+  Stage load_gradient[kDTypes];
+  Stage rule[kRuleKinds][kCodecs];
+  Stage store_weights[kDTypes][kMasterKinds];
+  Stage split_weights[kDTypes][kMasterKinds];  ///< weight -> parameter, correction (nearest)
+  Stage decode[kRuleKinds][kCodecs];           ///< states -> state_f32
+  Stage encode[kRuleKinds][kCodecs];           ///< state_f32 -> states (nearest)
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+/// The table for this machine (see cpu_isa in step.h), or null with `status` set.
+const KernelTable* select_kernels(Status* status);
+
+}  // namespace flashoptim::cpu

@@ -1,0 +1,166 @@
+// 16 lanes of AVX-512 (F, BW, DQ, VL): the operations of core/lanes.h, each bit-equal to the scalar one.
+// Only included by translation units compiled for AVX-512.
+#pragma once
+
+#include <immintrin.h>
+
+#include "flashoptim/core/lanes.h"
+
+namespace flashoptim::core {
+
+struct Avx512Int {
+  __m512i v;
+};
+struct Avx512Float {
+  __m512 v;
+};
+struct Avx512Mask {
+  __mmask16 v;
+};
+
+template <>
+struct LaneTraits<Avx512Float> {
+  using Int = Avx512Int;
+  using Mask = Avx512Mask;
+  static constexpr int kWidth = 16;
+};
+
+template <>
+FLASHOPTIM_HD Avx512Float splat<Avx512Float>(float value) {
+  return {_mm512_set1_ps(value)};
+}
+template <>
+FLASHOPTIM_HD Avx512Int splat_bits<Avx512Float>(uint32_t bits) {
+  return {_mm512_set1_epi32(static_cast<int>(bits))};
+}
+
+FLASHOPTIM_HD Avx512Float operator+(Avx512Float a, Avx512Float b) { return {_mm512_add_ps(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Float operator-(Avx512Float a, Avx512Float b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Float operator*(Avx512Float a, Avx512Float b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Float operator/(Avx512Float a, Avx512Float b) { return {_mm512_div_ps(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int operator+(Avx512Int a, Avx512Int b) { return {_mm512_add_epi32(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int operator-(Avx512Int a, Avx512Int b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int operator&(Avx512Int a, Avx512Int b) { return {_mm512_and_si512(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int operator|(Avx512Int a, Avx512Int b) { return {_mm512_or_si512(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int operator^(Avx512Int a, Avx512Int b) { return {_mm512_xor_si512(a.v, b.v)}; }
+
+FLASHOPTIM_HD Avx512Int to_bits(Avx512Float a) { return {_mm512_castps_si512(a.v)}; }
+FLASHOPTIM_HD Avx512Float from_bits(Avx512Int a) { return {_mm512_castsi512_ps(a.v)}; }
+
+FLASHOPTIM_HD Avx512Float select(Avx512Mask m, Avx512Float a, Avx512Float b) {
+  return {_mm512_mask_blend_ps(m.v, b.v, a.v)};
+}
+FLASHOPTIM_HD Avx512Int select(Avx512Mask m, Avx512Int a, Avx512Int b) {
+  return {_mm512_mask_blend_epi32(m.v, b.v, a.v)};
+}
+
+// vmaxps returns its second operand when either is NaN or both are zero: a > b ? a : b.
+FLASHOPTIM_HD Avx512Float max(Avx512Float a, Avx512Float b) { return {_mm512_max_ps(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Float min(Avx512Float a, Avx512Float b) { return {_mm512_min_ps(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Float abs(Avx512Float a) { return {_mm512_abs_ps(a.v)}; }
+FLASHOPTIM_HD Avx512Float sqrt(Avx512Float a) { return {_mm512_sqrt_ps(a.v)}; }
+
+FLASHOPTIM_HD Avx512Mask int_greater(Avx512Int a, Avx512Int b) { return {_mm512_cmpgt_epi32_mask(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Mask int_equal(Avx512Int a, Avx512Int b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int int_max(Avx512Int a, Avx512Int b) { return {_mm512_max_epi32(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int int_min(Avx512Int a, Avx512Int b) { return {_mm512_min_epi32(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int unsigned_min(Avx512Int a, Avx512Int b) { return {_mm512_min_epu32(a.v, b.v)}; }
+
+FLASHOPTIM_HD Avx512Int shift_left(Avx512Int a, uint32_t count) {
+  return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(static_cast<int>(count)))};
+}
+FLASHOPTIM_HD Avx512Int shift_right(Avx512Int a, uint32_t count) {
+  return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(static_cast<int>(count)))};
+}
+FLASHOPTIM_HD Avx512Int shift_left_each(Avx512Int a, Avx512Int count) { return {_mm512_sllv_epi32(a.v, count.v)}; }
+FLASHOPTIM_HD Avx512Int shift_right_each(Avx512Int a, Avx512Int count) { return {_mm512_srlv_epi32(a.v, count.v)}; }
+
+FLASHOPTIM_HD Avx512Int bit_length(Avx512Int a) {
+  // Without carries into the next power of two (a & ~(a >> 1) has no two neighbouring ones at the top), the exponent
+  // of the float is the place of the highest bit. AVX-512F alone has no lzcnt.
+  const __m512i thinned = _mm512_andnot_si512(_mm512_srli_epi32(a.v, 1), a.v);
+  const __m512i exponent = _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(thinned)), 23);
+  return {_mm512_max_epi32(_mm512_sub_epi32(exponent, _mm512_set1_epi32(126)), _mm512_setzero_si512())};
+}
+
+FLASHOPTIM_HD Avx512Float int_to_float(Avx512Int a) { return {_mm512_cvtepi32_ps(a.v)}; }
+FLASHOPTIM_HD Avx512Int truncate_to_int(Avx512Float a) { return {_mm512_cvttps_epi32(a.v)}; }
+
+FLASHOPTIM_HD Avx512Mask is_nan(Avx512Float a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+FLASHOPTIM_HD Avx512Mask equals(Avx512Float a, Avx512Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+FLASHOPTIM_HD Avx512Mask greater(Avx512Float a, Avx512Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+
+FLASHOPTIM_HD Avx512Float half_to_float(Avx512Int bits) {
+  const __m512 wide = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits.v));
+  return canonical_nan(Avx512Float{wide});
+}
+FLASHOPTIM_HD Avx512Int float_to_half(Avx512Float a) {
+  const __m512i half = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return select(is_nan(a), splat_bits<Avx512Float>(0x7e00u), Avx512Int{half});
+}
+
+// Memory, and what only the loops need.
+
+template <class F>
+F load_f32(const float* p);
+template <>
+FLASHOPTIM_HD Avx512Float load_f32<Avx512Float>(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+FLASHOPTIM_HD void store_f32(float* p, Avx512Float a) { _mm512_storeu_ps(p, a.v); }
+
+template <class F>
+IntOf<F> load_u32(const uint32_t* p);
+template <>
+FLASHOPTIM_HD Avx512Int load_u32<Avx512Float>(const uint32_t* p) {
+  return {_mm512_loadu_si512(p)};
+}
+FLASHOPTIM_HD void store_u32(uint32_t* p, Avx512Int a) { _mm512_storeu_si512(p, a.v); }
+
+template <class F>
+IntOf<F> load_u8(const void* p);
+template <>
+FLASHOPTIM_HD Avx512Int load_u8<Avx512Float>(const void* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+template <class F>
+IntOf<F> load_i8(const void* p);
+template <>
+FLASHOPTIM_HD Avx512Int load_i8<Avx512Float>(const void* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+template <class F>
+IntOf<F> load_u16(const void* p);
+template <>
+FLASHOPTIM_HD Avx512Int load_u16<Avx512Float>(const void* p) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+template <class F>
+IntOf<F> load_i16(const void* p);
+template <>
+FLASHOPTIM_HD Avx512Int load_i16<Avx512Float>(const void* p) {
+  return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+/// Low 8 or 16 bits of each lane.
+FLASHOPTIM_HD void store_8(void* p, Avx512Int a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+FLASHOPTIM_HD void store_16(void* p, Avx512Int a) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+
+/// j * step for lane j, modulo 2^32.
+template <class F>
+IntOf<F> lane_multiples(uint32_t step);
+template <>
+FLASHOPTIM_HD Avx512Int lane_multiples<Avx512Float>(uint32_t step) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return {_mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step)))};
+}
+
+FLASHOPTIM_HD uint32_t reduce_int_max(Avx512Int a) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(a.v)); }
+FLASHOPTIM_HD uint32_t reduce_unsigned_min(Avx512Int a) {
+  return static_cast<uint32_t>(_mm512_reduce_min_epu32(a.v));
+}
+
+}  // namespace flashoptim::core

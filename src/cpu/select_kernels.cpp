@@ -1,0 +1,76 @@
+// Run-time choice of instruction set: the best this processor has, or the one FLASHOPTIM_ISA names.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "flashoptim/step.h"
+#include "src/cpu/kernels.h"
+
+namespace flashoptim::cpu {
+namespace {
+
+struct Choice {
+  const KernelTable* table = nullptr;
+  Status status;
+};
+
+bool machine_has(const char* isa) {
+  if (std::strcmp(isa, "scalar") == 0) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (std::strcmp(isa, "avx2") == 0) return avx2;
+  if (std::strcmp(isa, "avx512") == 0) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return false;
+}
+
+Choice choose() {
+  // Best first.
+  static const KernelTable* const kTables[] = {
+#if defined(__x86_64__)
+      &kAvx512Kernels,
+      &kAvx2Kernels,
+#endif
+      &kScalarKernels,
+  };
+  const char* forced = std::getenv("FLASHOPTIM_ISA");
+  if (forced == nullptr || *forced == '\0') {
+    for (const KernelTable* table : kTables) {
+      if (machine_has(table->isa)) return {table, Status::ok()};
+    }
+  }
+  for (const KernelTable* table : kTables) {
+    if (std::strcmp(forced, table->isa) != 0) continue;
+    if (machine_has(forced)) return {table, Status::ok()};
+    return {nullptr, Status::unsupported(std::string("FLASHOPTIM_ISA=") + forced +
+                                         ": this machine's processor lacks that instruction set; unset the variable "
+                                         "or set it to one it has (scalar always works)")};
+  }
+  return {nullptr, Status::unsupported(std::string("FLASHOPTIM_ISA=") + forced +
+                                       ": not an instruction set; allowed are scalar, avx2, avx512")};
+}
+
+}  // namespace
+
+const KernelTable* select_kernels(Status* status) {
+  static const Choice choice = choose();
+  *status = choice.status;
+  return choice.table;
+}
+
+}  // namespace flashoptim::cpu
+
+namespace flashoptim {
+
+Status cpu_isa(const char** name) {
+  Status status;
+  const cpu::KernelTable* table = cpu::select_kernels(&status);
+  if (table != nullptr) *name = table->isa;
+  return status;
+}
+
+}  // namespace flashoptim
