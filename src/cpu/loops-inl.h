@@ -101,7 +101,7 @@ struct Loops {
     constexpr uint32_t kLaneStep = core::kDitherLaneStep<kStream>;
     const I lanes = core::lane_multiples<F>(kLaneStep);
     for (int group = 0; group < b.groups; ++group) {
-      const uint32_t start = core::dither_group_start(b.dither, b.group_hash[group], kStream);
+      const uint32_t start = core::dither_group_start<kStream>(b.dither, b.group_hash[group]);
 #pragma GCC unroll 4
       for (int j = 0; j < kGroup; j += kWidth) {
         const I word = lanes + core::splat_bits<F>(start + static_cast<uint32_t>(j) * kLaneStep);
@@ -312,8 +312,7 @@ struct Loops {
     static constexpr bool is_signed(int k) { return Rule::kStates[k].kind == core::StateKind::kSigned; }
     static constexpr int relative_to(int k) { return Rule::kStates[k].relative_to; }
     template <int k>
-    using MuLaw = core::MuLawCodec<(relative_to(k) == core::kNoSlot ? core::kAbsoluteMantissaBits
-                                                                      : core::kRelativeMantissaBits)>;
+    using MuLaw = core::MuLawCodec<Rule::kStates[k].mantissa_bits>;
 
     static const uint8_t* codes(const Block& b, int k) { return static_cast<const uint8_t*>(b.states[k]); }
     static uint8_t* codes(Block& b, int k) { return static_cast<uint8_t*>(b.states[k]); }
@@ -325,7 +324,7 @@ struct Loops {
       }
       if constexpr (Rule::kStateCount > 0) {
         static_assert(is_signed(0));
-        const F scale = core::from_bits(core::splat_bits<F>(static_cast<uint32_t>(b.scales[0][group]) << 16));
+        const F scale = MuLaw<0>::template scale<F>(core::splat_bits<F>(b.scales[0][group]));
         s[0] = MuLaw<0>::template decode<F>(core::load_u8<F>(codes(b, 0) + i)) * scale;
         if constexpr (relative_to(0) != core::kNoSlot) s[0] = s[0] * core::root_scale(s[relative_to(0)]);
       }

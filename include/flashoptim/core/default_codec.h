@@ -12,7 +12,7 @@
 //
 // Momentum (signed slots). Where the optimizer names a variance, x = m / S with S the power of two nearest below
 // sqrt(v) as stored (Adam bounds |x|, whatever the spread of the group); otherwise x = m. A group's header is a scale
-// G with bfloat16's pattern, and the code a sign and 7 bits a of
+// G (the top 16 bits of fp32 below the sign: 8 of exponent, 8 of mantissa), and the code a sign and 7 bits a of
 //     |x| / G = float((a << (23 - K)) + bits(1.0)) - 1     (mu-law: K bits of mantissa, 127 / 2^K octaves)
 #pragma once
 
@@ -94,24 +94,24 @@ struct MuLawCodec {
   /// Largest |x| / G, that of code 127.
   static FLASHOPTIM_HD float largest() { return from_bits((127u << kShift) + kOneBits) - 1.0f; }
 
-  /// Header (bfloat16 pattern of G) of a group whose largest |x| is `absmax`: absmax / largest() rounded up to 7 bits
-  /// of mantissa, so that no code saturates. Below the normal range the group is stored as zeros, with header 0.
+  /// Header (pattern of G >> 15) of a group whose largest |x| is `absmax`: absmax / largest() rounded up to 8 bits of
+  /// mantissa, so that no code saturates. Below the normal range the group is stored as zeros, with header 0.
   template <class F>
   static FLASHOPTIM_HD IntOf<F> header(F absmax) {
     // The factor is 2^-22 above 1 / largest(), which covers the two roundings of this product and of encode().
     const F scale = absmax * splat<F>((1.0f / largest()) * (1.0f + 0x1p-22f));
-    const IntOf<F> up = shift_right(to_bits(scale) + splat_bits<F>(0xffffu), 16);
-    return select(int_greater(splat_bits<F>(0x0080u), up), splat_bits<F>(0u), up);
+    const IntOf<F> up = shift_right(to_bits(scale) + splat_bits<F>(0x7fffu), 15);
+    return select(int_greater(splat_bits<F>(0x0100u), up), splat_bits<F>(0u), up);
   }
 
   /// Per-group constants: G and 1 / G, both 0 for header 0.
   template <class F>
   static FLASHOPTIM_HD F scale(IntOf<F> header) {
-    return from_bits(shift_left(header, 16));
+    return from_bits(shift_left(header, 15));
   }
   template <class F>
   static FLASHOPTIM_HD F inverse_scale(IntOf<F> header) {
-    const F g = from_bits(shift_left(header, 16));
+    const F g = from_bits(shift_left(header, 15));
     return select(int_equal(header, splat_bits<F>(0u)), splat<F>(0.0f), splat<F>(1.0f) / g);
   }
 
@@ -144,10 +144,5 @@ FLASHOPTIM_HD F inverse_root_scale(F v) {
   const IntOf<F> inverse = splat_bits<F>(254u << 23) - halved;
   return from_bits(select(int_equal(to_bits(v), splat_bits<F>(0u)), splat_bits<F>(0u), inverse));
 }
-
-/// Mantissa bits of momentum codes: relative to a variance the range is narrow; alone it must also cover the spread of
-/// magnitudes within a group (docs/numerics.md has the errors of each choice).
-inline constexpr int kRelativeMantissaBits = 6;
-inline constexpr int kAbsoluteMantissaBits = 4;
 
 }  // namespace flashoptim::core

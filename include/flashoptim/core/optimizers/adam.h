@@ -16,7 +16,7 @@ namespace flashoptim::core {
 template <bool kDecoupled>
 struct AdamRule {
   static constexpr int kStateCount = 2;
-  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, 1},
+  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, 1, 6},
                                                     {"exp_avg_sq", StateKind::kUnsigned, kNoSlot}};
 
   struct Hyper {

@@ -12,7 +12,7 @@ namespace flashoptim::core {
 
 struct Lion {
   static constexpr int kStateCount = 1;
-  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, kNoSlot}, {}};
+  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, kNoSlot, 4}, {}};
 
   struct Hyper {
     float lr;

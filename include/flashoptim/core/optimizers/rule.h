@@ -27,6 +27,9 @@ struct StateSlot {
   StateKind kind = StateKind::kSigned;
   /// The default codec stores a signed slot relative to the square root of this unsigned slot (kNoSlot: to its group).
   int relative_to = kNoSlot;
+  /// Bits of mantissa in the default codec's codes of a signed slot: 127 / 2^K octaves of range. 6 relative to a variance,
+  /// where the range is narrow; alone, fewer, to cover the spread of magnitudes in a group (docs/numerics.md).
+  int mantissa_bits = 0;
 };
 
 /// base^exponent by repeated squaring: the same double operations, so the same bits, on host and device.

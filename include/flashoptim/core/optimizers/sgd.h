@@ -15,7 +15,7 @@ namespace flashoptim::core {
 template <bool kDecoupled, bool kMomentum>
 struct SgdRule {
   static constexpr int kStateCount = kMomentum ? 1 : 0;
-  static constexpr StateSlot kStates[kMaxStates] = {{"momentum_buffer", StateKind::kSigned, kNoSlot}, {}};
+  static constexpr StateSlot kStates[kMaxStates] = {{"momentum_buffer", StateKind::kSigned, kNoSlot, 5}, {}};
 
   struct Hyper {
     float lr;
