@@ -67,11 +67,19 @@ FLASHOPTIM_HD Avx2Int int_max(Avx2Int a, Avx2Int b) { return {_mm256_max_epi32(a
 FLASHOPTIM_HD Avx2Int int_min(Avx2Int a, Avx2Int b) { return {_mm256_min_epi32(a.v, b.v)}; }
 FLASHOPTIM_HD Avx2Int unsigned_min(Avx2Int a, Avx2Int b) { return {_mm256_min_epu32(a.v, b.v)}; }
 
+FLASHOPTIM_HD Avx2Mask unsigned_less(Avx2Int a, Avx2Int b) {
+  const __m256i flip = _mm256_set1_epi32(static_cast<int>(0x80000000u));
+  return {_mm256_cmpgt_epi32(_mm256_xor_si256(b.v, flip), _mm256_xor_si256(a.v, flip))};
+}
+
 FLASHOPTIM_HD Avx2Int shift_left(Avx2Int a, uint32_t count) {
   return {_mm256_sll_epi32(a.v, _mm_cvtsi32_si128(static_cast<int>(count)))};
 }
 FLASHOPTIM_HD Avx2Int shift_right(Avx2Int a, uint32_t count) {
   return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(static_cast<int>(count)))};
+}
+FLASHOPTIM_HD Avx2Int shift_right_signed(Avx2Int a, uint32_t count) {
+  return {_mm256_sra_epi32(a.v, _mm_cvtsi32_si128(static_cast<int>(count)))};
 }
 FLASHOPTIM_HD Avx2Int shift_left_each(Avx2Int a, Avx2Int count) { return {_mm256_sllv_epi32(a.v, count.v)}; }
 FLASHOPTIM_HD Avx2Int shift_right_each(Avx2Int a, Avx2Int count) { return {_mm256_srlv_epi32(a.v, count.v)}; }
@@ -178,6 +186,21 @@ FLASHOPTIM_HD uint32_t reduce_unsigned_min(Avx2Int a) {
   m = _mm_min_epu32(m, _mm_shuffle_epi32(m, 0x4e));
   m = _mm_min_epu32(m, _mm_shuffle_epi32(m, 0xb1));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
+
+/// out[r] = max (as signed numbers) over lanes of rows[r * kWidth ...], r = 0 ... 15.
+template <class F>
+void max_of_rows(const uint32_t* rows, uint32_t* out);
+template <>
+FLASHOPTIM_HD void max_of_rows<Avx2Float>(const uint32_t* rows, uint32_t* out) {
+  for (int r = 0; r < 16; ++r) out[r] = reduce_int_max(load_u32<Avx2Float>(rows + 8 * r));
+}
+/// The same for minima as unsigned numbers.
+template <class F>
+void unsigned_min_of_rows(const uint32_t* rows, uint32_t* out);
+template <>
+FLASHOPTIM_HD void unsigned_min_of_rows<Avx2Float>(const uint32_t* rows, uint32_t* out) {
+  for (int r = 0; r < 16; ++r) out[r] = reduce_unsigned_min(load_u32<Avx2Float>(rows + 8 * r));
 }
 
 }  // namespace flashoptim::core

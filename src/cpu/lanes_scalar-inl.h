@@ -66,7 +66,18 @@ FLASHOPTIM_HD uint32_t lane_multiples<float>(uint32_t) {
   return 0u;
 }
 
-FLASHOPTIM_HD uint32_t reduce_int_max(uint32_t a) { return a; }
-FLASHOPTIM_HD uint32_t reduce_unsigned_min(uint32_t a) { return a; }
+/// out[r] = max (min) over the lanes of row r, r = 0 ... 15: rows have one lane.
+template <class F>
+void max_of_rows(const uint32_t* rows, uint32_t* out);
+template <>
+FLASHOPTIM_HD void max_of_rows<float>(const uint32_t* rows, uint32_t* out) {
+  std::memcpy(out, rows, 16 * sizeof *out);
+}
+template <class F>
+void unsigned_min_of_rows(const uint32_t* rows, uint32_t* out);
+template <>
+FLASHOPTIM_HD void unsigned_min_of_rows<float>(const uint32_t* rows, uint32_t* out) {
+  std::memcpy(out, rows, 16 * sizeof *out);
+}
 
 }  // namespace flashoptim::core

@@ -14,6 +14,7 @@ struct Loops {
   using I = core::IntOf<F>;
   static constexpr int kWidth = core::LaneTraits<F>::kWidth;
   static constexpr int kGroup = static_cast<int>(kGroupSize);
+  static constexpr int kVectors = kGroup / kWidth;  ///< per group
 
   // ---- weights and gradients ------------------------------------------------------------------------------------
 
@@ -26,11 +27,11 @@ struct Loops {
   }
 
   template <MasterWeights kMaster>
-  static FLASHOPTIM_HD F load_correction(const void* base, int i) {
+  static FLASHOPTIM_HD I load_correction(const void* base, int i) {
     if constexpr (correction_bits(kMaster) == 8) {
-      return core::int_to_float(core::load_i8<F>(static_cast<const int8_t*>(base) + i));
+      return core::load_i8<F>(static_cast<const int8_t*>(base) + i);
     } else {
-      return core::int_to_float(core::load_i16<F>(static_cast<const int16_t*>(base) + i));
+      return core::load_i16<F>(static_cast<const int16_t*>(base) + i);
     }
   }
 
@@ -49,7 +50,7 @@ struct Loops {
     for (int i = 0; i < b.groups * kGroup; i += kWidth) {
       F w = Narrow::template widen<F>(core::load_u16<F>(parameter + i));
       if constexpr (has_correction(kMaster)) {
-        w = core::merge<Narrow, correction_bits(kMaster), F>(w, load_correction<kMaster>(b.correction, i));
+        w = core::merge<Narrow, correction_bits(kMaster), F>(w, core::int_to_float(load_correction<kMaster>(b.correction, i)));
       }
       core::store_f32(b.weight + i, w);
     }
@@ -95,18 +96,18 @@ struct Loops {
     load_gradients(b, [gradient](int i) { return core::load_f32<F>(gradient + i); });
   }
 
-  /// Runs body(i, dither) over the block's vectors of one dither stream.
+  /// Runs body(i, group, dither word) over the block's vectors, for one dither stream.
   template <core::DitherStream kStream, class Body>
   static FLASHOPTIM_HD void for_each_dithered(const Block& b, Body body) {
-    constexpr uint32_t kLaneStep = core::kDitherLaneStep<kStream>;
-    const I lanes = core::lane_multiples<F>(kLaneStep);
+    I lanes[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      lanes[j] = core::lane_multiples<F>(core::kDitherLaneStep<kStream>) +
+                 core::splat_bits<F>(static_cast<uint32_t>(j * kWidth) * core::kDitherLaneStep<kStream>);
+    }
     for (int group = 0; group < b.groups; ++group) {
-      const uint32_t start = core::dither_group_start<kStream>(b.dither, b.group_hash[group]);
+      const I start = core::splat_bits<F>(core::dither_group_start<kStream>(b.dither, b.group_hash[group]));
 #pragma GCC unroll 4
-      for (int j = 0; j < kGroup; j += kWidth) {
-        const I word = lanes + core::splat_bits<F>(start + static_cast<uint32_t>(j) * kLaneStep);
-        body(group * kGroup + j, group, word);
-      }
+      for (int j = 0; j < kVectors; ++j) body(group * kGroup + j * kWidth, group, start + lanes[j]);
     }
   }
 
@@ -116,8 +117,8 @@ struct Loops {
     if constexpr (has_correction(kMaster) && !is_nearest(kMaster)) {
       for_each_dithered<core::DitherStream::kWeight>(b, [&](int i, int, I dither) {
         const auto out = core::split_update_dithered<Narrow, correction_bits(kMaster), F>(
-            core::load_u16<F>(parameter + i), load_correction<kMaster>(b.correction, i),
-            core::load_f32<F>(b.delta + i), dither);
+            core::load_u16<F>(parameter + i), load_correction<kMaster>(b.correction, i), core::load_f32<F>(b.delta + i),
+            dither);
         core::store_16(parameter + i, out.narrow);
         store_correction<kMaster>(b.correction, i, out.correction);
       });
@@ -177,7 +178,7 @@ struct Loops {
     core::store_f32(b.delta + i, delta);
   }
 
-  /// Runs body(values) per group with one value per group and lane: headers are made for kWidth groups at a time.
+  /// Runs body(group) for the first of every kWidth groups: headers are made and read one group per lane.
   template <class Body>
   static FLASHOPTIM_HD void for_each_header(Body body) {
     for (int group = 0; group < kBlockGroups; group += kWidth) body(group);
@@ -217,218 +218,266 @@ struct Loops {
     }
   };
 
+  /// One uint32 or float per group of a block.
+  struct PerGroup {
+    alignas(64) uint32_t bits[kBlockGroups] = {};
+
+    I load(int group) const { return core::load_u32<F>(bits + group); }
+    void store(int group, I value) { core::store_u32(bits + group, value); }
+    /// One group's value in every lane.
+    FLASHOPTIM_HD I spread(int group) const { return core::splat_bits<F>(bits[group]); }
+    FLASHOPTIM_HD F spread_f32(int group) const { return core::from_bits(spread(group)); }
+  };
+
+  /// A vector per group, for a reduction over the lanes of all groups at once.
+  struct GroupVectors {
+    alignas(64) uint32_t bits[kBlockGroups * kWidth];
+    explicit GroupVectors(int groups) {
+      // Groups behind the block's last are read by the reduction.
+      std::memset(bits + groups * kWidth, 0, static_cast<size_t>((kBlockGroups - groups) * kWidth) * sizeof *bits);
+    }
+    FLASHOPTIM_HD void store(int group, I value) { core::store_u32(bits + group * kWidth, value); }
+    void maxima(PerGroup& out) const { core::max_of_rows<F>(bits, out.bits); }
+    void unsigned_minima(PerGroup& out) const { core::unsigned_min_of_rows<F>(bits, out.bits); }
+  };
+
+  static PerGroup load_headers(const Block& b, int slot) {
+    PerGroup headers;
+    for (int group = 0; group < b.groups; ++group) headers.bits[group] = b.scales[slot][group];
+    return headers;
+  }
+  static void store_headers(Block& b, int slot, const PerGroup& headers) {
+    for (int group = 0; group < b.groups; ++group) b.scales[slot][group] = static_cast<uint16_t>(headers.bits[group]);
+  }
+
+  static const uint8_t* codes(const Block& b, int slot) { return static_cast<const uint8_t*>(b.states[slot]); }
+  static uint8_t* codes(Block& b, int slot) { return static_cast<uint8_t*>(b.states[slot]); }
+
   template <class Rule>
   struct PaperStates {
+    static constexpr int kSlots = Rule::kStateCount;
     static constexpr bool is_signed(int k) { return Rule::kStates[k].kind == core::StateKind::kSigned; }
 
     template <int k>
     static FLASHOPTIM_HD F decode_slot(const Block& b, int i, F scale) {
       if constexpr (is_signed(k)) {
-        return core::PaperMomentum::decode<F>(core::load_i8<F>(static_cast<const uint8_t*>(b.states[k]) + i), scale);
+        return core::PaperMomentum::decode<F>(core::load_i8<F>(codes(b, k) + i), scale);
       } else {
-        return core::PaperVariance::decode<F>(core::load_u8<F>(static_cast<const uint8_t*>(b.states[k]) + i), scale);
+        return core::PaperVariance::decode<F>(core::load_u8<F>(codes(b, k) + i), scale);
       }
     }
+
     /// What is divided by the group's maximum: m, or sqrt(v). Kept in state_f32 between the two passes.
     template <int k>
     static FLASHOPTIM_HD void keep(Block& b, int i, F value, I& largest) {
-      F kept = core::finite_or_zero(value);
+      F kept = value;
       if constexpr (!is_signed(k)) kept = core::sqrt(kept);
+      kept = core::finite_or_zero(kept);
       largest = core::int_max(largest, core::to_bits(core::abs(kept)));
       core::store_f32(b.state_f32[k] + i, kept);
     }
+
     template <int k>
-    static FLASHOPTIM_HD void encode_slot(Block& b, const uint32_t* largest) {
-      alignas(64) float absmax[kBlockGroups];
-      alignas(64) uint32_t header[kBlockGroups];
+    static FLASHOPTIM_HD void encode_slot(Block& b, const GroupVectors& largest) {
+      PerGroup absmax, header;
+      largest.maxima(absmax);
       for_each_header([&](int group) {
-        const F a = core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(core::load_u32<F>(largest + group)));
-        core::store_f32(absmax + group, a);
-        core::store_u32(header + group, core::paper_header(a));
+        const F a = core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax.load(group)));
+        absmax.store(group, core::to_bits(a));
+        header.store(group, core::paper_header(a));
       });
+      store_headers(b, k, header);
       for (int group = 0; group < b.groups; ++group) {
-        b.scales[k][group] = static_cast<uint16_t>(header[group]);
-        const F a = core::splat<F>(absmax[group]);
+        const F a = absmax.spread_f32(group);
 #pragma GCC unroll 4
-        for (int j = 0; j < kGroup; j += kWidth) {
-          const int i = group * kGroup + j;
+        for (int i = group * kGroup; i < (group + 1) * kGroup; i += kWidth) {
           const F value = core::load_f32<F>(b.state_f32[k] + i);
-          uint8_t* codes = static_cast<uint8_t*>(b.states[k]) + i;
           if constexpr (is_signed(k)) {
-            core::store_8(codes, core::PaperMomentum::encode<F>(value, a));
+            core::store_8(codes(b, k) + i, core::PaperMomentum::encode<F>(value, a));
           } else {
-            core::store_8(codes, core::PaperVariance::encode<F>(value, a));
+            core::store_8(codes(b, k) + i, core::PaperVariance::encode<F>(value, a));
           }
         }
       }
     }
-    /// body(i, states): states in and out; afterwards they are encoded if kEncode.
+
+    /// body(i, states) over decoded states, which are encoded afterwards if kEncode.
     template <bool kDecode, bool kEncode, class Body>
     static FLASHOPTIM_HD void run(Block& b, Body body) {
-      alignas(64) uint32_t largest[kMaxStates][kBlockGroups] = {};
-      for (int group = 0; group < b.groups; ++group) {
-        F scale[kMaxStates];
-        if constexpr (kDecode) {
-          for (int k = 0; k < Rule::kStateCount; ++k) scale[k] = core::splat<F>(core::half_to_float(static_cast<uint32_t>(b.scales[k][group])));
+      PerGroup scale[kMaxStates];
+      if constexpr (kDecode) {
+        for (int k = 0; k < kSlots; ++k) {
+          scale[k] = load_headers(b, k);
+          for_each_header([&](int group) {
+            scale[k].store(group, core::to_bits(core::half_to_float(scale[k].load(group))));
+          });
         }
-        I group_largest[kMaxStates];
-        for (int k = 0; k < kMaxStates; ++k) group_largest[k] = core::splat_bits<F>(0u);
-#pragma GCC unroll 4
-        for (int j = 0; j < kGroup; j += kWidth) {
-          const int i = group * kGroup + j;
-          F s[kMaxStates];
-          if constexpr (kDecode) {
-            if constexpr (Rule::kStateCount > 0) s[0] = decode_slot<0>(b, i, scale[0]);
-            if constexpr (Rule::kStateCount > 1) s[1] = decode_slot<1>(b, i, scale[1]);
-          }
-          body(i, s);
-          if constexpr (kEncode) {
-            if constexpr (Rule::kStateCount > 0) keep<0>(b, i, s[0], group_largest[0]);
-            if constexpr (Rule::kStateCount > 1) keep<1>(b, i, s[1], group_largest[1]);
-          }
-        }
-        for (int k = 0; k < Rule::kStateCount; ++k) largest[k][group] = core::reduce_int_max(group_largest[k]);
       }
-      if constexpr (kEncode && Rule::kStateCount > 0) encode_slot<0>(b, largest[0]);
-      if constexpr (kEncode && Rule::kStateCount > 1) encode_slot<1>(b, largest[1]);
+      GroupVectors largest[kMaxStates] = {GroupVectors(b.groups), GroupVectors(b.groups)};
+      for (int group = 0; group < b.groups; ++group) {
+        I group_largest[kMaxStates] = {core::splat_bits<F>(0u), core::splat_bits<F>(0u)};
+#pragma GCC unroll 4
+        for (int i = group * kGroup; i < (group + 1) * kGroup; i += kWidth) {
+          F s[kMaxStates];
+          if constexpr (kDecode && kSlots > 0) s[0] = decode_slot<0>(b, i, scale[0].spread_f32(group));
+          if constexpr (kDecode && kSlots > 1) s[1] = decode_slot<1>(b, i, scale[1].spread_f32(group));
+          body(i, s);
+          if constexpr (kEncode && kSlots > 0) keep<0>(b, i, s[0], group_largest[0]);
+          if constexpr (kEncode && kSlots > 1) keep<1>(b, i, s[1], group_largest[1]);
+        }
+        if constexpr (kEncode) {
+          for (int k = 0; k < kSlots; ++k) largest[k].store(group, group_largest[k]);
+        }
+      }
+      if constexpr (kEncode && kSlots > 0) encode_slot<0>(b, largest[0]);
+      if constexpr (kEncode && kSlots > 1) encode_slot<1>(b, largest[1]);
     }
+
     static void step(Block& b) {
       run<true, true>(b, [&](int i, F(&s)[kMaxStates]) { update_vector<Rule>(b, i, s); });
     }
-    static void decode(Block& b) {
-      run<true, false>(b, [&](int i, F(&s)[kMaxStates]) {
-        for (int k = 0; k < Rule::kStateCount; ++k) core::store_f32(b.state_f32[k] + i, s[k]);
-      });
-    }
-    static void encode(Block& b) {
-      run<false, true>(b, [&](int i, F(&s)[kMaxStates]) {
-        for (int k = 0; k < Rule::kStateCount; ++k) s[k] = core::load_f32<F>(b.state_f32[k] + i);
-      });
-    }
+    static void decode(Block& b) { run<true, false>(b, keep_decoded<Rule>(b)); }
+    static void encode(Block& b) { run<false, true>(b, take_decoded<Rule>(b)); }
   };
 
+  /// Bodies of decode and encode: states to and from the block's fp32 arrays.
+  template <class Rule>
+  static auto keep_decoded(Block& b) {
+    return [&b](int i, F(&s)[kMaxStates]) {
+      for (int k = 0; k < Rule::kStateCount; ++k) core::store_f32(b.state_f32[k] + i, s[k]);
+    };
+  }
+  template <class Rule>
+  static auto take_decoded(Block& b) {
+    return [&b](int i, F(&s)[kMaxStates]) {
+      for (int k = 0; k < Rule::kStateCount; ++k) s[k] = core::load_f32<F>(b.state_f32[k] + i);
+    };
+  }
+
+  /// Slot 0 is signed; slot 1, if there is one, a variance that slot 0 is relative to.
   template <class Rule>
   struct DefaultStates {
-    static constexpr bool is_signed(int k) { return Rule::kStates[k].kind == core::StateKind::kSigned; }
-    static constexpr int relative_to(int k) { return Rule::kStates[k].relative_to; }
-    template <int k>
-    using MuLaw = core::MuLawCodec<Rule::kStates[k].mantissa_bits>;
+    static constexpr int kSlots = Rule::kStateCount;
+    static constexpr bool kHasVariance = kSlots > 1;
+    using MuLaw = core::MuLawCodec<Rule::kStates[0].mantissa_bits>;
+    static_assert(kSlots == 0 || Rule::kStates[0].kind == core::StateKind::kSigned);
+    static_assert(!kHasVariance || (Rule::kStates[1].kind == core::StateKind::kUnsigned && Rule::kStates[0].relative_to == 1));
 
-    static const uint8_t* codes(const Block& b, int k) { return static_cast<const uint8_t*>(b.states[k]); }
-    static uint8_t* codes(Block& b, int k) { return static_cast<uint8_t*>(b.states[k]); }
+    struct Windows {
+      PerGroup shift, base_minus_one;
 
-    /// Decodes the unsigned slots first: the signed ones may be relative to them.
-    static FLASHOPTIM_HD void decode_vector(const Block& b, int group, int i, F (&s)[kMaxStates]) {
-      if constexpr (Rule::kStateCount > 1 && !is_signed(1)) {
-        s[1] = core::WindowCodec::decode<F>(core::load_u8<F>(codes(b, 1) + i), core::WindowCodec::window(b.scales[1][group]));
+      explicit Windows(const PerGroup& headers) {
+        for_each_header([&](int group) {
+          const auto w = core::WindowCodec::window<F>(headers.load(group));
+          shift.store(group, w.shift);
+          base_minus_one.store(group, w.base_minus_one);
+        });
       }
-      if constexpr (Rule::kStateCount > 0) {
-        static_assert(is_signed(0));
-        const F scale = MuLaw<0>::template scale<F>(core::splat_bits<F>(b.scales[0][group]));
-        s[0] = MuLaw<0>::template decode<F>(core::load_u8<F>(codes(b, 0) + i)) * scale;
-        if constexpr (relative_to(0) != core::kNoSlot) s[0] = s[0] * core::root_scale(s[relative_to(0)]);
+      FLASHOPTIM_HD core::WindowCodec::Window<I> spread(int group) const {
+        return {shift.spread(group), base_minus_one.spread(group)};
       }
-    }
+    };
 
-    /// Encodes slot 1 (a variance) from state_f32 and leaves in state_f32[0] momentum relative to it.
+    /// Codes of the variance from the patterns in state_f32[1]; leaves relative momentum in state_f32[0] and the largest
+    /// of every group in momentum_largest.
     template <bool kDithered>
-    static FLASHOPTIM_HD void encode_variance(Block& b, const uint32_t* largest, const uint32_t* smallest, uint32_t* momentum_largest) {
-      alignas(64) uint32_t header[kBlockGroups];
+    static FLASHOPTIM_HD void encode_variance(Block& b, const GroupVectors& largest, const GroupVectors& smallest,
+                                              GroupVectors& momentum_largest) {
+      PerGroup high, low, header;
+      largest.maxima(high);
+      smallest.unsigned_minima(low);
       for_each_header([&](int group) {
-        core::store_u32(header + group, core::WindowCodec::header<F>(core::load_u32<F>(largest + group),
-                                                                     core::load_u32<F>(smallest + group)));
+        header.store(group, core::WindowCodec::header<F>(high.load(group), low.load(group)));
       });
+      store_headers(b, 1, header);
+      const Windows windows(header);
       I momentum_max = core::splat_bits<F>(0u);
       for_each_dithered<core::DitherStream::kVariance>(b, [&](int i, int group, I dither) {
-        const auto window = core::WindowCodec::window(header[group]);
-        const I word = kDithered ? dither : core::splat_bits<F>(0x80000000u);
-        const F v = core::load_f32<F>(b.state_f32[1] + i);
-        const I code = core::WindowCodec::encode<F>(v, window, word);
-        core::store_8(codes(b, 1) + i, code);
-        if constexpr (relative_to(0) == 1) {
-          const F stored = core::WindowCodec::decode<F>(code, window);
-          const F x = core::load_f32<F>(b.state_f32[0] + i) * core::inverse_root_scale(stored);
-          core::store_f32(b.state_f32[0] + i, x);
-          momentum_max = core::int_max(momentum_max, core::to_bits(core::abs(x)));
-          if (i % kGroup == kGroup - kWidth) {
-            momentum_largest[group] = core::reduce_int_max(momentum_max);
-            momentum_max = core::splat_bits<F>(0u);
-          }
-        }
+        if (i % kGroup == 0) momentum_max = core::splat_bits<F>(0u);
+        const I bits = core::to_bits(core::load_f32<F>(b.state_f32[1] + i));
+        const auto v = core::WindowCodec::encode<F>(bits, windows.spread(group), rounding_word<kDithered>(dither));
+        core::store_8(codes(b, 1) + i, v.code);
+        const F x = core::relative_to_root(core::load_f32<F>(b.state_f32[0] + i), v.stored);
+        core::store_f32(b.state_f32[0] + i, x);
+        momentum_max = core::int_max(momentum_max, core::to_bits(core::abs(x)));
+        if (i % kGroup == kGroup - kWidth) momentum_largest.store(group, momentum_max);
       });
-      for (int group = 0; group < b.groups; ++group) b.scales[1][group] = static_cast<uint16_t>(header[group]);
     }
 
     template <bool kDithered>
-    static FLASHOPTIM_HD void encode_momentum(Block& b, const uint32_t* largest) {
-      using Codec = MuLaw<0>;
-      alignas(64) uint32_t header[kBlockGroups];
-      alignas(64) float inverse[kBlockGroups];
+    static FLASHOPTIM_HD void encode_momentum(Block& b, const GroupVectors& largest) {
+      PerGroup header, inverse;
+      largest.maxima(header);
       for_each_header([&](int group) {
-        const I h = Codec::template header<F>(core::from_bits(core::load_u32<F>(largest + group)));
-        core::store_u32(header + group, h);
-        core::store_f32(inverse + group, Codec::template inverse_scale<F>(h));
+        const I h = MuLaw::template header<F>(core::from_bits(header.load(group)));
+        header.store(group, h);
+        inverse.store(group, core::to_bits(MuLaw::template inverse_scale<F>(h)));
       });
+      store_headers(b, 0, header);
       for_each_dithered<core::DitherStream::kMomentum>(b, [&](int i, int group, I dither) {
-        const I word = kDithered ? dither : core::splat_bits<F>(0x80000000u);
         const F x = core::load_f32<F>(b.state_f32[0] + i);
-        core::store_8(codes(b, 0) + i, Codec::template encode<F>(x, core::splat<F>(inverse[group]), word));
+        core::store_8(codes(b, 0) + i,
+                      MuLaw::template encode<F>(x, inverse.spread_f32(group), rounding_word<kDithered>(dither)));
       });
-      for (int group = 0; group < b.groups; ++group) b.scales[0][group] = static_cast<uint16_t>(header[group]);
+    }
+
+    /// Half a step everywhere instead of dither: rounding to nearest.
+    template <bool kDithered>
+    static FLASHOPTIM_HD I rounding_word(I dither) {
+      return kDithered ? dither : core::splat_bits<F>(0x80000000u);
     }
 
     template <bool kDecode, bool kEncode, bool kDithered, class Body>
     static FLASHOPTIM_HD void run(Block& b, Body body) {
-      alignas(64) uint32_t largest[kMaxStates][kBlockGroups] = {};
-      alignas(64) uint32_t smallest[kBlockGroups] = {};
+      PerGroup scale;
+      if constexpr (kDecode && kSlots > 0) {
+        scale = load_headers(b, 0);
+        for_each_header([&](int group) { scale.store(group, core::to_bits(MuLaw::template scale<F>(scale.load(group)))); });
+      }
+      const Windows windows(kDecode && kHasVariance ? load_headers(b, 1) : PerGroup{});
+      GroupVectors largest(b.groups), smallest(b.groups), momentum_largest(b.groups);
       for (int group = 0; group < b.groups; ++group) {
-        I group_largest[kMaxStates];
-        for (int k = 0; k < kMaxStates; ++k) group_largest[k] = core::splat_bits<F>(0u);
+        I group_largest = core::splat_bits<F>(0u);
         I group_smallest = core::splat_bits<F>(0xffffffffu);
 #pragma GCC unroll 4
-        for (int j = 0; j < kGroup; j += kWidth) {
-          const int i = group * kGroup + j;
+        for (int i = group * kGroup; i < (group + 1) * kGroup; i += kWidth) {
           F s[kMaxStates];
-          if constexpr (kDecode) decode_vector(b, group, i, s);
-          body(i, s);
-          if constexpr (kEncode && Rule::kStateCount > 1) {
-            const F v = core::WindowCodec::storable(s[1]);
-            core::store_f32(b.state_f32[1] + i, v);
-            group_largest[1] = core::int_max(group_largest[1], core::to_bits(v));
-            group_smallest = core::unsigned_min(group_smallest, core::to_bits(v) - core::splat_bits<F>(1u));
+          if constexpr (kDecode && kSlots > 0) {
+            s[0] = MuLaw::template decode<F>(core::load_u8<F>(codes(b, 0) + i)) * scale.spread_f32(group);
           }
-          if constexpr (kEncode && Rule::kStateCount > 0) {
+          if constexpr (kDecode && kHasVariance) {
+            s[1] = core::WindowCodec::decode<F>(core::load_u8<F>(codes(b, 1) + i), windows.spread(group));
+            s[0] = s[0] * core::root_scale<F>(core::to_bits(s[1]));
+          }
+          body(i, s);
+          if constexpr (kEncode && kHasVariance) {
+            const I bits = core::WindowCodec::storable(s[1]);
+            core::store_f32(b.state_f32[0] + i, s[0]);
+            core::store_f32(b.state_f32[1] + i, core::from_bits(bits));
+            group_largest = core::int_max(group_largest, bits);
+            group_smallest = core::unsigned_min(group_smallest, bits - core::splat_bits<F>(1u));
+          } else if constexpr (kEncode && kSlots > 0) {
             const F m = core::finite_or_zero(s[0]);
             core::store_f32(b.state_f32[0] + i, m);
-            if constexpr (relative_to(0) == core::kNoSlot) {
-              group_largest[0] = core::int_max(group_largest[0], core::to_bits(core::abs(m)));
-            }
+            group_largest = core::int_max(group_largest, core::to_bits(core::abs(m)));
           }
         }
-        if constexpr (kEncode) {
-          if constexpr (Rule::kStateCount > 0 && relative_to(0) == core::kNoSlot) largest[0][group] = core::reduce_int_max(group_largest[0]);
-          if constexpr (Rule::kStateCount > 1) {
-            largest[1][group] = core::reduce_int_max(group_largest[1]);
-            smallest[group] = core::reduce_unsigned_min(group_smallest);
-          }
+        if constexpr (kEncode && kHasVariance) {
+          largest.store(group, group_largest);
+          smallest.store(group, group_smallest);
+        } else if constexpr (kEncode && kSlots > 0) {
+          momentum_largest.store(group, group_largest);
         }
       }
-      if constexpr (kEncode && Rule::kStateCount > 1) encode_variance<kDithered>(b, largest[1], smallest, largest[0]);
-      if constexpr (kEncode && Rule::kStateCount > 0) encode_momentum<kDithered>(b, largest[0]);
+      if constexpr (kEncode && kHasVariance) encode_variance<kDithered>(b, largest, smallest, momentum_largest);
+      if constexpr (kEncode && kSlots > 0) encode_momentum<kDithered>(b, momentum_largest);
     }
+
     static void step(Block& b) {
       run<true, true, true>(b, [&](int i, F(&s)[kMaxStates]) { update_vector<Rule>(b, i, s); });
     }
-    static void decode(Block& b) {
-      run<true, false, false>(b, [&](int i, F(&s)[kMaxStates]) {
-        for (int k = 0; k < Rule::kStateCount; ++k) core::store_f32(b.state_f32[k] + i, s[k]);
-      });
-    }
-    static void encode(Block& b) {
-      run<false, true, false>(b, [&](int i, F(&s)[kMaxStates]) {
-        for (int k = 0; k < Rule::kStateCount; ++k) s[k] = core::load_f32<F>(b.state_f32[k] + i);
-      });
-    }
+    static void decode(Block& b) { run<true, false, false>(b, keep_decoded<Rule>(b)); }
+    static void encode(Block& b) { run<false, true, false>(b, take_decoded<Rule>(b)); }
   };
 
   // ---- the table ------------------------------------------------------------------------------------------------

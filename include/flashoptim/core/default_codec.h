@@ -26,12 +26,13 @@ struct WindowCodec {
   static constexpr uint32_t kBaseShift = 19;  ///< header = (base >> 19 in bit space) << 4 | (shift - 8)
   static constexpr float kSmallestNormal = 0x1p-126f;
 
-  /// What is encoded for a state v: 0 for 0 and for non-finite values, otherwise at least the smallest normal number,
-  /// so that a positive v never becomes 0.
+  /// Pattern of what is encoded for a state v: 0 for 0 and for non-finite values, otherwise at least the smallest normal
+  /// number, so that a positive v never becomes 0. v is not negative.
   template <class F>
-  static FLASHOPTIM_HD F storable(F v) {
-    const F positive = select(greater(v, splat<F>(0.0f)), max(v, splat<F>(kSmallestNormal)), splat<F>(0.0f));
-    return select(greater(splat<F>(0x1p127f * 2.0f), positive), positive, splat<F>(0.0f));
+  static FLASHOPTIM_HD IntOf<F> storable(F v) {
+    const IntOf<F> bits = to_bits(v);
+    const MaskOf<F> stays = unsigned_less(bits - splat_bits<F>(1u), splat_bits<F>(0x7f7fffffu));
+    return select(stays, int_max(bits, splat_bits<F>(0x00800000u)), splat_bits<F>(0u));
   }
 
   /// Header of a group from the largest pattern and the smallest non-zero pattern minus 1 (as unsigned: zeros give
@@ -56,32 +57,41 @@ struct WindowCodec {
     return select(int_equal(largest, splat_bits<F>(0u)), splat_bits<F>(0u), packed);
   }
 
-  /// Per-group constants unpacked from a header.
+  /// Per-group constants unpacked from headers, one group per lane.
+  template <class I>
   struct Window {
-    uint32_t shift;
-    uint32_t base_minus_one;  ///< in units of 2^shift
+    I shift;
+    I base_minus_one;  ///< in units of 2^shift; 0 for header 0
   };
 
-  static FLASHOPTIM_HD Window window(uint32_t header) {
-    Window w;
-    w.shift = (header & 15u) + kSmallestShift;
-    w.base_minus_one = (((header >> 4) << kBaseShift) >> w.shift) - 1u;
+  template <class F>
+  static FLASHOPTIM_HD Window<IntOf<F>> window(IntOf<F> header) {
+    Window<IntOf<F>> w;
+    w.shift = (header & splat_bits<F>(15u)) + splat_bits<F>(kSmallestShift);
+    const IntOf<F> base = shift_right_each(shift_left(shift_right(header, 4), kBaseShift), w.shift);
+    w.base_minus_one = int_max(base, splat_bits<F>(1u)) - splat_bits<F>(1u);
     return w;
   }
 
   template <class F>
-  static FLASHOPTIM_HD F decode(IntOf<F> code, const Window& w) {
-    const IntOf<F> bits = shift_left(code + splat_bits<F>(w.base_minus_one), w.shift);
+  static FLASHOPTIM_HD F decode(IntOf<F> code, const Window<IntOf<F>>& w) {
+    const IntOf<F> bits = shift_left_each(code + w.base_minus_one, w.shift);
     return from_bits(select(int_equal(code, splat_bits<F>(0u)), splat_bits<F>(0u), bits));
   }
 
-  /// `v` is storable(); `dither` the stream's word.
   template <class F>
-  static FLASHOPTIM_HD IntOf<F> encode(F v, const Window& w, IntOf<F> dither) {
-    const IntOf<F> bits = to_bits(v);
-    const IntOf<F> code =
-        shift_right(bits + shift_right(dither, 32u - w.shift), w.shift) - splat_bits<F>(w.base_minus_one);
-    return select(int_equal(bits, splat_bits<F>(0u)), splat_bits<F>(0u), code);
+  struct Encoded {
+    IntOf<F> code;
+    IntOf<F> stored;  ///< pattern of decode(code)
+  };
+
+  /// `bits` is storable(v); `dither` the stream's word.
+  template <class F>
+  static FLASHOPTIM_HD Encoded<F> encode(IntOf<F> bits, const Window<IntOf<F>>& w, IntOf<F> dither) {
+    const IntOf<F> cut =
+        shift_right_each(bits + shift_right_each(dither, splat_bits<F>(32u) - w.shift), w.shift);
+    // Zero has cut 0, below the base of every window; it and only it becomes code 0.
+    return {int_max(cut - w.base_minus_one, splat_bits<F>(0u)), shift_left_each(cut, w.shift)};
   }
 };
 
@@ -122,27 +132,33 @@ struct MuLawCodec {
     return flip_sign<F>(from_bits(magnitude) - splat<F>(1.0f), shift_left(code & splat_bits<F>(0x80u), 24));
   }
 
+  /// `inverse_scale` that of the header made from the group's largest |x|: the code then stays within 127.
   template <class F>
   static FLASHOPTIM_HD IntOf<F> encode(F x, F inverse_scale, IntOf<F> dither) {
     const F y = abs(x) * inverse_scale + splat<F>(1.0f);
     const IntOf<F> cut = shift_right(to_bits(y) + shift_right(dither, 32u - kShift), kShift);
-    const IntOf<F> a = int_min(cut - splat_bits<F>(kOneBits >> kShift), splat_bits<F>(127u));
-    return a | (shift_right(to_bits(x), 24) & splat_bits<F>(0x80u));
+    const IntOf<F> sign = shift_right(to_bits(x), 24) & splat_bits<F>(0x80u);
+    return (cut - splat_bits<F>(kOneBits >> kShift)) | sign;
   }
 };
 
-/// The power of two S that momentum is stored relative to: 2^floor(log2(v) / 2) for the stored v > 0, and its inverse.
-/// For v = 0 the inverse is 0 (momentum is not kept) and S is 1.
+/// The power of two S that momentum is stored relative to, 2^floor(log2(v) / 2), and its inverse, for the pattern of a
+/// stored v > 0. Their product is exactly 1. (Half of an exponent is a shift of the pattern.)
 template <class F>
-FLASHOPTIM_HD F root_scale(F v) {
-  const IntOf<F> halved = shift_right(to_bits(v) + splat_bits<F>(127u << 23), 1) & splat_bits<F>(0x7f800000u);
-  return from_bits(halved);
+FLASHOPTIM_HD F root_scale(IntOf<F> v_bits) {
+  return from_bits((shift_right(v_bits, 1) + splat_bits<F>(127u << 22)) & splat_bits<F>(0x7f800000u));
 }
 template <class F>
-FLASHOPTIM_HD F inverse_root_scale(F v) {
-  const IntOf<F> halved = shift_right(to_bits(v) + splat_bits<F>(127u << 23), 1) & splat_bits<F>(0x7f800000u);
-  const IntOf<F> inverse = splat_bits<F>(254u << 23) - halved;
-  return from_bits(select(int_equal(to_bits(v), splat_bits<F>(0u)), splat_bits<F>(0u), inverse));
+FLASHOPTIM_HD F inverse_root_scale(IntOf<F> v_bits) {
+  constexpr uint32_t kTop = (255u << 23) - 1u - (127u << 22);
+  return from_bits((splat_bits<F>(kTop) - shift_right(v_bits, 1)) & splat_bits<F>(0x7f800000u));
+}
+
+/// Momentum relative to the stored variance: m / S, and 0 where the variance is 0 (nothing was ever seen, or the state
+/// is not finite: a rule whose m can be non-finite beside a finite v must not ask for this).
+template <class F>
+FLASHOPTIM_HD F relative_to_root(F m, IntOf<F> v_bits) {
+  return select(int_equal(v_bits, splat_bits<F>(0u)), splat<F>(0.0f), m * inverse_root_scale<F>(v_bits));
 }
 
 }  // namespace flashoptim::core

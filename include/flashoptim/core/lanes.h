@@ -103,11 +103,18 @@ FLASHOPTIM_HD uint32_t int_min(uint32_t a, uint32_t b) { return int_greater(b, a
 FLASHOPTIM_HD uint32_t shift_left(uint32_t a, uint32_t count) { return a << count; }
 FLASHOPTIM_HD uint32_t shift_right(uint32_t a, uint32_t count) { return a >> count; }
 
+/// Keeps the sign.
+FLASHOPTIM_HD uint32_t shift_right_signed(uint32_t a, uint32_t count) {
+  return static_cast<uint32_t>(static_cast<int32_t>(a) >> count);
+}
+/// One count per lane, 0 to 31.
 FLASHOPTIM_HD uint32_t shift_left_each(uint32_t a, uint32_t count) { return a << (count & 31u); }
 FLASHOPTIM_HD uint32_t shift_right_each(uint32_t a, uint32_t count) { return a >> (count & 31u); }
 
 /// Smallest of patterns read as unsigned numbers.
 FLASHOPTIM_HD uint32_t unsigned_min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+FLASHOPTIM_HD bool unsigned_less(uint32_t a, uint32_t b) { return a < b; }
 
 /// All ones where a > b as signed numbers, 0 elsewhere.
 template <class F>

@@ -10,7 +10,7 @@
 // A non-finite state is stored as 0; its weight is NaN already, and the rest of the group keeps its scale.
 #pragma once
 
-#include "flashoptim/core/narrow_float.h"
+#include "flashoptim/core/weight_split.h"
 
 namespace flashoptim::core {
 
@@ -47,12 +47,15 @@ struct PaperMomentum {
   /// `code` sign-extended; `scale` the header's fp16 value.
   template <class F>
   static FLASHOPTIM_HD F decode(IntOf<F> code, F scale) {
-    const F y = int_to_float(code) / splat<F>(127.0f);
+    const F y = correction_fraction<8>(int_to_float(code));  // code / 127
     return (y / (splat<F>(2.0f) - abs(y))) * scale;
   }
 };
 
 struct PaperVariance {
+  static constexpr float kInverse255High = 0x1.01p-8f;
+  static constexpr float kInverse255Low = static_cast<float>(1.0 / 255.0 - static_cast<double>(kInverse255High));
+
   /// uint8 code of r = sqrt(v); `absmax` the group's largest r, at least 1e-12.
   template <class F>
   static FLASHOPTIM_HD IntOf<F> encode(F root, F absmax) {
@@ -61,7 +64,9 @@ struct PaperVariance {
 
   template <class F>
   static FLASHOPTIM_HD F decode(IntOf<F> code, F scale) {
-    const F root = (int_to_float(code) / splat<F>(255.0f)) * scale;
+    // code / 255, correctly rounded: the first factor of 1/255 is short enough for an exact product.
+    const F c = int_to_float(code);
+    const F root = (c * splat<F>(kInverse255High) + c * splat<F>(kInverse255Low)) * scale;
     return root * root;
   }
 };

@@ -24,8 +24,6 @@ struct Correction {
   static constexpr float kInverseHigh = kBits == 8 ? 0x1.0204p-7f : 0x1p-15f;
   static constexpr float kInverseLow = static_cast<float>(1.0 / static_cast<double>(kMax) - static_cast<double>(kInverseHigh));
   static constexpr float kInverse = static_cast<float>(1.0 / static_cast<double>(kMax));
-  /// Bits of dither that c + u holds exactly in fp32 for |c| <= N (u is a multiple of 2^-kDitherBits plus half of it).
-  static constexpr int kDitherBits = kBits == 8 ? 16 : 8;
 };
 
 /// c / N, correctly rounded for every integer |c| <= N.
@@ -36,10 +34,13 @@ FLASHOPTIM_HD F correction_fraction(F c) {
 }
 
 /// Scale exponents: an fp32 pattern 2^(max(E, 1) - bias) of the narrow value n, so that h = scale * 2^-(mantissa + 1).
+/// Infinity and NaN get the largest finite scale, which lets them pass through merge().
 template <class Narrow, class F>
 FLASHOPTIM_HD IntOf<F> scale_bits(F narrow_value) {
   constexpr uint32_t kSmallest = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
-  return int_max(to_bits(narrow_value) & splat_bits<F>(0x7f800000u), splat_bits<F>(kSmallest));
+  constexpr uint32_t kLargest = 254u << 23;
+  const IntOf<F> exponent = to_bits(narrow_value) & splat_bits<F>(0x7f800000u);
+  return int_min(int_max(exponent, splat_bits<F>(kSmallest)), splat_bits<F>(kLargest));
 }
 
 /// 2^(128 - e) for a scale 2^(e - 127), e = 1 ... 254: in range at both ends, unlike the reciprocal itself.
@@ -88,47 +89,33 @@ FLASHOPTIM_HD SplitWeight<F> split(F w) {
 
 /// One optimizer update w -= delta on a split weight, rounded without bias.
 ///
-/// The sum is formed in units of the correction, c - delta * N / h, so that an update far below one ULP of fp32 at w
-/// still counts, and is rounded down after adding the dither u in [0, 1): the expected weight is the exact one.
-/// delta == 0 changes no bit. `dither` is the stream's 32-bit word.
+/// The update is taken off the correction's value, not off w: what it loses to fp32 is then 2^-24 of h instead of
+/// 2^-24 of w, so that updates far below one fp32 ULP of w still count. The correction is rounded down after adding the
+/// dither u in [0, 1), so that the expected weight is the exact one. delta == 0 changes no bit. `dither` is the stream's
+/// 32-bit word.
 template <class Narrow, int kBits, class F>
-FLASHOPTIM_HD SplitWeight<F> split_update_dithered(IntOf<F> narrow_bits, F correction, F delta, IntOf<F> dither) {
+FLASHOPTIM_HD SplitWeight<F> split_update_dithered(IntOf<F> narrow_bits, IntOf<F> correction, F delta, IntOf<F> dither) {
   constexpr float kMax = Correction<kBits>::kMax;
-  constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax;
+  // Corrections in fixed point: kFraction bits behind the point, |x| <= 2^30.
+  constexpr int kFraction = kBits == 8 ? 23 : 15;
+  constexpr float kOne = static_cast<float>(1 << kFraction);
+  constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax * kOne;
   constexpr float kHalfUlp = half_ulp_of_unit_scale<Narrow>();
   const F n = Narrow::template widen<F>(narrow_bits);
-  const IntOf<F> scale = scale_bits<Narrow>(n);
-  // The common unit is that of the larger of n and delta, so that no intermediate overflows when w is (near) 0.
-  const IntOf<F> common = int_max(scale, to_bits(delta) & splat_bits<F>(0x7f800000u));
-  const F unit = twice_inverse_scale<F>(common);
-  const F ratio = from_bits(int_max(scale - common + splat_bits<F>(0x3f800000u), splat_bits<F>(0u)));
-  const F y = correction * ratio - (delta * unit) * splat<F>(kUnits);
+  const F scale = from_bits(scale_bits<Narrow>(n));
+  const F rest = (int_to_float(correction) * splat<F>(Correction<kBits>::kInverse * kHalfUlp)) * scale - delta;
 
-  SplitWeight<F> out;
-  const F w = n + (y * splat<F>(Correction<kBits>::kInverse * kHalfUlp)) * from_bits(common);
-  out.narrow = Narrow::template round<F>(w);
-  const F n_new = Narrow::template widen<F>(out.narrow);
-  const F moved = ((n - n_new) * unit) * splat<F>(kUnits);
-  const IntOf<F> new_scale = scale_bits<Narrow>(n_new);
-  const IntOf<F> growth = common - new_scale + splat_bits<F>(0x3f800000u);
-  const F back = from_bits(int_max(int_min(growth, splat_bits<F>(0x7f000000u)), splat_bits<F>(0u)));
-  F x = (y + moved) * back;
-  x = min(max(x, splat<F>(-kMax)), splat<F>(kMax));
-
-  constexpr int kDitherBits = Correction<kBits>::kDitherBits;
-  constexpr float kStep = 1.0f / static_cast<float>(1 << kDitherBits);
-  const F u = int_to_float(shift_right(dither, 32 - kDitherBits)) * splat<F>(kStep) + splat<F>(0.5f * kStep);
-  // x + u + N + 1 would lose low bits of u; floor by truncation and a correction for negative fractions instead.
-  const F sum = x + u;
-  const IntOf<F> towards_zero = truncate_to_int(sum);
-  const MaskOf<F> below = greater(int_to_float(towards_zero), sum);
-  const IntOf<F> c = select(below, towards_zero - splat_bits<F>(1u), towards_zero);
+  const IntOf<F> new_narrow = Narrow::template round<F>(n + rest);
+  const F n_new = Narrow::template widen<F>(new_narrow);
+  const F new_rest = (n - n_new) + rest;
+  const F x = (new_rest * twice_inverse_scale<F>(scale_bits<Narrow>(n_new))) * splat<F>(kUnits);
+  const F clamped = min(max(x, splat<F>(-kMax * kOne)), splat<F>(kMax * kOne));
+  const IntOf<F> c = shift_right_signed(truncate_to_int(clamped) + shift_right(dither, 32 - kFraction), kFraction);
 
   const MaskOf<F> unchanged = equals(delta, splat<F>(0.0f));
-  const MaskOf<F> finite = int_greater(splat_bits<F>(0x7f800000u), to_bits(n_new) & splat_bits<F>(0x7f800000u));
-  out.correction = select(finite, c, splat_bits<F>(0u));
-  out.narrow = select(unchanged, narrow_bits, out.narrow);
-  out.correction = select(unchanged, truncate_to_int(correction), out.correction);
+  SplitWeight<F> out;
+  out.narrow = select(unchanged, narrow_bits, new_narrow);
+  out.correction = select(unchanged, correction, c);
   return out;
 }
 

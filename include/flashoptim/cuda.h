@@ -1,0 +1,93 @@
+// The torch-free CUDA entry: the sibling of step.h for tensors in device memory, with the same bits.
+//
+//   flashoptim::cuda::Plan plan;
+//   flashoptim::Status status =
+//       flashoptim::cuda::Plan::make(flashoptim::OptimizerKind::kAdamW, false, tensors, count, device, &plan);
+//   ...
+//   flashoptim::cuda::StepOptions options;  options.stream = stream;
+//   status = plan.step(&hyper, 1, options);
+//
+// Plan::make validates, allocates a little device memory and uploads the table of tensors. step() and gradient_norm()
+// launch on the given stream and return: they allocate nothing, never wait for the device and can be captured in a CUDA
+// graph. A plan may be used by one thread, and in one stream order, at a time. The header needs no CUDA header.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "flashoptim/step.h"
+#include "flashoptim/types.h"
+
+namespace flashoptim::cuda {
+
+/// Result of Plan::gradient_norm, in device memory.
+struct GradientNorm {
+  double sum_of_squares;  ///< of the scaled gradients
+  float norm;
+  float coefficient;  ///< min(1, max_norm / (norm + epsilon)): StepOptions::clip_coefficient may point here
+};
+
+/// Pointers are to device memory, are read when the work runs, and may be null.
+struct StepOptions {
+  void* stream = nullptr;  ///< cudaStream_t; null is the default stream
+  /// Gradients are multiplied by gradient_scale / *gradient_divisor * *clip_coefficient, in this order.
+  float gradient_scale = 1.0f;
+  const float* gradient_divisor = nullptr;  ///< torch.amp.GradScaler's grad_scale
+  const float* clip_coefficient = nullptr;
+  /// Set and non-zero: the step changes nothing.
+  const float* found_inf = nullptr;
+  /// Where set, the number of elements with NaN or infinite scaled gradients is added to it.
+  int64_t* nonfinite_gradients = nullptr;
+  /// Host arrays of one entry per hyperparameter set, or null; an entry replaces that set's lr or step ("capturable").
+  const float* const* lr = nullptr;
+  const int64_t* const* step = nullptr;
+};
+
+struct NormOptions {
+  void* stream = nullptr;
+  float gradient_scale = 1.0f;
+  const float* gradient_divisor = nullptr;
+  float max_norm = 0.0f;  ///< 0: coefficient is 1
+  float epsilon = 1e-6f;
+};
+
+class Plan {
+ public:
+  Plan();
+  ~Plan();
+  Plan(Plan&&) noexcept;
+  Plan& operator=(Plan&&) noexcept;
+
+  /// As flashoptim::Plan::make; every pointer of `tensors` is to memory that `device` can access. kDeviceError with
+  /// CUDA's message where the device fails. Not while a stream is being captured.
+  static Status make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count,
+                     int32_t device, Plan* plan);
+
+  int64_t size() const;
+  const ParameterTensors& tensor(int64_t index) const;
+  int32_t device() const;
+  /// Kernel launches that a step takes, apart from small ones that prepare it.
+  int32_t launches() const;
+
+  /// New gradient address for one tensor (null skips it); it travels to the device with the next step. No allocation.
+  Status set_gradient(int64_t index, const void* gradient);
+  /// New gradient addresses for all tensors, size() entries.
+  Status set_gradients(const void* const* gradients);
+  Status set_hyper_index(int64_t index, int32_t hyper_index);
+
+  /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index.
+  Status step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {});
+
+  /// Norm of all gradients of the plan as one vector and the clipping coefficient, to device memory. The order of
+  /// summation depends on the plan alone: the same bits whatever the device, stream or load.
+  Status gradient_norm(const NormOptions& options, GradientNorm* result);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// *counter += 1 on the device, unless found_inf is set and non-zero: a step counter for StepOptions::step.
+Status advance_step(int64_t* counter, const float* found_inf, void* stream);
+
+}  // namespace flashoptim::cuda

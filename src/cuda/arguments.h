@@ -1,0 +1,114 @@
+// What travels to the device: the plan's tables and the arguments of every kernel. Plain data, host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "flashoptim/cuda.h"
+#include "src/cpu/kernels.h"
+#include "src/cuda/tuning.h"
+
+namespace flashoptim::cuda {
+
+using cpu::HyperStorage;
+using cpu::RuleKind;
+
+/// One tensor, as the kernels read it.
+struct alignas(16) TensorEntry {
+  void* parameter;
+  const void* gradient;  ///< null: skipped
+  void* correction;
+  void* states[kMaxStates];
+  uint16_t* scales[kMaxStates];
+  int64_t row_size;
+  int64_t groups_per_row;
+  int64_t numel;
+  int64_t first_element;
+  int32_t hyper_index;
+  uint8_t parameter_dtype;
+  uint8_t gradient_dtype;
+  uint8_t master_weights;
+  uint8_t flags;
+};
+
+enum TensorFlag : uint8_t {
+  kVectorAligned = 1,  ///< every array but the gradient starts at a multiple of 16 bytes
+  kShortRows = 2,      ///< rows end in groups of fewer than 32: group g does not start at element 32 g
+};
+
+/// A run of groups of one tensor: what one block works on.
+struct alignas(16) Chunk {
+  int64_t first_group;
+  int32_t tensor;
+  int32_t groups;
+};
+
+/// One hyperparameter set, ready for the kernels.
+struct alignas(16) PreparedHyper {
+  HyperStorage rule;
+  core::DitherKey dither;
+  float gradient_scale;
+  int32_t skip;  ///< found_inf: change nothing
+};
+
+struct StepArguments {
+  const TensorEntry* tensors;
+  const Chunk* chunks;
+  const PreparedHyper* hypers;  ///< null: inline_hypers
+  unsigned long long* nonfinite;
+  PreparedHyper inline_hypers[kInlineHypers];
+};
+
+struct PrepareArguments {
+  RuleKind rule;
+  int32_t count;
+  PreparedHyper* out;
+  float gradient_scale;
+  const float* gradient_divisor;
+  const float* clip_coefficient;
+  const float* found_inf;
+  Hyperparameters hypers[kHypersPerLaunch];
+  const float* lr[kHypersPerLaunch];
+  const int64_t* step[kHypersPerLaunch];
+};
+static_assert(sizeof(PrepareArguments) <= 4096);
+
+struct TensorUpdate {
+  const void* gradient;
+  int32_t hyper_index;
+};
+
+struct UpdateArguments {
+  TensorEntry* tensors;
+  int32_t count;
+  TensorUpdate updates[kUpdatesPerLaunch];
+};
+static_assert(sizeof(UpdateArguments) <= 4096);
+
+struct NormArguments {
+  const TensorEntry* tensors;
+  const Chunk* chunks;
+  int64_t chunk_count;
+  double* partial;         ///< one per chunk
+  unsigned int* finished;  ///< blocks that have written theirs; 0 between launches
+  GradientNorm* result;
+  float gradient_scale;
+  const float* gradient_divisor;
+  float max_norm;
+  float epsilon;
+};
+
+/// Everything a kernel needs to be launched; `stream` is a cudaStream_t. They return cudaError_t as int.
+using StepLaunch = int (*)(const StepArguments& arguments, unsigned int blocks, void* stream);
+
+/// Launches by codec; a null entry does not exist.
+struct StepLaunches {
+  StepLaunch codec[cpu::kCodecs];
+};
+const StepLaunches& step_launches(RuleKind rule);
+
+int launch_prepare(const PrepareArguments& arguments, void* stream);
+int launch_update(const UpdateArguments& arguments, void* stream);
+int launch_norm(const NormArguments& arguments, void* stream);
+int launch_advance(int64_t* counter, const float* found_inf, void* stream);
+
+}  // namespace flashoptim::cuda
