@@ -31,37 +31,42 @@ BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
   const GroupLayout& layout = tensor.layout;
   const int64_t per_row = layout.groups_per_row();
   groups_ = static_cast<int>(std::min<int64_t>(kBlockGroups, layout.groups() - first_group_));
+  // Without short groups in the block, group g starts at element 32 g: no walk over rows.
+  const bool full_rows = layout.row_size % kGroupSize == 0;
+  contiguous_ = full_rows || (layout.rows == 1 && (first_group_ + groups_) * kGroupSize <= layout.row_size);
+  if (contiguous_) {
+    first_element_ = first_group_ * kGroupSize;
+    runs_[0] = {first_element_, 0, groups_ * static_cast<int>(kGroupSize)};
+    run_count_ = 1;
+    return;
+  }
   int64_t row = first_group_ / per_row;
   int64_t in_row = first_group_ % per_row;
-  contiguous_ = true;
   for (int g = 0; g < groups_; ++g) {
     const int64_t column = in_row * kGroupSize;
-    const int64_t first = row * layout.row_size + column;
-    const int count = static_cast<int>(std::min(kGroupSize, layout.row_size - column));
-    group_first_[g] = first;
-    runs_[g] = {first, g * static_cast<int>(kGroupSize), count};
-    contiguous_ = contiguous_ && count == kGroupSize;
+    runs_[g] = {row * layout.row_size + column, g * static_cast<int>(kGroupSize),
+                static_cast<int>(std::min(kGroupSize, layout.row_size - column))};
     if (++in_row == per_row) {
       in_row = 0;
       ++row;
     }
   }
   run_count_ = groups_;
-  if (contiguous_ && groups_ > 0) {
-    runs_[0].count = groups_ * static_cast<int>(kGroupSize);
-    run_count_ = 1;
-  }
+  first_element_ = runs_[0].first;
 }
 
 void BlockWalker::open(Block& block, const BlockAccess& access) {
   block.groups = groups_;
-  for (int g = 0; g < groups_; ++g) {
-    block.group_hash[g] = core::dither_group_hash(block.dither, tensor_.first_element + group_first_[g]);
+  for (int g = 0; g < kBlockGroups; ++g) {
+    const int64_t in_tensor = contiguous_ ? first_element_ + g * kGroupSize : runs_[std::min(g, groups_ - 1)].first;
+    const uint64_t first = static_cast<uint64_t>(tensor_.first_element + in_tensor);
+    block.group_first_low[g] = static_cast<uint32_t>(first);
+    block.group_first_high[g] = static_cast<uint32_t>(first >> 32);
   }
   for (int k = 0; k < kMaxStates; ++k) {
     block.scales[k] = tensor_.scales[k] == nullptr ? nullptr : static_cast<uint16_t*>(tensor_.scales[k]) + first_group_;
   }
-  const int64_t first = group_first_[0];
+  const int64_t first = first_element_;
   const auto at = [first](const void* base, int64_t size) -> void* {
     return base == nullptr ? nullptr : const_cast<unsigned char*>(static_cast<const unsigned char*>(base)) + first * size;
   };

@@ -43,7 +43,7 @@ class BlockWalker {
   const ElementRun& run(int i) const { return runs_[i]; }
   bool is_contiguous() const { return contiguous_; }
 
-  /// Sets the block's pointers, group count and group hashes; block.dither is set already.
+  /// Sets the block's pointers, group count and where its groups start.
   void open(Block& block, const BlockAccess& access);
   /// Copies back what was written.
   void close(const BlockAccess& access);
@@ -55,7 +55,7 @@ class BlockWalker {
   int run_count_ = 0;
   int groups_;
   int64_t first_group_;
-  int64_t group_first_[kBlockGroups];
+  int64_t first_element_;
   ElementRun runs_[kBlockGroups];
   alignas(64) unsigned char parameter_[kBlockElements * 4];
   alignas(64) unsigned char gradient_[kBlockElements * 4];

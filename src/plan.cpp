@@ -137,6 +137,7 @@ struct Plan::Impl {
     BlockWalker walker(t, index);
     walker.open(block, access);
     const int dtype = static_cast<int>(t.parameter_dtype), master = static_cast<int>(t.master_weights);
+    kernels->hash_groups(block);
     kernels->load_weights[dtype][master](block);
     kernels->load_gradient[static_cast<int>(t.gradient_dtype)](block);
     kernels->rule[static_cast<int>(rule)][static_cast<int>(t.state_codec)](block);

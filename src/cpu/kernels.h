@@ -31,7 +31,10 @@ struct HyperStorage {
 /// Working set of one block; `groups` full groups of 32 (a short group is padded by the caller).
 struct Block {
   int groups;
-  uint32_t group_hash[kBlockGroups];
+  /// First element of every group in the whole tensor, low and high half.
+  alignas(64) uint32_t group_first_low[kBlockGroups];
+  alignas(64) uint32_t group_first_high[kBlockGroups];
+  alignas(64) uint32_t group_hash[kBlockGroups];
   const void* hyper;  ///< the rule's Hyper
   core::DitherKey dither;
   void* parameter;
@@ -51,6 +54,7 @@ using Stage = void (*)(Block&);
 
 struct KernelTable {
   const char* isa;
+  Stage hash_groups;  ///< group_first -> group_hash
   Stage load_weights[kDTypes][kMasterKinds];
   Stage load_gradient[kDTypes];
   Stage rule[kRuleKinds][kCodecs];

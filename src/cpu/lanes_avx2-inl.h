@@ -41,6 +41,7 @@ FLASHOPTIM_HD Avx2Float operator*(Avx2Float a, Avx2Float b) { return {_mm256_mul
 FLASHOPTIM_HD Avx2Float operator/(Avx2Float a, Avx2Float b) { return {_mm256_div_ps(a.v, b.v)}; }
 FLASHOPTIM_HD Avx2Int operator+(Avx2Int a, Avx2Int b) { return {_mm256_add_epi32(a.v, b.v)}; }
 FLASHOPTIM_HD Avx2Int operator-(Avx2Int a, Avx2Int b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+FLASHOPTIM_HD Avx2Int operator*(Avx2Int a, Avx2Int b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
 FLASHOPTIM_HD Avx2Int operator&(Avx2Int a, Avx2Int b) { return {_mm256_and_si256(a.v, b.v)}; }
 FLASHOPTIM_HD Avx2Int operator|(Avx2Int a, Avx2Int b) { return {_mm256_or_si256(a.v, b.v)}; }
 FLASHOPTIM_HD Avx2Int operator^(Avx2Int a, Avx2Int b) { return {_mm256_xor_si256(a.v, b.v)}; }

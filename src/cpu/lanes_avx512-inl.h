@@ -40,6 +40,7 @@ FLASHOPTIM_HD Avx512Float operator*(Avx512Float a, Avx512Float b) { return {_mm5
 FLASHOPTIM_HD Avx512Float operator/(Avx512Float a, Avx512Float b) { return {_mm512_div_ps(a.v, b.v)}; }
 FLASHOPTIM_HD Avx512Int operator+(Avx512Int a, Avx512Int b) { return {_mm512_add_epi32(a.v, b.v)}; }
 FLASHOPTIM_HD Avx512Int operator-(Avx512Int a, Avx512Int b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+FLASHOPTIM_HD Avx512Int operator*(Avx512Int a, Avx512Int b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 FLASHOPTIM_HD Avx512Int operator&(Avx512Int a, Avx512Int b) { return {_mm512_and_si512(a.v, b.v)}; }
 FLASHOPTIM_HD Avx512Int operator|(Avx512Int a, Avx512Int b) { return {_mm512_or_si512(a.v, b.v)}; }
 FLASHOPTIM_HD Avx512Int operator^(Avx512Int a, Avx512Int b) { return {_mm512_xor_si512(a.v, b.v)}; }

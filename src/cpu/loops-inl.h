@@ -1,6 +1,8 @@
 // The loops, compiled once per instruction set: F is that set's lane type. Every formula is core/'s.
 #pragma once
 
+#include <type_traits>
+
 #include "flashoptim/core/default_codec.h"
 #include "flashoptim/core/optimizer_list.h"
 #include "flashoptim/core/paper_codec.h"
@@ -15,6 +17,15 @@ struct Loops {
   static constexpr int kWidth = core::LaneTraits<F>::kWidth;
   static constexpr int kGroup = static_cast<int>(kGroupSize);
   static constexpr int kVectors = kGroup / kWidth;  ///< per group
+
+  /// Dither hashes of the block's groups.
+  static void hash_groups(Block& b) {
+    for_each_header([&](int group) {
+      core::store_u32(b.group_hash + group,
+                      core::dither_group_hash<F>(b.dither, core::load_u32<F>(b.group_first_low + group),
+                                                 core::load_u32<F>(b.group_first_high + group)));
+    });
+  }
 
   // ---- weights and gradients ------------------------------------------------------------------------------------
 
@@ -259,11 +270,14 @@ struct Loops {
     static constexpr bool is_signed(int k) { return Rule::kStates[k].kind == core::StateKind::kSigned; }
 
     template <int k>
+    using Codec = std::conditional_t<is_signed(k), core::PaperMomentum, core::PaperVariance>;
+
+    template <int k>
     static FLASHOPTIM_HD F decode_slot(const Block& b, int i, F scale) {
       if constexpr (is_signed(k)) {
-        return core::PaperMomentum::decode<F>(core::load_i8<F>(codes(b, k) + i), scale);
+        return Codec<k>::decode(core::load_i8<F>(codes(b, k) + i), scale);
       } else {
-        return core::PaperVariance::decode<F>(core::load_u8<F>(codes(b, k) + i), scale);
+        return Codec<k>::decode(core::load_u8<F>(codes(b, k) + i), scale);
       }
     }
 
@@ -279,24 +293,19 @@ struct Loops {
 
     template <int k>
     static FLASHOPTIM_HD void encode_slot(Block& b, const GroupVectors& largest) {
-      PerGroup absmax, header;
+      PerGroup absmax, header, factor;
       largest.maxima(absmax);
       for_each_header([&](int group) {
         const F a = core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax.load(group)));
-        absmax.store(group, core::to_bits(a));
         header.store(group, core::paper_header(a));
+        factor.store(group, core::to_bits(Codec<k>::encoding_factor(a)));
       });
       store_headers(b, k, header);
       for (int group = 0; group < b.groups; ++group) {
-        const F a = absmax.spread_f32(group);
+        const F f = factor.spread_f32(group);
 #pragma GCC unroll 4
         for (int i = group * kGroup; i < (group + 1) * kGroup; i += kWidth) {
-          const F value = core::load_f32<F>(b.state_f32[k] + i);
-          if constexpr (is_signed(k)) {
-            core::store_8(codes(b, k) + i, core::PaperMomentum::encode<F>(value, a));
-          } else {
-            core::store_8(codes(b, k) + i, core::PaperVariance::encode<F>(value, a));
-          }
+          core::store_8(codes(b, k) + i, Codec<k>::encode(core::load_f32<F>(b.state_f32[k] + i), f));
         }
       }
     }
@@ -521,6 +530,7 @@ struct Loops {
   static constexpr KernelTable table(const char* isa) {
     KernelTable t{};
     t.isa = isa;
+    t.hash_groups = hash_groups;
     add_narrow<core::BFloat16>(t, DType::kBFloat16);
     add_narrow<core::Float16>(t, DType::kFloat16);
     const int f32 = static_cast<int>(DType::kFloat32);

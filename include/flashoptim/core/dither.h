@@ -31,29 +31,27 @@ inline constexpr uint32_t kDitherLaneStep = kStream == DitherStream::kVariance  
                                                                                  : 0xa54ff53bu;
 
 /// Bijective mixing of 32 bits (two multiply-xorshift rounds).
-FLASHOPTIM_HD uint32_t mix32(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  x ^= x >> 16;
-  return x;
+template <class F>
+FLASHOPTIM_HD IntOf<F> mix32(IntOf<F> x) {
+  x = x ^ shift_right(x, 16);
+  x = x * splat_bits<F>(0x7feb352du);
+  x = x ^ shift_right(x, 15);
+  x = x * splat_bits<F>(0x846ca68bu);
+  return x ^ shift_right(x, 16);
 }
 
 /// `step` counts from 1; `seed` is the optimizer's.
 FLASHOPTIM_HD DitherKey make_dither_key(uint64_t seed, uint64_t step) {
   DitherKey key{};
-  key.seed = mix32(static_cast<uint32_t>(seed) ^ mix32(static_cast<uint32_t>(seed >> 32) + 0x9e3779b9u));
+  key.seed = mix32<float>(static_cast<uint32_t>(seed) ^ mix32<float>(static_cast<uint32_t>(seed >> 32) + 0x9e3779b9u));
   key.step = static_cast<uint32_t>(step);
   return key;
 }
 
-/// Hash of the group that starts at flat element index `first_element` of the whole, unsharded tensor.
-FLASHOPTIM_HD uint32_t dither_group_hash(const DitherKey& key, int64_t first_element) {
-  const uint64_t index = static_cast<uint64_t>(first_element);
-  const uint32_t low = static_cast<uint32_t>(index);
-  const uint32_t high = static_cast<uint32_t>(index >> 32);
-  return mix32(low ^ key.seed ^ (high * 0x85ebca6bu));
+/// Hash of the group whose first element has this flat index in the whole, unsharded tensor (low and high 32 bits).
+template <class F>
+FLASHOPTIM_HD IntOf<F> dither_group_hash(const DitherKey& key, IntOf<F> first_low, IntOf<F> first_high) {
+  return mix32<F>(first_low ^ splat_bits<F>(key.seed) ^ (first_high * splat_bits<F>(0x85ebca6bu)));
 }
 
 /// Start of a stream in a group: lane j's word is start + j * kDitherLaneStep<kStream>, modulo 2^32.
