@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "flashoptim/core/lanes.h"
+#include "src/cpu/lane_memory.h"
 
 namespace flashoptim::core {
 
@@ -24,16 +24,9 @@ struct LaneTraits<Avx2Float> {
   using Int = Avx2Int;
   using Mask = Avx2Mask;
   static constexpr int kWidth = 8;
+  static FLASHOPTIM_HD Avx2Float splat(float value) { return {_mm256_set1_ps(value)}; }
+  static FLASHOPTIM_HD Avx2Int splat_bits(uint32_t bits) { return {_mm256_set1_epi32(static_cast<int>(bits))}; }
 };
-
-template <>
-FLASHOPTIM_HD Avx2Float splat<Avx2Float>(float value) {
-  return {_mm256_set1_ps(value)};
-}
-template <>
-FLASHOPTIM_HD Avx2Int splat_bits<Avx2Float>(uint32_t bits) {
-  return {_mm256_set1_epi32(static_cast<int>(bits))};
-}
 
 FLASHOPTIM_HD Avx2Float operator+(Avx2Float a, Avx2Float b) { return {_mm256_add_ps(a.v, b.v)}; }
 FLASHOPTIM_HD Avx2Float operator-(Avx2Float a, Avx2Float b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -120,61 +113,17 @@ FLASHOPTIM_HD Avx2Int float_to_half(Avx2Float a) {
 
 // Memory, and what only the loops need.
 
-template <class F>
-F load_f32(const float* p);
-template <>
-FLASHOPTIM_HD Avx2Float load_f32<Avx2Float>(const float* p) {
-  return {_mm256_loadu_ps(p)};
-}
 FLASHOPTIM_HD void store_f32(float* p, Avx2Float a) { _mm256_storeu_ps(p, a.v); }
 
-template <class F>
-IntOf<F> load_u32(const uint32_t* p);
-template <>
-FLASHOPTIM_HD Avx2Int load_u32<Avx2Float>(const uint32_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
-}
 FLASHOPTIM_HD void store_u32(uint32_t* p, Avx2Int a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 
-template <class F>
-IntOf<F> load_u8(const void* p);
-template <>
-FLASHOPTIM_HD Avx2Int load_u8<Avx2Float>(const void* p) {
-  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))};
-}
-template <class F>
-IntOf<F> load_i8(const void* p);
-template <>
-FLASHOPTIM_HD Avx2Int load_i8<Avx2Float>(const void* p) {
-  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))};
-}
-template <class F>
-IntOf<F> load_u16(const void* p);
-template <>
-FLASHOPTIM_HD Avx2Int load_u16<Avx2Float>(const void* p) {
-  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
-}
-template <class F>
-IntOf<F> load_i16(const void* p);
-template <>
-FLASHOPTIM_HD Avx2Int load_i16<Avx2Float>(const void* p) {
-  return {_mm256_cvtepi16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
-}
 /// Low 8 or 16 bits of each lane.
-FLASHOPTIM_HD void store_8(void* p, Avx2Int a) {
+FLASHOPTIM_HD void store_8(uint8_t* p, Avx2Int a) {
   const __m128i halves = low_halves(_mm256_and_si256(a.v, _mm256_set1_epi32(0xff)));
-  _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
 }
-FLASHOPTIM_HD void store_16(void* p, Avx2Int a) { _mm_storeu_si128(static_cast<__m128i*>(p), low_halves(a.v)); }
 
-/// j * step for lane j, modulo 2^32.
-template <class F>
-IntOf<F> lane_multiples(uint32_t step);
-template <>
-FLASHOPTIM_HD Avx2Int lane_multiples<Avx2Float>(uint32_t step) {
-  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  return {_mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(step)))};
-}
+FLASHOPTIM_HD void store_16(uint16_t* p, Avx2Int a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(a.v)); }
 
 FLASHOPTIM_HD uint32_t reduce_int_max(Avx2Int a) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
@@ -182,6 +131,7 @@ FLASHOPTIM_HD uint32_t reduce_int_max(Avx2Int a) {
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
 }
+
 FLASHOPTIM_HD uint32_t reduce_unsigned_min(Avx2Int a) {
   __m128i m = _mm_min_epu32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   m = _mm_min_epu32(m, _mm_shuffle_epi32(m, 0x4e));
@@ -189,19 +139,47 @@ FLASHOPTIM_HD uint32_t reduce_unsigned_min(Avx2Int a) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
 }
 
-/// out[r] = max (as signed numbers) over lanes of rows[r * kWidth ...], r = 0 ... 15.
-template <class F>
-void max_of_rows(const uint32_t* rows, uint32_t* out);
 template <>
-FLASHOPTIM_HD void max_of_rows<Avx2Float>(const uint32_t* rows, uint32_t* out) {
-  for (int r = 0; r < 16; ++r) out[r] = reduce_int_max(load_u32<Avx2Float>(rows + 8 * r));
-}
-/// The same for minima as unsigned numbers.
-template <class F>
-void unsigned_min_of_rows(const uint32_t* rows, uint32_t* out);
-template <>
-FLASHOPTIM_HD void unsigned_min_of_rows<Avx2Float>(const uint32_t* rows, uint32_t* out) {
-  for (int r = 0; r < 16; ++r) out[r] = reduce_unsigned_min(load_u32<Avx2Float>(rows + 8 * r));
-}
+struct LaneMemory<Avx2Float> {
+  static FLASHOPTIM_HD Avx2Float load_f32(const float* p) {
+    return {_mm256_loadu_ps(p)};
+  }
+
+  static FLASHOPTIM_HD Avx2Int load_u32(const uint32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+
+  static FLASHOPTIM_HD Avx2Int load_u8(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
+
+  static FLASHOPTIM_HD Avx2Int load_i8(const uint8_t* p) {
+    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
+
+  static FLASHOPTIM_HD Avx2Int load_u16(const uint16_t* p) {
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+
+  static FLASHOPTIM_HD Avx2Int load_i16(const uint16_t* p) {
+    return {_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+
+  /// j * step for lane j, modulo 2^32.
+  static FLASHOPTIM_HD Avx2Int lane_multiples(uint32_t step) {
+    const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    return {_mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(step)))};
+  }
+
+  /// out[r] = max (as signed numbers) over lanes of rows[r * kWidth ...], r = 0 ... 15.
+  static FLASHOPTIM_HD void max_of_rows(const uint32_t* rows, uint32_t* out) {
+    for (int r = 0; r < 16; ++r) out[r] = reduce_int_max(load_u32(rows + 8 * r));
+  }
+
+  /// The same for minima as unsigned numbers.
+  static FLASHOPTIM_HD void unsigned_min_of_rows(const uint32_t* rows, uint32_t* out) {
+    for (int r = 0; r < 16; ++r) out[r] = reduce_unsigned_min(load_u32(rows + 8 * r));
+  }
+};
 
 }  // namespace flashoptim::core

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "flashoptim/core/lanes.h"
+#include "src/cpu/lane_memory.h"
 
 namespace flashoptim::core {
 
@@ -23,16 +23,9 @@ struct LaneTraits<Avx512Float> {
   using Int = Avx512Int;
   using Mask = Avx512Mask;
   static constexpr int kWidth = 16;
+  static FLASHOPTIM_HD Avx512Float splat(float value) { return {_mm512_set1_ps(value)}; }
+  static FLASHOPTIM_HD Avx512Int splat_bits(uint32_t bits) { return {_mm512_set1_epi32(static_cast<int>(bits))}; }
 };
-
-template <>
-FLASHOPTIM_HD Avx512Float splat<Avx512Float>(float value) {
-  return {_mm512_set1_ps(value)};
-}
-template <>
-FLASHOPTIM_HD Avx512Int splat_bits<Avx512Float>(uint32_t bits) {
-  return {_mm512_set1_epi32(static_cast<int>(bits))};
-}
 
 FLASHOPTIM_HD Avx512Float operator+(Avx512Float a, Avx512Float b) { return {_mm512_add_ps(a.v, b.v)}; }
 FLASHOPTIM_HD Avx512Float operator-(Avx512Float a, Avx512Float b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -107,61 +100,17 @@ FLASHOPTIM_HD Avx512Int float_to_half(Avx512Float a) {
 
 // Memory, and what only the loops need.
 
-template <class F>
-F load_f32(const float* p);
-template <>
-FLASHOPTIM_HD Avx512Float load_f32<Avx512Float>(const float* p) {
-  return {_mm512_loadu_ps(p)};
-}
 FLASHOPTIM_HD void store_f32(float* p, Avx512Float a) { _mm512_storeu_ps(p, a.v); }
 
-template <class F>
-IntOf<F> load_u32(const uint32_t* p);
-template <>
-FLASHOPTIM_HD Avx512Int load_u32<Avx512Float>(const uint32_t* p) {
-  return {_mm512_loadu_si512(p)};
-}
 FLASHOPTIM_HD void store_u32(uint32_t* p, Avx512Int a) { _mm512_storeu_si512(p, a.v); }
 
-template <class F>
-IntOf<F> load_u8(const void* p);
-template <>
-FLASHOPTIM_HD Avx512Int load_u8<Avx512Float>(const void* p) {
-  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
-}
-template <class F>
-IntOf<F> load_i8(const void* p);
-template <>
-FLASHOPTIM_HD Avx512Int load_i8<Avx512Float>(const void* p) {
-  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
-}
-template <class F>
-IntOf<F> load_u16(const void* p);
-template <>
-FLASHOPTIM_HD Avx512Int load_u16<Avx512Float>(const void* p) {
-  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
-}
-template <class F>
-IntOf<F> load_i16(const void* p);
-template <>
-FLASHOPTIM_HD Avx512Int load_i16<Avx512Float>(const void* p) {
-  return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
-}
 /// Low 8 or 16 bits of each lane.
-FLASHOPTIM_HD void store_8(void* p, Avx512Int a) {
-  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
-}
-FLASHOPTIM_HD void store_16(void* p, Avx512Int a) {
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+FLASHOPTIM_HD void store_8(uint8_t* p, Avx512Int a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 
-/// j * step for lane j, modulo 2^32.
-template <class F>
-IntOf<F> lane_multiples(uint32_t step);
-template <>
-FLASHOPTIM_HD Avx512Int lane_multiples<Avx512Float>(uint32_t step) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return {_mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step)))};
+FLASHOPTIM_HD void store_16(uint16_t* p, Avx512Int a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
 }
 
 /// Maxima (minima) over each of 16 rows of kWidth lanes. A tree that reduces four rows at a time within 128-bit lanes
@@ -181,19 +130,47 @@ FLASHOPTIM_HD Avx512Int reduce_16_rows(const uint32_t* rows, Pick pick) {
   return {pick(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd))};
 }
 
-/// out[r] = max (as signed numbers) over lanes of rows[r * kWidth ...], r = 0 ... 15. Both 64-byte aligned.
-template <class F>
-void max_of_rows(const uint32_t* rows, uint32_t* out);
 template <>
-FLASHOPTIM_HD void max_of_rows<Avx512Float>(const uint32_t* rows, uint32_t* out) {
-  store_u32(out, reduce_16_rows(rows, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); }));
-}
-/// The same for minima as unsigned numbers.
-template <class F>
-void unsigned_min_of_rows(const uint32_t* rows, uint32_t* out);
-template <>
-FLASHOPTIM_HD void unsigned_min_of_rows<Avx512Float>(const uint32_t* rows, uint32_t* out) {
-  store_u32(out, reduce_16_rows(rows, [](__m512i a, __m512i b) { return _mm512_min_epu32(a, b); }));
-}
+struct LaneMemory<Avx512Float> {
+  static FLASHOPTIM_HD Avx512Float load_f32(const float* p) {
+    return {_mm512_loadu_ps(p)};
+  }
+
+  static FLASHOPTIM_HD Avx512Int load_u32(const uint32_t* p) {
+    return {_mm512_loadu_si512(p)};
+  }
+
+  static FLASHOPTIM_HD Avx512Int load_u8(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+
+  static FLASHOPTIM_HD Avx512Int load_i8(const uint8_t* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+
+  static FLASHOPTIM_HD Avx512Int load_u16(const uint16_t* p) {
+    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+
+  static FLASHOPTIM_HD Avx512Int load_i16(const uint16_t* p) {
+    return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+
+  /// j * step for lane j, modulo 2^32.
+  static FLASHOPTIM_HD Avx512Int lane_multiples(uint32_t step) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return {_mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step)))};
+  }
+
+  /// out[r] = max (as signed numbers) over lanes of rows[r * kWidth ...], r = 0 ... 15. Both 64-byte aligned.
+  static FLASHOPTIM_HD void max_of_rows(const uint32_t* rows, uint32_t* out) {
+    store_u32(out, reduce_16_rows(rows, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); }));
+  }
+
+  /// The same for minima as unsigned numbers.
+  static FLASHOPTIM_HD void unsigned_min_of_rows(const uint32_t* rows, uint32_t* out) {
+    store_u32(out, reduce_16_rows(rows, [](__m512i a, __m512i b) { return _mm512_min_epu32(a, b); }));
+  }
+};
 
 }  // namespace flashoptim::core

@@ -14,6 +14,8 @@ namespace flashoptim::cpu {
 template <class F>
 struct Loops {
   using I = core::IntOf<F>;
+  using H = typename core::Half<F>::type;  ///< lanes are groups: headers and their constants
+  using HI = core::IntOf<H>;
   static constexpr int kWidth = core::LaneTraits<F>::kWidth;
   static constexpr int kGroup = static_cast<int>(kGroupSize);
   static constexpr int kVectors = kGroup / kWidth;  ///< per group
@@ -22,8 +24,8 @@ struct Loops {
   static void hash_groups(Block& b) {
     for_each_header([&](int group) {
       core::store_u32(b.group_hash + group,
-                      core::dither_group_hash<F>(b.dither, core::load_u32<F>(b.group_first_low + group),
-                                                 core::load_u32<F>(b.group_first_high + group)));
+                      core::dither_group_hash<H>(b.dither, core::load_u32<H>(b.group_first_low + group),
+                                                 core::load_u32<H>(b.group_first_high + group)));
     });
   }
 
@@ -40,18 +42,18 @@ struct Loops {
   template <MasterWeights kMaster>
   static FLASHOPTIM_HD I load_correction(const void* base, int i) {
     if constexpr (correction_bits(kMaster) == 8) {
-      return core::load_i8<F>(static_cast<const int8_t*>(base) + i);
+      return core::load_i8<F>(static_cast<const uint8_t*>(base) + i);
     } else {
-      return core::load_i16<F>(static_cast<const int16_t*>(base) + i);
+      return core::load_i16<F>(static_cast<const uint16_t*>(base) + i);
     }
   }
 
   template <MasterWeights kMaster>
   static FLASHOPTIM_HD void store_correction(void* base, int i, I value) {
     if constexpr (correction_bits(kMaster) == 8) {
-      core::store_8(static_cast<int8_t*>(base) + i, value);
+      core::store_8(static_cast<uint8_t*>(base) + i, value);
     } else {
-      core::store_16(static_cast<int16_t*>(base) + i, value);
+      core::store_16(static_cast<uint16_t*>(base) + i, value);
     }
   }
 
@@ -126,12 +128,13 @@ struct Loops {
   static void store_narrow_weights(Block& b) {
     auto* parameter = static_cast<uint16_t*>(b.parameter);
     if constexpr (has_correction(kMaster) && !is_nearest(kMaster)) {
-      for_each_dithered<core::DitherStream::kWeight>(b, [&](int i, int, I dither) {
+      void* const corrections = b.correction;
+      for_each_dithered<core::DitherStream::kWeight>(b, [&b, parameter, corrections](int i, int, I dither) __attribute__((always_inline)) {
         const auto out = core::split_update_dithered<Narrow, correction_bits(kMaster), F>(
-            core::load_u16<F>(parameter + i), load_correction<kMaster>(b.correction, i), core::load_f32<F>(b.delta + i),
+            core::load_u16<F>(parameter + i), load_correction<kMaster>(corrections, i), core::load_f32<F>(b.delta + i),
             dither);
         core::store_16(parameter + i, out.narrow);
-        store_correction<kMaster>(b.correction, i, out.correction);
+        store_correction<kMaster>(corrections, i, out.correction);
       });
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
       for_each_dithered<core::DitherStream::kWeight>(b, [&](int i, int, I dither) {
@@ -182,17 +185,20 @@ struct Loops {
 
   // ---- the rule over decoded states -----------------------------------------------------------------------------
 
+  /// The body of a step: decoded states in and out, delta to the block. Holds its own copy of the hyperparameters, so
+  /// that the compiler can keep them in registers across stores.
   template <class Rule>
-  static FLASHOPTIM_HD void update_vector(Block& b, int i, F (&s)[kMaxStates]) {
-    const F delta = Rule::update(core::load_f32<F>(b.weight + i), core::load_f32<F>(b.gradient_f32 + i), s,
-                                 *static_cast<const typename Rule::Hyper*>(b.hyper));
-    core::store_f32(b.delta + i, delta);
+  static FLASHOPTIM_HD auto update_body(Block& b) {
+    return [&b, h = *static_cast<const typename Rule::Hyper*>(b.hyper)](int i, F(&s)[kMaxStates]) __attribute__((always_inline)) {
+      const F delta = Rule::update(core::load_f32<F>(b.weight + i), core::load_f32<F>(b.gradient_f32 + i), s, h);
+      core::store_f32(b.delta + i, delta);
+    };
   }
 
   /// Runs body(group) for the first of every kWidth groups: headers are made and read one group per lane.
   template <class Body>
   static FLASHOPTIM_HD void for_each_header(Body body) {
-    for (int group = 0; group < kBlockGroups; group += kWidth) body(group);
+    for (int group = 0; group < kBlockGroups; group += core::LaneTraits<H>::kWidth) body(group);
   }
 
   template <class Rule>
@@ -206,10 +212,11 @@ struct Loops {
       }
     }
     static void step(Block& b) {
+      const auto update = update_body<Rule>(b);
       for (int i = 0; i < b.groups * kGroup; i += kWidth) {
         F s[kMaxStates];
         load(b, i, s);
-        update_vector<Rule>(b, i, s);
+        update(i, s);
         store(b, i, s);
       }
     }
@@ -231,10 +238,10 @@ struct Loops {
 
   /// One uint32 or float per group of a block.
   struct PerGroup {
-    alignas(64) uint32_t bits[kBlockGroups] = {};
+    alignas(64) uint32_t bits[kBlockGroups];
 
-    I load(int group) const { return core::load_u32<F>(bits + group); }
-    void store(int group, I value) { core::store_u32(bits + group, value); }
+    FLASHOPTIM_HD HI load(int group) const { return core::load_u32<H>(bits + group); }
+    FLASHOPTIM_HD void store(int group, HI value) { core::store_u32(bits + group, value); }
     /// One group's value in every lane.
     FLASHOPTIM_HD I spread(int group) const { return core::splat_bits<F>(bits[group]); }
     FLASHOPTIM_HD F spread_f32(int group) const { return core::from_bits(spread(group)); }
@@ -242,27 +249,35 @@ struct Loops {
 
   /// A vector per group, for a reduction over the lanes of all groups at once.
   struct GroupVectors {
-    alignas(64) uint32_t bits[kBlockGroups * kWidth];
+    static constexpr int kRow = core::LaneTraits<H>::kWidth;
+    alignas(64) uint32_t bits[kBlockGroups * kRow];
     explicit GroupVectors(int groups) {
       // Groups behind the block's last are read by the reduction.
-      std::memset(bits + groups * kWidth, 0, static_cast<size_t>((kBlockGroups - groups) * kWidth) * sizeof *bits);
+      for (int group = groups; group < kBlockGroups; ++group) store(group, core::splat_bits<H>(0u));
     }
-    FLASHOPTIM_HD void store(int group, I value) { core::store_u32(bits + group * kWidth, value); }
-    void maxima(PerGroup& out) const { core::max_of_rows<F>(bits, out.bits); }
-    void unsigned_minima(PerGroup& out) const { core::unsigned_min_of_rows<F>(bits, out.bits); }
+    FLASHOPTIM_HD void store(int group, HI value) { core::store_u32(bits + group * kRow, value); }
+    FLASHOPTIM_HD void maxima(PerGroup& out) const { core::LaneMemory<H>::max_of_rows(bits, out.bits); }
+    FLASHOPTIM_HD void unsigned_minima(PerGroup& out) const { core::LaneMemory<H>::unsigned_min_of_rows(bits, out.bits); }
   };
 
-  static PerGroup load_headers(const Block& b, int slot) {
-    PerGroup headers;
-    for (int group = 0; group < b.groups; ++group) headers.bits[group] = b.scales[slot][group];
+  static FLASHOPTIM_HD PerGroup load_headers(const Block& b, int slot) {
+    PerGroup headers{};
+    if (b.groups == kBlockGroups) {
+      for_each_header([&](int group) { headers.store(group, core::load_u16<H>(b.scales[slot] + group)); });
+    } else {
+      for (int group = 0; group < b.groups; ++group) headers.bits[group] = b.scales[slot][group];
+    }
     return headers;
   }
-  static void store_headers(Block& b, int slot, const PerGroup& headers) {
-    for (int group = 0; group < b.groups; ++group) b.scales[slot][group] = static_cast<uint16_t>(headers.bits[group]);
+  static FLASHOPTIM_HD void store_headers(Block& b, int slot, const PerGroup& headers) {
+    if (b.groups == kBlockGroups) {
+      for_each_header([&](int group) { core::store_16(b.scales[slot] + group, headers.load(group)); });
+    } else {
+      for (int group = 0; group < b.groups; ++group) b.scales[slot][group] = static_cast<uint16_t>(headers.bits[group]);
+    }
   }
 
-  static const uint8_t* codes(const Block& b, int slot) { return static_cast<const uint8_t*>(b.states[slot]); }
-  static uint8_t* codes(Block& b, int slot) { return static_cast<uint8_t*>(b.states[slot]); }
+  static FLASHOPTIM_HD uint8_t* codes(const Block& b, int slot) { return static_cast<uint8_t*>(b.states[slot]); }
 
   template <class Rule>
   struct PaperStates {
@@ -296,7 +311,7 @@ struct Loops {
       PerGroup absmax, header, factor;
       largest.maxima(absmax);
       for_each_header([&](int group) {
-        const F a = core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax.load(group)));
+        const H a = core::max(core::splat<H>(core::kPaperSmallestAbsmax), core::from_bits(absmax.load(group)));
         header.store(group, core::paper_header(a));
         factor.store(group, core::to_bits(Codec<k>::encoding_factor(a)));
       });
@@ -304,7 +319,8 @@ struct Loops {
       for (int group = 0; group < b.groups; ++group) {
         const F f = factor.spread_f32(group);
 #pragma GCC unroll 4
-        for (int i = group * kGroup; i < (group + 1) * kGroup; i += kWidth) {
+        for (int j = 0; j < kVectors; ++j) {
+          const int i = group * kGroup + j * kWidth;
           core::store_8(codes(b, k) + i, Codec<k>::encode(core::load_f32<F>(b.state_f32[k] + i), f));
         }
       }
@@ -326,7 +342,8 @@ struct Loops {
       for (int group = 0; group < b.groups; ++group) {
         I group_largest[kMaxStates] = {core::splat_bits<F>(0u), core::splat_bits<F>(0u)};
 #pragma GCC unroll 4
-        for (int i = group * kGroup; i < (group + 1) * kGroup; i += kWidth) {
+        for (int j = 0; j < kVectors; ++j) {
+          const int i = group * kGroup + j * kWidth;
           F s[kMaxStates];
           if constexpr (kDecode && kSlots > 0) s[0] = decode_slot<0>(b, i, scale[0].spread_f32(group));
           if constexpr (kDecode && kSlots > 1) s[1] = decode_slot<1>(b, i, scale[1].spread_f32(group));
@@ -335,7 +352,7 @@ struct Loops {
           if constexpr (kEncode && kSlots > 1) keep<1>(b, i, s[1], group_largest[1]);
         }
         if constexpr (kEncode) {
-          for (int k = 0; k < kSlots; ++k) largest[k].store(group, group_largest[k]);
+          for (int k = 0; k < kSlots; ++k) largest[k].store(group, core::fold_int_max(group_largest[k]));
         }
       }
       if constexpr (kEncode && kSlots > 0) encode_slot<0>(b, largest[0]);
@@ -343,7 +360,7 @@ struct Loops {
     }
 
     static void step(Block& b) {
-      run<true, true>(b, [&](int i, F(&s)[kMaxStates]) { update_vector<Rule>(b, i, s); });
+      run<true, true>(b, update_body<Rule>(b));
     }
     static void decode(Block& b) { run<true, false>(b, keep_decoded<Rule>(b)); }
     static void encode(Block& b) { run<false, true>(b, take_decoded<Rule>(b)); }
@@ -377,7 +394,7 @@ struct Loops {
 
       explicit Windows(const PerGroup& headers) {
         for_each_header([&](int group) {
-          const auto w = core::WindowCodec::window<F>(headers.load(group));
+          const auto w = core::WindowCodec::window<H>(headers.load(group));
           shift.store(group, w.shift);
           base_minus_one.store(group, w.base_minus_one);
         });
@@ -396,7 +413,7 @@ struct Loops {
       largest.maxima(high);
       smallest.unsigned_minima(low);
       for_each_header([&](int group) {
-        header.store(group, core::WindowCodec::header<F>(high.load(group), low.load(group)));
+        header.store(group, core::WindowCodec::header<H>(high.load(group), low.load(group)));
       });
       store_headers(b, 1, header);
       const Windows windows(header);
@@ -409,7 +426,7 @@ struct Loops {
         const F x = core::relative_to_root(core::load_f32<F>(b.state_f32[0] + i), v.stored);
         core::store_f32(b.state_f32[0] + i, x);
         momentum_max = core::int_max(momentum_max, core::to_bits(core::abs(x)));
-        if (i % kGroup == kGroup - kWidth) momentum_largest.store(group, momentum_max);
+        if (i % kGroup == kGroup - kWidth) momentum_largest.store(group, core::fold_int_max(momentum_max));
       });
     }
 
@@ -418,9 +435,9 @@ struct Loops {
       PerGroup header, inverse;
       largest.maxima(header);
       for_each_header([&](int group) {
-        const I h = MuLaw::template header<F>(core::from_bits(header.load(group)));
+        const HI h = MuLaw::template header<H>(core::from_bits(header.load(group)));
         header.store(group, h);
-        inverse.store(group, core::to_bits(MuLaw::template inverse_scale<F>(h)));
+        inverse.store(group, core::to_bits(MuLaw::template inverse_scale<H>(h)));
       });
       store_headers(b, 0, header);
       for_each_dithered<core::DitherStream::kMomentum>(b, [&](int i, int group, I dither) {
@@ -441,7 +458,7 @@ struct Loops {
       PerGroup scale;
       if constexpr (kDecode && kSlots > 0) {
         scale = load_headers(b, 0);
-        for_each_header([&](int group) { scale.store(group, core::to_bits(MuLaw::template scale<F>(scale.load(group)))); });
+        for_each_header([&](int group) { scale.store(group, core::to_bits(MuLaw::template scale<H>(scale.load(group)))); });
       }
       const Windows windows(kDecode && kHasVariance ? load_headers(b, 1) : PerGroup{});
       GroupVectors largest(b.groups), smallest(b.groups), momentum_largest(b.groups);
@@ -449,7 +466,8 @@ struct Loops {
         I group_largest = core::splat_bits<F>(0u);
         I group_smallest = core::splat_bits<F>(0xffffffffu);
 #pragma GCC unroll 4
-        for (int i = group * kGroup; i < (group + 1) * kGroup; i += kWidth) {
+        for (int j = 0; j < kVectors; ++j) {
+          const int i = group * kGroup + j * kWidth;
           F s[kMaxStates];
           if constexpr (kDecode && kSlots > 0) {
             s[0] = MuLaw::template decode<F>(core::load_u8<F>(codes(b, 0) + i)) * scale.spread_f32(group);
@@ -472,10 +490,10 @@ struct Loops {
           }
         }
         if constexpr (kEncode && kHasVariance) {
-          largest.store(group, group_largest);
-          smallest.store(group, group_smallest);
+          largest.store(group, core::fold_int_max(group_largest));
+          smallest.store(group, core::fold_unsigned_min(group_smallest));
         } else if constexpr (kEncode && kSlots > 0) {
-          momentum_largest.store(group, group_largest);
+          momentum_largest.store(group, core::fold_int_max(group_largest));
         }
       }
       if constexpr (kEncode && kHasVariance) encode_variance<kDithered>(b, largest, smallest, momentum_largest);
@@ -483,7 +501,7 @@ struct Loops {
     }
 
     static void step(Block& b) {
-      run<true, true, true>(b, [&](int i, F(&s)[kMaxStates]) { update_vector<Rule>(b, i, s); });
+      run<true, true, true>(b, update_body<Rule>(b));
     }
     static void decode(Block& b) { run<true, false, false>(b, keep_decoded<Rule>(b)); }
     static void encode(Block& b) { run<false, true, false>(b, take_decoded<Rule>(b)); }

@@ -22,7 +22,8 @@
 
 namespace flashoptim::core {
 
-/// IntOf<F> holds 32-bit patterns, one per lane; MaskOf<F> one truth value per lane.
+/// What a lane type is: Int holds a 32-bit pattern per lane, Mask a truth value per lane; splat and splat_bits put one
+/// number in every lane.
 template <class F>
 struct LaneTraits;
 
@@ -31,6 +32,8 @@ struct LaneTraits<float> {
   using Int = uint32_t;
   using Mask = bool;
   static constexpr int kWidth = 1;
+  static FLASHOPTIM_HD float splat(float value) { return value; }
+  static FLASHOPTIM_HD uint32_t splat_bits(uint32_t bits) { return bits; }
 };
 
 template <class F>
@@ -39,17 +42,12 @@ template <class F>
 using MaskOf = typename LaneTraits<F>::Mask;
 
 template <class F>
-FLASHOPTIM_HD F splat(float value);
-template <class F>
-FLASHOPTIM_HD IntOf<F> splat_bits(uint32_t bits);
-
-template <>
-FLASHOPTIM_HD float splat<float>(float value) {
-  return value;
+FLASHOPTIM_HD F splat(float value) {
+  return LaneTraits<F>::splat(value);
 }
-template <>
-FLASHOPTIM_HD uint32_t splat_bits<float>(uint32_t bits) {
-  return bits;
+template <class F>
+FLASHOPTIM_HD IntOf<F> splat_bits(uint32_t bits) {
+  return LaneTraits<F>::splat_bits(bits);
 }
 
 FLASHOPTIM_HD uint32_t to_bits(float value) {

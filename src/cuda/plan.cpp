@@ -1,0 +1,405 @@
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "flashoptim/core/optimizer_list.h"
+#include "flashoptim/cuda.h"
+#include "src/blocks.h"
+#include "src/cuda/arguments.h"
+#include "src/rules.h"
+
+namespace flashoptim::cuda {
+
+#define FLASHOPTIM_DECLARE(name) StepLaunches step_launches_##name();
+FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_DECLARE)
+#undef FLASHOPTIM_DECLARE
+
+const StepLaunches& step_launches(RuleKind rule) {
+  static const StepLaunches kTable[cpu::kRuleKinds] = {
+#define FLASHOPTIM_ENTRY(name) step_launches_##name(),
+      FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_ENTRY)
+#undef FLASHOPTIM_ENTRY
+  };
+  return kTable[static_cast<int>(rule)];
+}
+
+namespace {
+
+// The table above is in the list's order; the enumeration must be too.
+constexpr int kRuleOrder[] = {
+#define FLASHOPTIM_KIND(name) static_cast<int>(RuleKind::k##name),
+    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_KIND)
+#undef FLASHOPTIM_KIND
+};
+constexpr bool rules_in_order() {
+  for (int i = 0; i < cpu::kRuleKinds; ++i) {
+    if (kRuleOrder[i] != i) return false;
+  }
+  return true;
+}
+
+Status device_status(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status::ok();
+  return Status::device_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+/// Makes a device current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaError_t error_;
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+TensorEntry make_entry(const ParameterTensors& t) {
+  TensorEntry e{};
+  e.parameter = t.parameter;
+  e.gradient = t.gradient;
+  e.correction = t.correction;
+  bool aligned = is_aligned(t.parameter) && is_aligned(t.correction);
+  for (int k = 0; k < kMaxStates; ++k) {
+    e.states[k] = t.states[k];
+    e.scales[k] = static_cast<uint16_t*>(t.scales[k]);
+    aligned = aligned && is_aligned(t.states[k]);
+  }
+  e.row_size = t.layout.row_size;
+  e.groups_per_row = t.layout.groups_per_row();
+  e.numel = t.layout.numel();
+  e.first_element = t.first_element;
+  e.hyper_index = t.hyper_index;
+  e.parameter_dtype = static_cast<uint8_t>(t.parameter_dtype);
+  e.gradient_dtype = static_cast<uint8_t>(t.gradient_dtype);
+  e.master_weights = static_cast<uint8_t>(t.master_weights);
+  if (aligned) e.flags |= kVectorAligned;
+  if (t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0) e.flags |= kShortRows;
+  return e;
+}
+
+/// Cuts [0, groups) of a tensor into chunks.
+void add_chunks(int32_t tensor, int64_t groups, int64_t groups_per_chunk, std::vector<Chunk>* chunks) {
+  for (int64_t first = 0; first < groups; first += groups_per_chunk) {
+    chunks->push_back({first, tensor, static_cast<int32_t>(std::min(groups_per_chunk, groups - first))});
+  }
+}
+
+}  // namespace
+
+struct Plan::Impl {
+  /// One launch of step(): a codec's chunks.
+  struct Launch {
+    StepLaunch function;
+    int64_t first_chunk;
+    int64_t chunks;
+  };
+
+  flashoptim::Plan tensors;  // checks and keeps the host's copy
+  RuleKind rule;
+  int32_t device = 0;
+  int32_t hyper_capacity = 0;
+  std::vector<Launch> launches;
+
+  unsigned char* memory = nullptr;  // one allocation for all of the following
+  TensorEntry* entries = nullptr;
+  Chunk* chunks = nullptr;
+  PreparedHyper* hypers = nullptr;
+  Chunk* norm_chunks = nullptr;
+  int64_t norm_chunk_count = 0;
+  double* partial = nullptr;
+  unsigned int* finished = nullptr;
+
+  // Entries [dirty_begin, dirty_end) differ from the device's.
+  int64_t dirty_begin = 0, dirty_end = 0;
+  // Once captured, a replay may have put older gradients into the table at any time.
+  bool captured = false;
+
+  ~Impl() {
+    if (memory == nullptr) return;
+    DeviceGuard guard(device);
+    cudaFree(memory);
+  }
+
+  void mark_dirty(int64_t begin, int64_t end) {
+    dirty_begin = dirty_begin == dirty_end ? begin : std::min(dirty_begin, begin);
+    dirty_end = std::max(dirty_end, end);
+  }
+
+  Status upload();
+  Status upload_changes(void* stream);
+  Status prepare_inline(const Hyperparameters* given, int32_t used, const StepOptions& options, StepArguments* args) const;
+  Status prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options) const;
+};
+
+namespace {
+
+/// Places arrays one behind the other in a single allocation.
+class Arena {
+ public:
+  template <class T>
+  int64_t add(int64_t count) {
+    const int64_t offset = size_;
+    size_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return offset;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
+}  // namespace
+
+Status Plan::Impl::upload() {
+  const int64_t count = tensors.size();
+  std::vector<TensorEntry> entry_table;
+  std::vector<Chunk> chunk_table, norm_table;
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    entry_table.push_back(make_entry(tensors.tensor(i)));
+    tiles += (tensors.tensor(i).layout.groups() + kTileGroups - 1) / kTileGroups;
+    add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups, &norm_table);
+  }
+  const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
+  // A grid has at most 2^31 - 1 blocks.
+  constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
+  for (int codec = 0; codec < cpu::kCodecs; ++codec) {
+    const int64_t first = static_cast<int64_t>(chunk_table.size());
+    for (int64_t i = 0; i < count; ++i) {
+      const ParameterTensors& t = tensors.tensor(i);
+      if (static_cast<int>(t.state_codec) == codec) add_chunks(static_cast<int32_t>(i), t.layout.groups(), chunk_groups, &chunk_table);
+    }
+    const int64_t end = static_cast<int64_t>(chunk_table.size());
+    for (int64_t begin = first; begin < end; begin += kLargestGrid) {
+      launches.push_back({step_launches(rule).codec[codec], begin, std::min(kLargestGrid, end - begin)});
+    }
+  }
+  norm_chunk_count = static_cast<int64_t>(norm_table.size());
+  if (norm_chunk_count > kLargestGrid) return Status::unsupported("the plan has more than 2^47 elements");
+
+  Arena arena;
+  const int64_t entries_at = arena.add<TensorEntry>(count);
+  const int64_t chunks_at = arena.add<Chunk>(static_cast<int64_t>(chunk_table.size()));
+  const int64_t norm_chunks_at = arena.add<Chunk>(norm_chunk_count);
+  const int64_t uploaded = arena.size();
+  const int64_t hypers_at = arena.add<PreparedHyper>(hyper_capacity);
+  const int64_t partial_at = arena.add<double>(norm_chunk_count);
+  const int64_t finished_at = arena.add<unsigned int>(1);
+
+  std::vector<unsigned char> image(static_cast<size_t>(uploaded));
+  std::copy_n(reinterpret_cast<const unsigned char*>(entry_table.data()), entry_table.size() * sizeof(TensorEntry), image.data() + entries_at);
+  std::copy_n(reinterpret_cast<const unsigned char*>(chunk_table.data()), chunk_table.size() * sizeof(Chunk), image.data() + chunks_at);
+  std::copy_n(reinterpret_cast<const unsigned char*>(norm_table.data()), norm_table.size() * sizeof(Chunk), image.data() + norm_chunks_at);
+
+  DeviceGuard guard(device);
+  Status status = device_status(guard.error(), "cannot use the device of the plan");
+  if (status.is_ok()) status = device_status(cudaMalloc(reinterpret_cast<void**>(&memory), static_cast<size_t>(arena.size())), "cudaMalloc for the plan");
+  if (!status.is_ok()) return status;
+  entries = reinterpret_cast<TensorEntry*>(memory + entries_at);
+  chunks = reinterpret_cast<Chunk*>(memory + chunks_at);
+  norm_chunks = reinterpret_cast<Chunk*>(memory + norm_chunks_at);
+  hypers = reinterpret_cast<PreparedHyper*>(memory + hypers_at);
+  partial = reinterpret_cast<double*>(memory + partial_at);
+  finished = reinterpret_cast<unsigned int*>(memory + finished_at);
+  status = device_status(cudaMemcpy(memory, image.data(), image.size(), cudaMemcpyHostToDevice), "uploading the plan");
+  if (status.is_ok()) status = device_status(cudaMemset(finished, 0, sizeof *finished), "uploading the plan");
+  // The legacy stream's work above must be seen by every later one.
+  if (status.is_ok()) status = device_status(cudaStreamSynchronize(nullptr), "uploading the plan");
+  return status;
+}
+
+Status Plan::Impl::upload_changes(void* stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  Status status = device_status(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture), "cudaStreamIsCapturing");
+  if (!status.is_ok()) return status;
+  captured = captured || capture != cudaStreamCaptureStatusNone;
+  if (captured) mark_dirty(0, tensors.size());
+  UpdateArguments args;
+  for (int64_t begin = dirty_begin; begin < dirty_end; begin += kUpdatesPerLaunch) {
+    args.tensors = entries + begin;
+    args.count = static_cast<int32_t>(std::min<int64_t>(kUpdatesPerLaunch, dirty_end - begin));
+    for (int32_t i = 0; i < args.count; ++i) {
+      const ParameterTensors& t = tensors.tensor(begin + i);
+      args.updates[i] = {t.gradient, t.hyper_index};
+    }
+    status = device_status(static_cast<cudaError_t>(launch_update(args, stream)), "launching the plan's update");
+    if (!status.is_ok()) return status;
+  }
+  dirty_begin = dirty_end = 0;
+  return status;
+}
+
+Status Plan::Impl::prepare_inline(const Hyperparameters* given, int32_t used, const StepOptions& options,
+                                  StepArguments* args) const {
+  for (int32_t i = 0; i < used; ++i) {
+    PreparedHyper& prepared = args->inline_hypers[i];
+    make_hyper(rule, given[i], &prepared.rule);
+    prepared.dither = core::make_dither_key(given[i].seed, static_cast<uint64_t>(given[i].step));
+    prepared.gradient_scale = given[i].maximize ? -options.gradient_scale : options.gradient_scale;
+    prepared.skip = 0;
+  }
+  return Status::ok();
+}
+
+Status Plan::Impl::prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options) const {
+  PrepareArguments args;
+  args.rule = rule;
+  args.gradient_scale = options.gradient_scale;
+  args.gradient_divisor = options.gradient_divisor;
+  args.clip_coefficient = options.clip_coefficient;
+  args.found_inf = options.found_inf;
+  for (int32_t begin = 0; begin < used; begin += kHypersPerLaunch) {
+    args.count = std::min(kHypersPerLaunch, used - begin);
+    args.out = hypers + begin;
+    for (int32_t i = 0; i < args.count; ++i) {
+      args.hypers[i] = given[begin + i];
+      args.lr[i] = options.lr == nullptr ? nullptr : options.lr[begin + i];
+      args.step[i] = options.step == nullptr ? nullptr : options.step[begin + i];
+    }
+    const Status status = device_status(static_cast<cudaError_t>(launch_prepare(args, options.stream)), "launching the step's preparation");
+    if (!status.is_ok()) return status;
+  }
+  return Status::ok();
+}
+
+Plan::Plan() = default;
+Plan::~Plan() = default;
+Plan::Plan(Plan&&) noexcept = default;
+Plan& Plan::operator=(Plan&&) noexcept = default;
+
+Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count, int32_t device,
+                  Plan* plan) {
+  static_assert(rules_in_order());
+  auto impl = std::make_unique<Impl>();
+  Status status = flashoptim::Plan::make(optimizer, has_momentum, tensors, count, &impl->tensors);
+  if (!status.is_ok()) return status;
+  impl->rule = rule_kind(optimizer, has_momentum);
+  impl->device = device;
+  impl->hyper_capacity = static_cast<int32_t>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    impl->hyper_capacity = std::max(impl->hyper_capacity, tensors[i].hyper_index + 1);
+    for (int k = 0; k < kMaxStates; ++k) {
+      if (reinterpret_cast<uintptr_t>(impl->tensors.tensor(i).scales[k]) % sizeof(uint16_t) != 0) {
+        return Status::invalid_argument("tensors[" + std::to_string(i) + "].scales[" + std::to_string(k) +
+                                        "] is at an odd address; scales are 16-bit numbers");
+      }
+    }
+  }
+  status = impl->upload();
+  if (!status.is_ok()) return status;
+  plan->impl_ = std::move(impl);
+  return status;
+}
+
+int64_t Plan::size() const { return impl_ == nullptr ? 0 : impl_->tensors.size(); }
+const ParameterTensors& Plan::tensor(int64_t index) const { return impl_->tensors.tensor(index); }
+int32_t Plan::device() const { return impl_ == nullptr ? -1 : impl_->device; }
+int32_t Plan::launches() const { return impl_ == nullptr ? 0 : static_cast<int32_t>(impl_->launches.size()); }
+
+Status Plan::set_gradient(int64_t index, const void* gradient) {
+  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  if (index >= 0 && index < size() && tensor(index).gradient == gradient) return Status::ok();
+  Status status = impl_->tensors.set_gradient(index, gradient);
+  if (status.is_ok()) impl_->mark_dirty(index, index + 1);
+  return status;
+}
+
+Status Plan::set_gradients(const void* const* gradients) {
+  for (int64_t i = 0; i < size(); ++i) {
+    Status status = set_gradient(i, gradients[i]);
+    if (!status.is_ok()) return status;
+  }
+  return Status::ok();
+}
+
+Status Plan::set_hyper_index(int64_t index, int32_t hyper_index) {
+  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  Status status = impl_->tensors.set_hyper_index(index, hyper_index);
+  if (status.is_ok()) impl_->mark_dirty(index, index + 1);
+  return status;
+}
+
+Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) {
+  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  int32_t used = 0;
+  for (int64_t i = 0; i < size(); ++i) {
+    if (tensor(i).gradient != nullptr) used = std::max(used, tensor(i).hyper_index + 1);
+  }
+  if (used == 0) return Status::ok();
+  if (used > count) {
+    return Status::invalid_argument("hypers has " + std::to_string(count) + " entries, but a tensor's hyper_index is " +
+                                    std::to_string(used - 1));
+  }
+  bool on_device = used > kInlineHypers || options.gradient_divisor != nullptr || options.clip_coefficient != nullptr ||
+                   options.found_inf != nullptr;
+  for (int32_t i = 0; i < used; ++i) {
+    const bool device_step = options.step != nullptr && options.step[i] != nullptr;
+    on_device = on_device || device_step || (options.lr != nullptr && options.lr[i] != nullptr);
+    if (!device_step && hypers[i].step < 1) {
+      return Status::invalid_argument("hypers[" + std::to_string(i) + "].step = " + std::to_string(hypers[i].step) +
+                                      "; steps count from 1");
+    }
+  }
+  DeviceGuard guard(impl_->device);
+  Status status = device_status(guard.error(), "cannot use the device of the plan");
+  if (status.is_ok()) status = impl_->upload_changes(options.stream);
+  StepArguments args;
+  args.tensors = impl_->entries;
+  args.hypers = on_device ? impl_->hypers : nullptr;
+  args.nonfinite = reinterpret_cast<unsigned long long*>(options.nonfinite_gradients);
+  if (status.is_ok()) {
+    status = on_device ? impl_->prepare_on_device(hypers, used, options) : impl_->prepare_inline(hypers, used, options, &args);
+  }
+  for (const Impl::Launch& launch : impl_->launches) {
+    if (!status.is_ok()) return status;
+    args.chunks = impl_->chunks + launch.first_chunk;
+    status = device_status(static_cast<cudaError_t>(launch.function(args, static_cast<unsigned int>(launch.chunks), options.stream)),
+                           "launching the step");
+  }
+  return status;
+}
+
+Status Plan::gradient_norm(const NormOptions& options, GradientNorm* result) {
+  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  if (result == nullptr) return Status::invalid_argument("result is null");
+  DeviceGuard guard(impl_->device);
+  Status status = device_status(guard.error(), "cannot use the device of the plan");
+  if (status.is_ok()) status = impl_->upload_changes(options.stream);
+  if (!status.is_ok()) return status;
+  NormArguments args;
+  args.tensors = impl_->entries;
+  args.chunks = impl_->norm_chunks;
+  args.chunk_count = impl_->norm_chunk_count;
+  args.partial = impl_->partial;
+  args.finished = impl_->finished;
+  args.result = result;
+  args.gradient_scale = options.gradient_scale;
+  args.gradient_divisor = options.gradient_divisor;
+  args.max_norm = options.max_norm;
+  args.epsilon = options.epsilon;
+  return device_status(static_cast<cudaError_t>(launch_norm(args, options.stream)), "launching the gradient norm");
+}
+
+Status advance_step(int64_t* counter, const float* found_inf, void* stream) {
+  if (counter == nullptr) return Status::invalid_argument("counter is null");
+  return device_status(static_cast<cudaError_t>(launch_advance(counter, found_inf, stream)), "launching the step counter");
+}
+
+}  // namespace flashoptim::cuda
