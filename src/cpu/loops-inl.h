@@ -1,6 +1,8 @@
 // The loops, compiled once per instruction set: F is that set's lane type. Every formula is core/'s.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <type_traits>
 
 #include "flashoptim/core/default_codec.h"
@@ -19,6 +21,23 @@ struct Loops {
   static constexpr int kWidth = core::LaneTraits<F>::kWidth;
   static constexpr int kGroup = static_cast<int>(kGroupSize);
   static constexpr int kVectors = kGroup / kWidth;  ///< per group
+
+  /// Runs body(group) for the first of every kWidth groups: headers are made and read one group per lane.
+  template <class Body>
+  static FLASHOPTIM_HD void for_each_header(Body body) {
+    for (int group = 0; group < kBlockGroups; group += core::LaneTraits<H>::kWidth) body(group);
+  }
+
+  /// One uint32 or float per group of a block.
+  struct PerGroup {
+    alignas(64) uint32_t bits[kBlockGroups];
+
+    FLASHOPTIM_HD HI load(int group) const { return core::load_u32<H>(bits + group); }
+    FLASHOPTIM_HD void store(int group, HI value) { core::store_u32(bits + group, value); }
+    /// One group's value in every lane.
+    FLASHOPTIM_HD I spread(int group) const { return core::splat_bits<F>(bits[group]); }
+    FLASHOPTIM_HD F spread_f32(int group) const { return core::from_bits(spread(group)); }
+  };
 
   /// Dither hashes of the block's groups.
   static void hash_groups(Block& b) {
@@ -79,21 +98,18 @@ struct Loops {
   template <class Load>
   static FLASHOPTIM_HD void load_gradients(Block& b, Load load) {
     const F scale = core::splat<F>(b.gradient_scale);
-    F poison = core::splat<F>(0.0f);
+    I largest = core::splat_bits<F>(0u);
     for (int i = 0; i < b.groups * kGroup; i += kWidth) {
       const F g = load(i) * scale;
-      poison = poison + g * core::splat<F>(0.0f);
+      largest = core::int_max(largest, core::to_bits(core::abs(g)));
       core::store_f32(b.gradient_f32 + i, g);
     }
-    // 0 * g is NaN exactly for non-finite g: the count, which is rarely wanted, is only taken where there is one.
-    float lanes[kWidth];
-    core::store_f32(lanes, poison);
-    float any = 0.0f;
-    for (float lane : lanes) any += lane;
-    if (any != 0.0f || any != any) {
+    // Patterns order as magnitudes, infinity and NaN last. The count is only taken where there is one.
+    alignas(64) uint32_t lanes[core::LaneTraits<H>::kWidth];
+    core::store_u32(lanes, core::fold_int_max(largest));
+    if (*std::max_element(std::begin(lanes), std::end(lanes)) >= 0x7f800000u) {
       for (int i = 0; i < b.groups * kGroup; ++i) {
-        const float g = b.gradient_f32[i];
-        b.nonfinite += !(g - g == 0.0f);
+        b.nonfinite += (core::to_bits(b.gradient_f32[i]) & 0x7f800000u) == 0x7f800000u;
       }
     }
   }
@@ -117,10 +133,13 @@ struct Loops {
       lanes[j] = core::lane_multiples<F>(core::kDitherLaneStep<kStream>) +
                  core::splat_bits<F>(static_cast<uint32_t>(j * kWidth) * core::kDitherLaneStep<kStream>);
     }
+    PerGroup start;
+    for_each_header([&](int group) {
+      start.store(group, core::dither_group_start<kStream, H>(b.dither, core::load_u32<H>(b.group_hash + group)));
+    });
     for (int group = 0; group < b.groups; ++group) {
-      const I start = core::splat_bits<F>(core::dither_group_start<kStream>(b.dither, b.group_hash[group]));
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) body(group * kGroup + j * kWidth, group, start + lanes[j]);
+      for (int j = 0; j < kVectors; ++j) body(group * kGroup + j * kWidth, group, start.spread(group) + lanes[j]);
     }
   }
 
@@ -141,30 +160,34 @@ struct Loops {
         const F w = core::load_f32<F>(b.weight + i) - core::load_f32<F>(b.delta + i);
         core::store_16(parameter + i, core::round_dithered<Narrow, F>(w, dither));
       });
+    } else if constexpr (is_nearest(kMaster)) {
+      for (int i = 0; i < b.groups * kGroup; i += kWidth) {
+        const auto out = core::split_update_nearest<Narrow, correction_bits(kMaster), F>(
+            core::load_u16<F>(parameter + i), load_correction<kMaster>(b.correction, i), core::load_f32<F>(b.weight + i),
+            core::load_f32<F>(b.delta + i));
+        core::store_16(parameter + i, out.narrow);
+        store_correction<kMaster>(b.correction, i, out.correction);
+      }
     } else {
       for (int i = 0; i < b.groups * kGroup; i += kWidth) {
         const F w = core::load_f32<F>(b.weight + i) - core::load_f32<F>(b.delta + i);
-        store_nearest<Narrow, kMaster>(b, i, w);
+        core::store_16(parameter + i, Narrow::template round<F>(w));
       }
     }
   }
 
   template <class Narrow, MasterWeights kMaster>
-  static FLASHOPTIM_HD void store_nearest(Block& b, int i, F w) {
-    auto* parameter = static_cast<uint16_t*>(b.parameter);
-    if constexpr (has_correction(kMaster)) {
-      const auto out = core::split<Narrow, correction_bits(kMaster), F>(w);
-      core::store_16(parameter + i, out.narrow);
-      store_correction<kMaster>(b.correction, i, out.correction);
-    } else {
-      core::store_16(parameter + i, Narrow::template round<F>(w));
-    }
-  }
-
-  template <class Narrow, MasterWeights kMaster>
   static void split_narrow_weights(Block& b) {
+    auto* parameter = static_cast<uint16_t*>(b.parameter);
     for (int i = 0; i < b.groups * kGroup; i += kWidth) {
-      store_nearest<Narrow, kMaster>(b, i, core::load_f32<F>(b.weight + i));
+      const F w = core::load_f32<F>(b.weight + i);
+      if constexpr (has_correction(kMaster)) {
+        const auto out = core::split<Narrow, correction_bits(kMaster), F>(w);
+        core::store_16(parameter + i, out.narrow);
+        store_correction<kMaster>(b.correction, i, out.correction);
+      } else {
+        core::store_16(parameter + i, Narrow::template round<F>(w));
+      }
     }
   }
 
@@ -193,12 +216,6 @@ struct Loops {
       const F delta = Rule::update(core::load_f32<F>(b.weight + i), core::load_f32<F>(b.gradient_f32 + i), s, h);
       core::store_f32(b.delta + i, delta);
     };
-  }
-
-  /// Runs body(group) for the first of every kWidth groups: headers are made and read one group per lane.
-  template <class Body>
-  static FLASHOPTIM_HD void for_each_header(Body body) {
-    for (int group = 0; group < kBlockGroups; group += core::LaneTraits<H>::kWidth) body(group);
   }
 
   template <class Rule>
@@ -234,17 +251,6 @@ struct Loops {
         store(b, i, s);
       }
     }
-  };
-
-  /// One uint32 or float per group of a block.
-  struct PerGroup {
-    alignas(64) uint32_t bits[kBlockGroups];
-
-    FLASHOPTIM_HD HI load(int group) const { return core::load_u32<H>(bits + group); }
-    FLASHOPTIM_HD void store(int group, HI value) { core::store_u32(bits + group, value); }
-    /// One group's value in every lane.
-    FLASHOPTIM_HD I spread(int group) const { return core::splat_bits<F>(bits[group]); }
-    FLASHOPTIM_HD F spread_f32(int group) const { return core::from_bits(spread(group)); }
   };
 
   /// A vector per group, for a reduction over the lanes of all groups at once.
@@ -390,17 +396,18 @@ struct Loops {
     static_assert(!kHasVariance || (Rule::kStates[1].kind == core::StateKind::kUnsigned && Rule::kStates[0].relative_to == 1));
 
     struct Windows {
-      PerGroup shift, base_minus_one;
+      PerGroup shift, dither_shift, base_minus_one;
 
       explicit Windows(const PerGroup& headers) {
         for_each_header([&](int group) {
           const auto w = core::WindowCodec::window<H>(headers.load(group));
           shift.store(group, w.shift);
+          dither_shift.store(group, w.dither_shift);
           base_minus_one.store(group, w.base_minus_one);
         });
       }
       FLASHOPTIM_HD core::WindowCodec::Window<I> spread(int group) const {
-        return {shift.spread(group), base_minus_one.spread(group)};
+        return {shift.spread(group), dither_shift.spread(group), base_minus_one.spread(group)};
       }
     };
 

@@ -13,7 +13,7 @@
 // Momentum (signed slots). Where the optimizer names a variance, x = m / S with S the power of two nearest below
 // sqrt(v) as stored (Adam bounds |x|, whatever the spread of the group); otherwise x = m. A group's header is a scale
 // G (the top 16 bits of fp32 below the sign: 8 of exponent, 8 of mantissa), and the code a sign and 7 bits a of
-//     |x| / G = float((a << (23 - K)) + bits(1.0)) - 1     (mu-law: K bits of mantissa, 127 / 2^K octaves)
+//     |x| / G = float(bits(2.0) | a << (23 - K)) - 2     (mu-law: K bits of mantissa, 127 / 2^K octaves)
 #pragma once
 
 #include "flashoptim/core/lanes.h"
@@ -61,6 +61,7 @@ struct WindowCodec {
   template <class I>
   struct Window {
     I shift;
+    I dither_shift;    ///< 32 - shift
     I base_minus_one;  ///< in units of 2^shift; 0 for header 0
   };
 
@@ -68,6 +69,7 @@ struct WindowCodec {
   static FLASHOPTIM_HD Window<IntOf<F>> window(IntOf<F> header) {
     Window<IntOf<F>> w;
     w.shift = (header & splat_bits<F>(15u)) + splat_bits<F>(kSmallestShift);
+    w.dither_shift = splat_bits<F>(32u) - w.shift;
     const IntOf<F> base = shift_right_each(shift_left(shift_right(header, 4), kBaseShift), w.shift);
     w.base_minus_one = int_max(base, splat_bits<F>(1u)) - splat_bits<F>(1u);
     return w;
@@ -88,8 +90,7 @@ struct WindowCodec {
   /// `bits` is storable(v); `dither` the stream's word.
   template <class F>
   static FLASHOPTIM_HD Encoded<F> encode(IntOf<F> bits, const Window<IntOf<F>>& w, IntOf<F> dither) {
-    const IntOf<F> cut =
-        shift_right_each(bits + shift_right_each(dither, splat_bits<F>(32u) - w.shift), w.shift);
+    const IntOf<F> cut = shift_right_each(bits + shift_right_each(dither, w.dither_shift), w.shift);
     // Zero has cut 0, below the base of every window; it and only it becomes code 0.
     return {int_max(cut - w.base_minus_one, splat_bits<F>(0u)), shift_left_each(cut, w.shift)};
   }
@@ -99,10 +100,10 @@ struct WindowCodec {
 template <int kMantissaBits>
 struct MuLawCodec {
   static constexpr uint32_t kShift = 23 - kMantissaBits;
-  static constexpr uint32_t kOneBits = 0x3f800000u;
+  static constexpr uint32_t kTwoBits = 0x40000000u;  ///< its low bits are 0 where codes go, for every K >= 1
 
   /// Largest |x| / G, that of code 127.
-  static FLASHOPTIM_HD float largest() { return from_bits((127u << kShift) + kOneBits) - 1.0f; }
+  static FLASHOPTIM_HD float largest() { return from_bits((127u << kShift) | kTwoBits) - 2.0f; }
 
   /// Header (pattern of G >> 15) of a group whose largest |x| is `absmax`: absmax / largest() rounded up to 8 bits of
   /// mantissa, so that no code saturates. Below the normal range the group is stored as zeros, with header 0.
@@ -128,17 +129,18 @@ struct MuLawCodec {
   /// x / G with its sign, from a code's 8 bits.
   template <class F>
   static FLASHOPTIM_HD F decode(IntOf<F> code) {
-    const IntOf<F> magnitude = shift_left(code & splat_bits<F>(0x7fu), kShift) + splat_bits<F>(kOneBits);
-    return flip_sign<F>(from_bits(magnitude) - splat<F>(1.0f), shift_left(code & splat_bits<F>(0x80u), 24));
+    const IntOf<F> bits = (shift_left(code, kShift) & splat_bits<F>(127u << kShift)) | splat_bits<F>(kTwoBits);
+    const F magnitude = from_bits(bits) - splat<F>(2.0f);
+    return from_bits(to_bits(magnitude) ^ (shift_left(code, 24) & splat_bits<F>(0x80000000u)));
   }
 
   /// `inverse_scale` that of the header made from the group's largest |x|: the code then stays within 127.
   template <class F>
   static FLASHOPTIM_HD IntOf<F> encode(F x, F inverse_scale, IntOf<F> dither) {
-    const F y = abs(x) * inverse_scale + splat<F>(1.0f);
+    const F y = abs(x) * inverse_scale + splat<F>(2.0f);
     const IntOf<F> cut = shift_right(to_bits(y) + shift_right(dither, 32u - kShift), kShift);
-    const IntOf<F> sign = shift_right(to_bits(x), 24) & splat_bits<F>(0x80u);
-    return (cut - splat_bits<F>(kOneBits >> kShift)) | sign;
+    const IntOf<F> sign = shift_right(to_bits(x), 24);
+    return (cut & splat_bits<F>(0x7fu)) | (sign & splat_bits<F>(0x80u));
   }
 };
 

@@ -55,13 +55,13 @@ FLASHOPTIM_HD IntOf<F> dither_group_hash(const DitherKey& key, IntOf<F> first_lo
 }
 
 /// Start of a stream in a group: lane j's word is start + j * kDitherLaneStep<kStream>, modulo 2^32.
-template <DitherStream kStream>
-FLASHOPTIM_HD uint32_t dither_group_start(const DitherKey& key, uint32_t group_hash) {
+template <DitherStream kStream, class F>
+FLASHOPTIM_HD IntOf<F> dither_group_start(const DitherKey& key, IntOf<F> group_hash) {
   // Odd multiples of one hash decorrelate the streams without hashing again.
   constexpr uint32_t kMultiplier = kStream == DitherStream::kVariance   ? 1u
                                    : kStream == DitherStream::kMomentum ? 0x85ebca6bu
                                                                         : 0xc2b2ae35u;
-  return group_hash * kMultiplier + key.step * kDitherTimeStep<kStream>;
+  return group_hash * splat_bits<F>(kMultiplier) + splat_bits<F>(key.step * kDitherTimeStep<kStream>);
 }
 
 }  // namespace flashoptim::core

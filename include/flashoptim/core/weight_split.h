@@ -7,8 +7,9 @@
 //
 // Rounding to nearest leaves |w - n| <= h, so all N steps cover values that occur, and
 //   |merge(split(w)) - w| <= h / (2 N) + one fp32 rounding
-// for every finite w that does not overflow the narrow type. merge(split(merge(n, c))) == merge(n, c) bit for bit.
-// tests/core/weight_split_test.cc checks both over all fp32 inputs and all pairs.
+// for every finite w that does not overflow the narrow type. merge(split(merge(n, c))) == merge(n, c) bit for bit, but
+// for the last n of a binade with |c| = N, which merges to a tie that rounds to the next binade (docs/numerics.md has
+// the list). tests/core checks both over all fp32 inputs and all pairs.
 #pragma once
 
 #include "flashoptim/core/narrow_float.h"
@@ -67,8 +68,14 @@ struct SplitWeight {
   IntOf<F> correction;  ///< two's complement integer, |correction| <= N
 };
 
-/// Nearest narrow value and nearest correction (halves away from zero in neither direction: floor(x + 1/2)).
-/// NaN and values that round to infinity get correction 0.
+/// Nearest integer to x, ties to even, for |x| <= 2^22.
+template <class F>
+FLASHOPTIM_HD IntOf<F> nearest_int(F x) {
+  // The sum's last digit is 1: the addition rounds, and the pattern counts.
+  return to_bits(x + splat<F>(0x1.8p23f)) - splat_bits<F>(0x4b400000u);
+}
+
+/// Nearest narrow value and nearest correction. NaN and values that round to infinity get correction 0.
 template <class Narrow, int kBits, class F>
 FLASHOPTIM_HD SplitWeight<F> split(F w) {
   constexpr float kMax = Correction<kBits>::kMax;
@@ -79,11 +86,19 @@ FLASHOPTIM_HD SplitWeight<F> split(F w) {
   const F unit = twice_inverse_scale<F>(scale_bits<Narrow>(n));
   F x = ((w - n) * unit) * splat<F>(static_cast<float>(1 << Narrow::kMantissaBits) * kMax);
   x = min(max(x, splat<F>(-kMax)), splat<F>(kMax));
-  // |n| = infinity makes x = -N, NaN makes it -N too: both read back as n whatever the correction, so store 0.
   const MaskOf<F> finite = int_greater(splat_bits<F>(0x7f800000u), to_bits(n) & splat_bits<F>(0x7f800000u));
-  // floor(x + 1/2) with x + 1/2 >= -N: the offset makes it positive, where truncation is floor.
-  const IntOf<F> c = truncate_to_int(x + splat<F>(kMax + 1.5f)) - splat_bits<F>(static_cast<uint32_t>(kMax) + 1u);
-  out.correction = select(finite, c, splat_bits<F>(0u));
+  out.correction = select(finite, nearest_int(x), splat_bits<F>(0u));
+  return out;
+}
+
+/// One optimizer update w -= delta on a split weight, rounded to nearest as in the paper; w = merge(narrow, correction).
+/// delta == 0 changes no bit (splitting w again could: see docs/numerics.md, the last value of a binade).
+template <class Narrow, int kBits, class F>
+FLASHOPTIM_HD SplitWeight<F> split_update_nearest(IntOf<F> narrow_bits, IntOf<F> correction, F w, F delta) {
+  SplitWeight<F> out = split<Narrow, kBits, F>(w - delta);
+  const MaskOf<F> unchanged = equals(delta, splat<F>(0.0f));
+  out.narrow = select(unchanged, narrow_bits, out.narrow);
+  out.correction = select(unchanged, correction, out.correction);
   return out;
 }
 
