@@ -45,6 +45,7 @@ struct Block {
   float gradient_scale;
   int64_t nonfinite;
   alignas(64) float weight[kBlockElements];
+  alignas(64) float correction_value[kBlockElements];  ///< what the corrections add; weight includes it
   alignas(64) float gradient_f32[kBlockElements];
   alignas(64) float delta[kBlockElements];
   alignas(64) float state_f32[kMaxStates][kBlockElements];

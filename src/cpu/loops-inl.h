@@ -82,7 +82,9 @@ struct Loops {
     for (int i = 0; i < b.groups * kGroup; i += kWidth) {
       F w = Narrow::template widen<F>(core::load_u16<F>(parameter + i));
       if constexpr (has_correction(kMaster)) {
-        w = core::merge<Narrow, correction_bits(kMaster), F>(w, core::int_to_float(load_correction<kMaster>(b.correction, i)));
+        const F value = core::correction_value<Narrow, correction_bits(kMaster), F>(w, load_correction<kMaster>(b.correction, i));
+        core::store_f32(b.correction_value + i, value);
+        w = w + value;
       }
       core::store_f32(b.weight + i, w);
     }
@@ -150,8 +152,8 @@ struct Loops {
       void* const corrections = b.correction;
       for_each_dithered<core::DitherStream::kWeight>(b, [&b, parameter, corrections](int i, int, I dither) __attribute__((always_inline)) {
         const auto out = core::split_update_dithered<Narrow, correction_bits(kMaster), F>(
-            core::load_u16<F>(parameter + i), load_correction<kMaster>(corrections, i), core::load_f32<F>(b.delta + i),
-            dither);
+            core::load_u16<F>(parameter + i), load_correction<kMaster>(corrections, i),
+            core::load_f32<F>(b.correction_value + i), core::load_f32<F>(b.delta + i), dither);
         core::store_16(parameter + i, out.narrow);
         store_correction<kMaster>(corrections, i, out.correction);
       });

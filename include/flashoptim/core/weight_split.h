@@ -24,7 +24,6 @@ struct Correction {
   /// 1 / N as a sum of two floats, the first short enough that c * kInverseHigh is exact: c / N then rounds once.
   static constexpr float kInverseHigh = kBits == 8 ? 0x1.0204p-7f : 0x1p-15f;
   static constexpr float kInverseLow = static_cast<float>(1.0 / static_cast<double>(kMax) - static_cast<double>(kInverseHigh));
-  static constexpr float kInverse = static_cast<float>(1.0 / static_cast<double>(kMax));
 };
 
 /// c / N, correctly rounded for every integer |c| <= N.
@@ -35,16 +34,14 @@ FLASHOPTIM_HD F correction_fraction(F c) {
 }
 
 /// Scale exponents: an fp32 pattern 2^(max(E, 1) - bias) of the narrow value n, so that h = scale * 2^-(mantissa + 1).
-/// Infinity and NaN get the largest finite scale, which lets them pass through merge().
+/// 2^128 (infinity) for infinity and NaN.
 template <class Narrow, class F>
 FLASHOPTIM_HD IntOf<F> scale_bits(F narrow_value) {
   constexpr uint32_t kSmallest = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
-  constexpr uint32_t kLargest = 254u << 23;
-  const IntOf<F> exponent = to_bits(narrow_value) & splat_bits<F>(0x7f800000u);
-  return int_min(int_max(exponent, splat_bits<F>(kSmallest)), splat_bits<F>(kLargest));
+  return int_max(to_bits(narrow_value) & splat_bits<F>(0x7f800000u), splat_bits<F>(kSmallest));
 }
 
-/// 2^(128 - e) for a scale 2^(e - 127), e = 1 ... 254: in range at both ends, unlike the reciprocal itself.
+/// 2^(128 - e) for a scale 2^(e - 127), e = 1 ... 254: in range at both ends, unlike the reciprocal itself. 0 for e = 255.
 template <class F>
 FLASHOPTIM_HD F twice_inverse_scale(IntOf<F> scale) {
   return from_bits(splat_bits<F>(0x7f800000u) - scale);
@@ -55,11 +52,18 @@ FLASHOPTIM_HD constexpr float half_ulp_of_unit_scale() {
   return 1.0f / static_cast<float>(1 << (Narrow::kMantissaBits + 1));
 }
 
-/// fp32 master weight of a narrow value (as fp32) and its correction (an integer in fp32).
+/// What a correction (an integer) adds to a narrow value: (c / N) * h.
 template <class Narrow, int kBits, class F>
-FLASHOPTIM_HD F merge(F narrow_value, F correction) {
-  const F h_fraction = correction_fraction<kBits>(correction) * splat<F>(half_ulp_of_unit_scale<Narrow>());
-  return narrow_value + h_fraction * from_bits(scale_bits<Narrow>(narrow_value));
+FLASHOPTIM_HD F correction_value(F narrow_value, IntOf<F> correction) {
+  const F fraction = correction_fraction<kBits>(int_to_float(correction));
+  const IntOf<F> scale = int_min(scale_bits<Narrow>(narrow_value), splat_bits<F>(254u << 23));
+  return (fraction * splat<F>(half_ulp_of_unit_scale<Narrow>())) * from_bits(scale);
+}
+
+/// fp32 master weight of a narrow value (as fp32) and its correction.
+template <class Narrow, int kBits, class F>
+FLASHOPTIM_HD F merge(F narrow_value, IntOf<F> correction) {
+  return narrow_value + correction_value<Narrow, kBits, F>(narrow_value, correction);
 }
 
 template <class F>
@@ -106,19 +110,18 @@ FLASHOPTIM_HD SplitWeight<F> split_update_nearest(IntOf<F> narrow_bits, IntOf<F>
 ///
 /// The update is taken off the correction's value, not off w: what it loses to fp32 is then 2^-24 of h instead of
 /// 2^-24 of w, so that updates far below one fp32 ULP of w still count. The correction is rounded down after adding the
-/// dither u in [0, 1), so that the expected weight is the exact one. delta == 0 changes no bit. `dither` is the stream's
-/// 32-bit word.
+/// dither u in [0, 1), so that the expected weight is the exact one. delta == 0 changes no bit. `value` is
+/// correction_value(), `dither` the stream's 32-bit word.
 template <class Narrow, int kBits, class F>
-FLASHOPTIM_HD SplitWeight<F> split_update_dithered(IntOf<F> narrow_bits, IntOf<F> correction, F delta, IntOf<F> dither) {
+FLASHOPTIM_HD SplitWeight<F> split_update_dithered(IntOf<F> narrow_bits, IntOf<F> correction, F value, F delta,
+                                                   IntOf<F> dither) {
   constexpr float kMax = Correction<kBits>::kMax;
   // Corrections in fixed point: kFraction bits behind the point, |x| <= 2^30.
   constexpr int kFraction = kBits == 8 ? 23 : 15;
   constexpr float kOne = static_cast<float>(1 << kFraction);
   constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax * kOne;
-  constexpr float kHalfUlp = half_ulp_of_unit_scale<Narrow>();
   const F n = Narrow::template widen<F>(narrow_bits);
-  const F scale = from_bits(scale_bits<Narrow>(n));
-  const F rest = (int_to_float(correction) * splat<F>(Correction<kBits>::kInverse * kHalfUlp)) * scale - delta;
+  const F rest = value - delta;
 
   const IntOf<F> new_narrow = Narrow::template round<F>(n + rest);
   const F n_new = Narrow::template widen<F>(new_narrow);
