@@ -113,8 +113,10 @@ struct PreparedHyper {
   float gradient_scale;
 };
 
-void run_stage(cpu::Stage stage, Block& block) {
-  if (stage != nullptr) stage(block);
+void store_groups(cpu::Stage store, Block& block, int begin, int end) {
+  block.store_begin = begin;
+  block.store_end = end;
+  store(block);
 }
 
 }  // namespace
@@ -140,8 +142,14 @@ struct Plan::Impl {
     kernels->hash_groups(block);
     kernels->load_weights[dtype][master](block);
     kernels->load_gradient[static_cast<int>(t.gradient_dtype)](block);
-    kernels->rule[static_cast<int>(rule)][static_cast<int>(t.state_codec)](block);
-    kernels->store_weights[dtype][master](block);
+    const auto& stages = kernels->rule[static_cast<int>(rule)][static_cast<int>(t.state_codec)];
+    const cpu::Stage store = kernels->store_weights[dtype][master];
+    stages[0](block);
+    const int half = stages[2] != nullptr ? block.groups / 2 : block.groups;
+    store_groups(store, block, 0, half);
+    if (stages[1] != nullptr) stages[1](block);
+    if (half < block.groups) store_groups(store, block, half, block.groups);
+    if (stages[2] != nullptr) stages[2](block);
     walker.close(access);
   }
 
@@ -317,7 +325,7 @@ Status merge_weights(DType dtype, MasterWeights master_weights, const void* para
   if (!status.is_ok()) return status;
   const cpu::Stage load = kernels->load_weights[static_cast<int>(dtype)][static_cast<int>(master_weights)];
   for_each_block(
-      t, {false, false, false}, [&](Block& b, const BlockWalker&) { run_stage(load, b); },
+      t, {false, false, false}, [&](Block& b, const BlockWalker&) { load(b); },
       [&](Block& b, const BlockWalker& walker) { scatter(walker, b.weight, weights); });
   return status;
 }
@@ -333,7 +341,7 @@ Status split_weights(DType dtype, MasterWeights master_weights, const float* wei
       t, {false, true, false},
       [&](Block& b, const BlockWalker& walker) {
         gather(walker, weights, b.weight);
-        run_stage(split, b);
+        split(b);
       },
       [](Block&, const BlockWalker&) {});
   return status;
@@ -361,7 +369,7 @@ Status decode_states(OptimizerKind optimizer, bool has_momentum, const Parameter
   const cpu::Stage decode = kernels->decode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
   const int states = state_count(optimizer, has_momentum);
   for_each_block(
-      t, {false, false, false}, [&](Block& b, const BlockWalker&) { run_stage(decode, b); },
+      t, {false, false, false}, [&](Block& b, const BlockWalker&) { decode(b); },
       [&](Block& b, const BlockWalker& walker) {
         for (int k = 0; k < states; ++k) scatter(walker, b.state_f32[k], values[k]);
       });
@@ -380,7 +388,7 @@ Status encode_states(OptimizerKind optimizer, bool has_momentum, const Parameter
       t, {false, false, true},
       [&](Block& b, const BlockWalker& walker) {
         for (int k = 0; k < states; ++k) gather(walker, values[k], b.state_f32[k]);
-        run_stage(encode, b);
+        encode(b);
       },
       [](Block&, const BlockWalker&) {});
   return status;

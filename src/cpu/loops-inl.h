@@ -127,9 +127,9 @@ struct Loops {
     load_gradients(b, [gradient](int i) { return core::load_f32<F>(gradient + i); });
   }
 
-  /// Runs body(i, group, dither word) over the block's vectors, for one dither stream.
+  /// Runs body(i, group, dither word) over the vectors of groups begin ... end - 1, for one dither stream.
   template <core::DitherStream kStream, class Body>
-  static FLASHOPTIM_HD void for_each_dithered(const Block& b, Body body) {
+  static FLASHOPTIM_HD void for_each_dithered(const Block& b, int begin, int end, Body body) {
     I lanes[kVectors];
     for (int j = 0; j < kVectors; ++j) {
       lanes[j] = core::lane_multiples<F>(core::kDitherLaneStep<kStream>) +
@@ -139,7 +139,7 @@ struct Loops {
     for_each_header([&](int group) {
       start.store(group, core::dither_group_start<kStream, H>(b.dither, core::load_u32<H>(b.group_hash + group)));
     });
-    for (int group = 0; group < b.groups; ++group) {
+    for (int group = begin; group < end; ++group) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) body(group * kGroup + j * kWidth, group, start.spread(group) + lanes[j]);
     }
@@ -150,7 +150,7 @@ struct Loops {
     auto* parameter = static_cast<uint16_t*>(b.parameter);
     if constexpr (has_correction(kMaster) && !is_nearest(kMaster)) {
       void* const corrections = b.correction;
-      for_each_dithered<core::DitherStream::kWeight>(b, [&b, parameter, corrections](int i, int, I dither) __attribute__((always_inline)) {
+      for_each_dithered<core::DitherStream::kWeight>(b, b.store_begin, b.store_end, [&b, parameter, corrections](int i, int, I dither) __attribute__((always_inline)) {
         const auto out = core::split_update_dithered<Narrow, correction_bits(kMaster), F>(
             core::load_u16<F>(parameter + i), load_correction<kMaster>(corrections, i),
             core::load_f32<F>(b.correction_value + i), core::load_f32<F>(b.delta + i), dither);
@@ -158,12 +158,12 @@ struct Loops {
         store_correction<kMaster>(corrections, i, out.correction);
       });
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
-      for_each_dithered<core::DitherStream::kWeight>(b, [&](int i, int, I dither) {
+      for_each_dithered<core::DitherStream::kWeight>(b, b.store_begin, b.store_end, [&](int i, int, I dither) {
         const F w = core::load_f32<F>(b.weight + i) - core::load_f32<F>(b.delta + i);
         core::store_16(parameter + i, core::round_dithered<Narrow, F>(w, dither));
       });
     } else if constexpr (is_nearest(kMaster)) {
-      for (int i = 0; i < b.groups * kGroup; i += kWidth) {
+      for (int i = b.store_begin * kGroup; i < b.store_end * kGroup; i += kWidth) {
         const auto out = core::split_update_nearest<Narrow, correction_bits(kMaster), F>(
             core::load_u16<F>(parameter + i), load_correction<kMaster>(b.correction, i), core::load_f32<F>(b.weight + i),
             core::load_f32<F>(b.delta + i));
@@ -171,7 +171,7 @@ struct Loops {
         store_correction<kMaster>(b.correction, i, out.correction);
       }
     } else {
-      for (int i = 0; i < b.groups * kGroup; i += kWidth) {
+      for (int i = b.store_begin * kGroup; i < b.store_end * kGroup; i += kWidth) {
         const F w = core::load_f32<F>(b.weight + i) - core::load_f32<F>(b.delta + i);
         core::store_16(parameter + i, Narrow::template round<F>(w));
       }
@@ -195,7 +195,7 @@ struct Loops {
 
   static void store_f32_weights(Block& b) {
     auto* parameter = static_cast<float*>(b.parameter);
-    for (int i = 0; i < b.groups * kGroup; i += kWidth) {
+    for (int i = b.store_begin * kGroup; i < b.store_end * kGroup; i += kWidth) {
       const F w = core::load_f32<F>(b.weight + i) - core::load_f32<F>(b.delta + i);
       core::store_f32(parameter + i, core::canonical_nan(w));
     }
@@ -230,12 +230,12 @@ struct Loops {
         core::store_f32(static_cast<float*>(b.states[k]) + i, core::canonical_nan(s[k]));
       }
     }
-    static void step(Block& b) {
-      const auto update = update_body<Rule>(b);
+    static void update(Block& b) {
+      const auto body = update_body<Rule>(b);
       for (int i = 0; i < b.groups * kGroup; i += kWidth) {
         F s[kMaxStates];
         load(b, i, s);
-        update(i, s);
+        body(i, s);
         store(b, i, s);
       }
     }
@@ -304,7 +304,7 @@ struct Loops {
       }
     }
 
-    /// What is divided by the group's maximum: m, or sqrt(v). Kept in state_f32 between the two passes.
+    /// What is divided by the group's maximum: m, or sqrt(v). Kept in state_f32 for encode_slots.
     template <int k>
     static FLASHOPTIM_HD void keep(Block& b, int i, F value, I& largest) {
       F kept = value;
@@ -315,26 +315,34 @@ struct Loops {
     }
 
     template <int k>
-    static FLASHOPTIM_HD void encode_slot(Block& b, const GroupVectors& largest) {
-      PerGroup absmax, header, factor;
+    static FLASHOPTIM_HD void make_header(Block& b, const GroupVectors& largest) {
+      PerGroup absmax, header;
       largest.maxima(absmax);
       for_each_header([&](int group) {
         const H a = core::max(core::splat<H>(core::kPaperSmallestAbsmax), core::from_bits(absmax.load(group)));
         header.store(group, core::paper_header(a));
-        factor.store(group, core::to_bits(Codec<k>::encoding_factor(a)));
+        core::store_f32(b.encoding_factor[k] + group, Codec<k>::encoding_factor(a));
       });
       store_headers(b, k, header);
+    }
+
+    template <int k>
+    static FLASHOPTIM_HD void encode_slot(Block& b) {
       for (int group = 0; group < b.groups; ++group) {
-        const F f = factor.spread_f32(group);
+        const F factor = core::splat<F>(b.encoding_factor[k][group]);
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
           const int i = group * kGroup + j * kWidth;
-          core::store_8(codes(b, k) + i, Codec<k>::encode(core::load_f32<F>(b.state_f32[k] + i), f));
+          core::store_8(codes(b, k) + i, Codec<k>::encode(core::load_f32<F>(b.state_f32[k] + i), factor));
         }
       }
     }
+    static void encode_slots(Block& b) {
+      if constexpr (kSlots > 0) encode_slot<0>(b);
+      if constexpr (kSlots > 1) encode_slot<1>(b);
+    }
 
-    /// body(i, states) over decoded states, which are encoded afterwards if kEncode.
+    /// body(i, states) over decoded states; then, if kEncode, the headers of what it left.
     template <bool kDecode, bool kEncode, class Body>
     static FLASHOPTIM_HD void run(Block& b, Body body) {
       PerGroup scale[kMaxStates];
@@ -363,15 +371,16 @@ struct Loops {
           for (int k = 0; k < kSlots; ++k) largest[k].store(group, core::fold_int_max(group_largest[k]));
         }
       }
-      if constexpr (kEncode && kSlots > 0) encode_slot<0>(b, largest[0]);
-      if constexpr (kEncode && kSlots > 1) encode_slot<1>(b, largest[1]);
+      if constexpr (kEncode && kSlots > 0) make_header<0>(b, largest[0]);
+      if constexpr (kEncode && kSlots > 1) make_header<1>(b, largest[1]);
     }
 
-    static void step(Block& b) {
-      run<true, true>(b, update_body<Rule>(b));
-    }
+    static void update(Block& b) { run<true, true>(b, update_body<Rule>(b)); }
     static void decode(Block& b) { run<true, false>(b, keep_decoded<Rule>(b)); }
-    static void encode(Block& b) { run<false, true>(b, take_decoded<Rule>(b)); }
+    static void encode(Block& b) {
+      run<false, true>(b, take_decoded<Rule>(b));
+      encode_slots(b);
+    }
   };
 
   /// Bodies of decode and encode: states to and from the block's fp32 arrays.
@@ -397,62 +406,65 @@ struct Loops {
     static_assert(kSlots == 0 || Rule::kStates[0].kind == core::StateKind::kSigned);
     static_assert(!kHasVariance || (Rule::kStates[1].kind == core::StateKind::kUnsigned && Rule::kStates[0].relative_to == 1));
 
-    struct Windows {
-      PerGroup shift, dither_shift, base_minus_one;
-
-      explicit Windows(const PerGroup& headers) {
-        for_each_header([&](int group) {
-          const auto w = core::WindowCodec::window<H>(headers.load(group));
-          shift.store(group, w.shift);
-          dither_shift.store(group, w.dither_shift);
-          base_minus_one.store(group, w.base_minus_one);
-        });
-      }
-      FLASHOPTIM_HD core::WindowCodec::Window<I> spread(int group) const {
-        return {shift.spread(group), dither_shift.spread(group), base_minus_one.spread(group)};
-      }
-    };
-
-    /// Codes of the variance from the patterns in state_f32[1]; leaves relative momentum in state_f32[0] and the largest
-    /// of every group in momentum_largest.
-    template <bool kDithered>
-    static FLASHOPTIM_HD void encode_variance(Block& b, const GroupVectors& largest, const GroupVectors& smallest,
-                                              GroupVectors& momentum_largest) {
+    static FLASHOPTIM_HD void make_variance_header(Block& b, const GroupVectors& largest, const GroupVectors& smallest) {
       PerGroup high, low, header;
       largest.maxima(high);
       smallest.unsigned_minima(low);
       for_each_header([&](int group) {
-        header.store(group, core::WindowCodec::header<H>(high.load(group), low.load(group)));
+        const HI h = core::WindowCodec::header<H>(high.load(group), low.load(group));
+        header.store(group, h);
+        store_window(b, group, core::WindowCodec::window<H>(h));
       });
       store_headers(b, 1, header);
-      const Windows windows(header);
-      I momentum_max = core::splat_bits<F>(0u);
-      for_each_dithered<core::DitherStream::kVariance>(b, [&](int i, int group, I dither) {
-        if (i % kGroup == 0) momentum_max = core::splat_bits<F>(0u);
-        const I bits = core::to_bits(core::load_f32<F>(b.state_f32[1] + i));
-        const auto v = core::WindowCodec::encode<F>(bits, windows.spread(group), rounding_word<kDithered>(dither));
-        core::store_8(codes(b, 1) + i, v.code);
-        const F x = core::relative_to_root(core::load_f32<F>(b.state_f32[0] + i), v.stored);
-        core::store_f32(b.state_f32[0] + i, x);
-        momentum_max = core::int_max(momentum_max, core::to_bits(core::abs(x)));
-        if (i % kGroup == kGroup - kWidth) momentum_largest.store(group, core::fold_int_max(momentum_max));
-      });
     }
 
-    template <bool kDithered>
-    static FLASHOPTIM_HD void encode_momentum(Block& b, const GroupVectors& largest) {
-      PerGroup header, inverse;
+    static FLASHOPTIM_HD void make_momentum_header(Block& b, const GroupVectors& largest) {
+      PerGroup header;
       largest.maxima(header);
       for_each_header([&](int group) {
         const HI h = MuLaw::template header<H>(core::from_bits(header.load(group)));
         header.store(group, h);
-        inverse.store(group, core::to_bits(MuLaw::template inverse_scale<H>(h)));
+        core::store_f32(b.encoding_factor[0] + group, MuLaw::template inverse_scale<H>(h));
       });
       store_headers(b, 0, header);
-      for_each_dithered<core::DitherStream::kMomentum>(b, [&](int i, int group, I dither) {
+    }
+
+    static FLASHOPTIM_HD void store_window(Block& b, int group, const core::WindowCodec::Window<HI>& w) {
+      core::store_u32(b.window_shift + group, w.shift);
+      core::store_u32(b.window_dither_shift + group, w.dither_shift);
+      core::store_u32(b.window_base_minus_one + group, w.base_minus_one);
+    }
+    /// One group's window in every lane.
+    static FLASHOPTIM_HD core::WindowCodec::Window<I> window(const Block& b, int group) {
+      return {core::splat_bits<F>(b.window_shift[group]), core::splat_bits<F>(b.window_dither_shift[group]),
+              core::splat_bits<F>(b.window_base_minus_one[group])};
+    }
+
+    /// Codes of the variance from the patterns in state_f32[1]; leaves momentum relative to it in state_f32[0], and its
+    /// headers.
+    template <bool kDithered>
+    static void encode_variance(Block& b) {
+      GroupVectors largest(b.groups);
+      I group_largest = core::splat_bits<F>(0u);
+      for_each_dithered<core::DitherStream::kVariance>(b, 0, b.groups, [&](int i, int group, I dither) {
+        if (i % kGroup == 0) group_largest = core::splat_bits<F>(0u);
+        const I bits = core::to_bits(core::load_f32<F>(b.state_f32[1] + i));
+        const auto v = core::WindowCodec::encode<F>(bits, window(b, group), rounding_word<kDithered>(dither));
+        core::store_8(codes(b, 1) + i, v.code);
+        const F x = core::relative_to_root(core::load_f32<F>(b.state_f32[0] + i), v.stored);
+        core::store_f32(b.state_f32[0] + i, x);
+        group_largest = core::int_max(group_largest, core::to_bits(core::abs(x)));
+        if (i % kGroup == kGroup - kWidth) largest.store(group, core::fold_int_max(group_largest));
+      });
+      make_momentum_header(b, largest);
+    }
+
+    template <bool kDithered>
+    static void encode_momentum(Block& b) {
+      for_each_dithered<core::DitherStream::kMomentum>(b, 0, b.groups, [&](int i, int group, I dither) {
         const F x = core::load_f32<F>(b.state_f32[0] + i);
-        core::store_8(codes(b, 0) + i,
-                      MuLaw::template encode<F>(x, inverse.spread_f32(group), rounding_word<kDithered>(dither)));
+        const F inverse = core::splat<F>(b.encoding_factor[0][group]);
+        core::store_8(codes(b, 0) + i, MuLaw::template encode<F>(x, inverse, rounding_word<kDithered>(dither)));
       });
     }
 
@@ -462,15 +474,19 @@ struct Loops {
       return kDithered ? dither : core::splat_bits<F>(0x80000000u);
     }
 
-    template <bool kDecode, bool kEncode, bool kDithered, class Body>
+    /// body(i, states) over decoded states; then, if kEncode, what the first encoder needs of what it left.
+    template <bool kDecode, bool kEncode, class Body>
     static FLASHOPTIM_HD void run(Block& b, Body body) {
       PerGroup scale;
       if constexpr (kDecode && kSlots > 0) {
         scale = load_headers(b, 0);
         for_each_header([&](int group) { scale.store(group, core::to_bits(MuLaw::template scale<H>(scale.load(group)))); });
       }
-      const Windows windows(kDecode && kHasVariance ? load_headers(b, 1) : PerGroup{});
-      GroupVectors largest(b.groups), smallest(b.groups), momentum_largest(b.groups);
+      if constexpr (kDecode && kHasVariance) {
+        const PerGroup headers = load_headers(b, 1);
+        for_each_header([&](int group) { store_window(b, group, core::WindowCodec::window<H>(headers.load(group))); });
+      }
+      GroupVectors largest(b.groups), smallest(b.groups);
       for (int group = 0; group < b.groups; ++group) {
         I group_largest = core::splat_bits<F>(0u);
         I group_smallest = core::splat_bits<F>(0xffffffffu);
@@ -482,7 +498,7 @@ struct Loops {
             s[0] = MuLaw::template decode<F>(core::load_u8<F>(codes(b, 0) + i)) * scale.spread_f32(group);
           }
           if constexpr (kDecode && kHasVariance) {
-            s[1] = core::WindowCodec::decode<F>(core::load_u8<F>(codes(b, 1) + i), windows.spread(group));
+            s[1] = core::WindowCodec::decode<F>(core::load_u8<F>(codes(b, 1) + i), window(b, group));
             s[0] = s[0] * core::root_scale<F>(core::to_bits(s[1]));
           }
           body(i, s);
@@ -498,22 +514,23 @@ struct Loops {
             group_largest = core::int_max(group_largest, core::to_bits(core::abs(m)));
           }
         }
-        if constexpr (kEncode && kHasVariance) {
-          largest.store(group, core::fold_int_max(group_largest));
-          smallest.store(group, core::fold_unsigned_min(group_smallest));
-        } else if constexpr (kEncode && kSlots > 0) {
-          momentum_largest.store(group, core::fold_int_max(group_largest));
-        }
+        if constexpr (kEncode && kSlots > 0) largest.store(group, core::fold_int_max(group_largest));
+        if constexpr (kEncode && kHasVariance) smallest.store(group, core::fold_unsigned_min(group_smallest));
       }
-      if constexpr (kEncode && kHasVariance) encode_variance<kDithered>(b, largest, smallest, momentum_largest);
-      if constexpr (kEncode && kSlots > 0) encode_momentum<kDithered>(b, momentum_largest);
+      if constexpr (kEncode && kHasVariance) {
+        make_variance_header(b, largest, smallest);
+      } else if constexpr (kEncode && kSlots > 0) {
+        make_momentum_header(b, largest);
+      }
     }
 
-    static void step(Block& b) {
-      run<true, true, true>(b, update_body<Rule>(b));
+    static void update(Block& b) { run<true, true>(b, update_body<Rule>(b)); }
+    static void decode(Block& b) { run<true, false>(b, keep_decoded<Rule>(b)); }
+    static void encode(Block& b) {
+      run<false, true>(b, take_decoded<Rule>(b));
+      if constexpr (kHasVariance) encode_variance<false>(b);
+      if constexpr (kSlots > 0) encode_momentum<false>(b);
     }
-    static void decode(Block& b) { run<true, false, false>(b, keep_decoded<Rule>(b)); }
-    static void encode(Block& b) { run<false, true, false>(b, take_decoded<Rule>(b)); }
   };
 
   // ---- the table ------------------------------------------------------------------------------------------------
@@ -542,16 +559,22 @@ struct Loops {
     static_assert(sizeof(typename Rule::Hyper) <= sizeof(HyperStorage));
     const int r = static_cast<int>(kind);
     const int f32 = static_cast<int>(StateCodec::kFloat32), paper = static_cast<int>(StateCodec::kPaper);
-    const int fast = static_cast<int>(StateCodec::kDefault);
-    t.rule[r][f32] = Float32States<Rule>::step;
+    const int window = static_cast<int>(StateCodec::kDefault);
+    t.rule[r][f32][0] = Float32States<Rule>::update;
     t.decode[r][f32] = Float32States<Rule>::decode;
     t.encode[r][f32] = Float32States<Rule>::encode;
-    t.rule[r][paper] = PaperStates<Rule>::step;
+    t.rule[r][paper][0] = PaperStates<Rule>::update;
+    if constexpr (Rule::kStateCount > 0) t.rule[r][paper][1] = PaperStates<Rule>::encode_slots;
     t.decode[r][paper] = PaperStates<Rule>::decode;
     t.encode[r][paper] = PaperStates<Rule>::encode;
-    t.rule[r][fast] = DefaultStates<Rule>::step;
-    t.decode[r][fast] = DefaultStates<Rule>::decode;
-    t.encode[r][fast] = DefaultStates<Rule>::encode;
+    t.rule[r][window][0] = DefaultStates<Rule>::update;
+    if constexpr (Rule::kStateCount > 0) t.rule[r][window][1] = DefaultStates<Rule>::template encode_momentum<true>;
+    if constexpr (Rule::kStateCount > 1) {
+      t.rule[r][window][2] = t.rule[r][window][1];
+      t.rule[r][window][1] = DefaultStates<Rule>::template encode_variance<true>;
+    }
+    t.decode[r][window] = DefaultStates<Rule>::decode;
+    t.encode[r][window] = DefaultStates<Rule>::encode;
   }
 
   static constexpr KernelTable table(const char* isa) {

@@ -31,7 +31,7 @@ struct DitherSource {
 
   template <core::DitherStream kStream>
   __device__ __forceinline__ uint32_t start() const {
-    return core::dither_group_start<kStream>(key, group_hash) + static_cast<uint32_t>(lane) * core::kDitherLaneStep<kStream>;
+    return core::dither_group_start<kStream, F>(key, group_hash) + static_cast<uint32_t>(lane) * core::kDitherLaneStep<kStream>;
   }
   template <core::DitherStream kStream>
   static __device__ __forceinline__ uint32_t word(uint32_t start, int i) {

@@ -118,7 +118,7 @@ __device__ __forceinline__ void widen(DType dtype, const Words<4>& words, F (&ou
   }
 }
 
-template <class Narrow, MasterWeights kMaster>
+template <MasterWeights kMaster>
 __device__ __forceinline__ uint32_t correction_of(const StoredWeights& in, int i) {
   if constexpr (correction_bits(kMaster) == 8) return signed_element(first_words<1>(in.correction), i);
   return signed_element(in.correction, i);
@@ -130,12 +130,12 @@ __device__ __forceinline__ void merge_corrections(MasterWeights master, const St
   if (correction_bits(master) == 8) {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      w[i] = core::merge<Narrow, 8, F>(w[i], core::int_to_float(correction_of<Narrow, MasterWeights::kCorrection8>(in, i)));
+      w[i] = core::merge<Narrow, 8, F>(w[i], correction_of<MasterWeights::kCorrection8>(in, i));
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      w[i] = core::merge<Narrow, 16, F>(w[i], core::int_to_float(correction_of<Narrow, MasterWeights::kCorrection16>(in, i)));
+      w[i] = core::merge<Narrow, 16, F>(w[i], correction_of<MasterWeights::kCorrection16>(in, i));
     }
   }
 }
@@ -157,14 +157,18 @@ __device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&del
   uint32_t narrow[kUnit], correction[kUnit];
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    if constexpr (has_correction(kMaster) && !is_nearest(kMaster)) {
-      const auto out = core::split_update_dithered<Narrow, correction_bits(kMaster), F>(
-          element(first_words<2>(stored.parameter), i), correction_of<Narrow, kMaster>(stored, i), delta[i],
-          DitherSource::word<kStream>(start, i));
-      narrow[i] = out.narrow;
-      correction[i] = out.correction;
-    } else if constexpr (has_correction(kMaster)) {
-      const auto out = core::split<Narrow, correction_bits(kMaster), F>(w[i] - delta[i]);
+    if constexpr (has_correction(kMaster)) {
+      constexpr int kBits = correction_bits(kMaster);
+      const uint32_t old_narrow = element(first_words<2>(stored.parameter), i);
+      const uint32_t old_correction = correction_of<kMaster>(stored, i);
+      core::SplitWeight<F> out;
+      if constexpr (is_nearest(kMaster)) {
+        out = core::split_update_nearest<Narrow, kBits, F>(old_narrow, old_correction, w[i], delta[i]);
+      } else {
+        const F value = core::correction_value<Narrow, kBits, F>(Narrow::template widen<F>(old_narrow), old_correction);
+        out = core::split_update_dithered<Narrow, kBits, F>(old_narrow, old_correction, value, delta[i],
+                                                            DitherSource::word<kStream>(start, i));
+      }
       narrow[i] = out.narrow;
       correction[i] = out.correction;
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
