@@ -90,6 +90,29 @@ Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
   return Status::ok();
 }
 
+/// Which of a rule's numbers are wrong, by name and value.
+Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, int32_t index) {
+  const std::string name = "hypers[" + std::to_string(index) + "].";
+  const auto out_of_range = [&name](const char* field, double value, const char* allowed) {
+    return Status::invalid_argument(name + field + " = " + std::to_string(value) + "; allowed is " + allowed);
+  };
+  const auto finite_not_negative = [](double x) { return x >= 0.0 && x <= std::numeric_limits<double>::max(); };
+  if (!finite_not_negative(p.lr)) return out_of_range("lr", p.lr, "a finite number of at least 0");
+  if (!finite_not_negative(p.weight_decay)) return out_of_range("weight_decay", p.weight_decay, "a finite number of at least 0");
+  if (!finite_not_negative(p.decay_lr)) return out_of_range("decay_lr", p.decay_lr, "a finite number of at least 0");
+  const bool adam = optimizer == OptimizerKind::kAdamW || optimizer == OptimizerKind::kAdam;
+  if (adam || optimizer == OptimizerKind::kLion) {
+    if (!(p.beta1 >= 0.0 && p.beta1 < 1.0)) return out_of_range("beta1", p.beta1, "0 <= beta1 < 1");
+    if (!(p.beta2 >= 0.0 && p.beta2 < 1.0)) return out_of_range("beta2", p.beta2, "0 <= beta2 < 1");
+  } else {
+    if (!finite_not_negative(p.momentum)) return out_of_range("momentum", p.momentum, "a finite number of at least 0");
+    if (!(std::abs(p.dampening) <= std::numeric_limits<double>::max())) return out_of_range("dampening", p.dampening, "a finite number");
+  }
+  if (adam && !finite_not_negative(p.eps)) return out_of_range("eps", p.eps, "a finite number of at least 0");
+  if (p.step < 1) return Status::invalid_argument(name + "step = " + std::to_string(p.step) + "; steps count from 1");
+  return Status::ok();
+}
+
 /// Threads are worth their start only for work of some 100 us.
 constexpr int64_t kSmallestParallelBlocks = 128;
 
@@ -245,11 +268,14 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
     return Status::invalid_argument("hypers has " + std::to_string(count) + " entries, but a tensor's hyper_index is " +
                                     std::to_string(used - 1));
   }
+  if (options.gradient_scale - options.gradient_scale != 0.0f) {
+    return Status::invalid_argument("options.gradient_scale = " + std::to_string(options.gradient_scale) + "; must be finite");
+  }
   for (int32_t i = 0; i < used; ++i) {
-    if (hypers[i].step < 1) {
-      return Status::invalid_argument("hypers[" + std::to_string(i) + "].step = " + std::to_string(hypers[i].step) +
-                                      "; steps count from 1");
-    }
+    const Status status = check_hyperparameters(impl_->optimizer, hypers[i], i);
+    if (!status.is_ok()) return status;
+  }
+  for (int32_t i = 0; i < used; ++i) {
     PreparedHyper& prepared = impl_->hypers[static_cast<size_t>(i)];
     make_hyper(impl_->rule, hypers[i], &prepared.rule);
     prepared.dither = core::make_dither_key(hypers[i].seed, static_cast<uint64_t>(hypers[i].step));
@@ -351,7 +377,8 @@ namespace {
 
 Status check_states_tensor(OptimizerKind optimizer, bool has_momentum, ParameterTensors* t) {
   // Parameter and correction are not touched: allow them to be absent.
-  t->parameter = t->states[0];
+  static char untouched;
+  t->parameter = &untouched;
   t->correction = nullptr;
   t->parameter_dtype = t->gradient_dtype = DType::kFloat32;
   t->master_weights = MasterWeights::kNone;

@@ -50,88 +50,141 @@ __device__ __forceinline__ int count_nonfinite(const F (&g)[kUnit], int valid) {
   return count;
 }
 
+/// Everything a thread holds of its unit in stored form.
+template <StateCodec kCodec>
+struct StoredUnit {
+  StoredWeights weights;
+  Words<4> gradient;
+  StoredStates<kCodec> states;
+};
+
 template <class Rule, StateCodec kCodec, class Types>
-__device__ __forceinline__ void step_unit(const StepArguments& args, const TensorEntry& t, const Types& types,
-                                          const typename Rule::Hyper& hyper, const core::DitherKey& key, float gradient_scale,
-                                          bool aligned, int64_t group, int lane, bool active) {
+__device__ __forceinline__ void load_stored(const TensorEntry& t, const Types& types, const Unit& unit, bool vector,
+                                            StoredUnit<kCodec>& out) {
   constexpr int kBytes = kStateBytes<kCodec>;
+  load_weights(t, types, unit.first, unit.valid, vector, out.weights);
+  load_2_or_4(t.gradient, unit.first, types.gradient() == DType::kFloat32, unit.valid, vector, out.gradient);
+#pragma unroll
+  for (int k = 0; k < Rule::kStateCount; ++k) {
+    out.states.words[k] =
+        load_unit<kBytes>(static_cast<const unsigned char*>(t.states[k]) + unit.first * kBytes, unit.valid, vector);
+  }
+}
+
+template <class Rule, StateCodec kCodec, class Types>
+__device__ __forceinline__ void store_stored(const TensorEntry& t, const Types& types, const Unit& unit, bool vector,
+                                             const StoredUnit<kCodec>& in) {
+  constexpr int kBytes = kStateBytes<kCodec>;
+  store_weights(t, types, unit.first, unit.valid, vector, in.weights);
+#pragma unroll
+  for (int k = 0; k < Rule::kStateCount; ++k) {
+    store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, in.states.words[k], unit.valid, vector);
+  }
+}
+
+/// What all units of a chunk share, in shared memory: registers are for the elements.
+template <class Rule>
+struct ChunkContext {
+  TensorEntry tensor;
+  PreparedHyper prepared;
+};
+
+template <class Rule, StateCodec kCodec, class Types>
+__device__ __forceinline__ void step_unit(const StepArguments& args, const ChunkContext<Rule>& context, const Types& types,
+                                          bool aligned, int64_t group, int lane, bool active) {
+  const TensorEntry& t = context.tensor;
   Unit unit = locate_unit(t, group, lane);
   if (!active) unit.valid = 0;
   const bool vector = aligned && unit.valid == kUnit && unit.first % kUnit == 0;
 
-  // All loads first, so that they are in flight together.
-  StoredWeights weights;
-  Words<4> gradient_words;
-  StoredStates<kCodec> states;
-  load_weights(t, types, unit.first, unit.valid, vector, weights);
-  load_2_or_4(t.gradient, unit.first, types.gradient() == DType::kFloat32, unit.valid, vector, gradient_words);
+  // One branch around all loads and one around all stores: they are then in flight together.
+  StoredUnit<kCodec> stored;
+  if (vector) {
+    load_stored<Rule, kCodec>(t, types, unit, true, stored);
+  } else {
+    load_stored<Rule, kCodec>(t, types, unit, false, stored);
+  }
+  if constexpr (kCodec != StateCodec::kFloat32) {
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) {
-    states.words[k] =
-        load_unit<kBytes>(static_cast<const unsigned char*>(t.states[k]) + unit.first * kBytes, unit.valid, vector);
-    if constexpr (kCodec != StateCodec::kFloat32) states.header[k] = active ? t.scales[k][group] : 0u;
+    for (int k = 0; k < Rule::kStateCount; ++k) stored.states.header[k] = active ? t.scales[k][group] : 0u;
   }
 
   F w[kUnit], g[kUnit], delta[kUnit];
   States s;
-  merge_weights(types, weights, w);
-  widen(types.gradient(), gradient_words, g);
+  merge_weights(types, stored.weights, w);
+  widen(types.gradient(), stored.gradient, g);
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) g[i] = g[i] * core::splat<F>(gradient_scale);
+  for (int i = 0; i < kUnit; ++i) g[i] = g[i] * core::splat<F>(context.prepared.gradient_scale);
   if (args.nonfinite != nullptr) {
     const int count = count_nonfinite(g, unit.valid);
     if (count != 0) atomicAdd(args.nonfinite, static_cast<unsigned long long>(count));
   }
-  Codec<Rule, kCodec>::decode(states, s);
+  Codec<Rule, kCodec>::decode(stored.states, s);
+  const typename Rule::Hyper hyper = reinterpret_cast<const typename Rule::Hyper&>(context.prepared.rule);
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) delta[i] = Rule::update(w[i], g[i], s[i], hyper);
 
+  const core::DitherKey key = context.prepared.dither;
   const uint64_t index = static_cast<uint64_t>(t.first_element + unit.group_first);
   const DitherSource dither{
       key, core::dither_group_hash<F>(key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32)), lane};
-  update_weights(types, w, delta, dither, weights);
-  store_weights(t, types, unit.first, unit.valid, vector, weights);
+  update_weights(types, w, delta, dither, stored.weights);
+  Codec<Rule, kCodec>::encode(s, dither, stored.states);
 
-  Codec<Rule, kCodec>::encode(s, dither, states);
+  // Read the pointers again rather than keep them.
+  asm volatile("" ::: "memory");
+  if (vector) {
+    store_stored<Rule, kCodec>(t, types, unit, true, stored);
+  } else {
+    store_stored<Rule, kCodec>(t, types, unit, false, stored);
+  }
+  if constexpr (kCodec != StateCodec::kFloat32) {
+    if (active && lane == 0) {
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) {
-    store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, states.words[k], unit.valid, vector);
-    if constexpr (kCodec != StateCodec::kFloat32) {
-      if (active && lane == 0) t.scales[k][group] = static_cast<uint16_t>(states.header[k]);
+      for (int k = 0; k < Rule::kStateCount; ++k) t.scales[k][group] = static_cast<uint16_t>(stored.states.header[k]);
     }
   }
 }
 
+/// Copies a struct to shared memory, a word per thread.
+template <class T>
+__device__ __forceinline__ void copy_to_shared(T* to, const T* from, int first_thread) {
+  static_assert(sizeof(T) % 4 == 0 && sizeof(T) / 4 <= 32);
+  const int i = static_cast<int>(threadIdx.x) - first_thread;
+  if (i >= 0 && i < static_cast<int>(sizeof(T) / 4)) {
+    reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
+  }
+}
+
 template <class Rule, StateCodec kCodec, class Types>
-__device__ __forceinline__ void step_chunk(const StepArguments& args, const TensorEntry& t, const Chunk& chunk,
-                                           const PreparedHyper& prepared) {
-  const Types types(t);
-  const typename Rule::Hyper hyper = reinterpret_cast<const typename Rule::Hyper&>(prepared.rule);
-  const core::DitherKey key = prepared.dither;
-  const float gradient_scale = prepared.gradient_scale;
-  const bool aligned = (t.flags & kVectorAligned) && (reinterpret_cast<uintptr_t>(t.gradient) & 15u) == 0;
+__device__ __forceinline__ void step_chunk(const StepArguments& args) {
+  __shared__ ChunkContext<Rule> context;
+  const Chunk chunk = args.chunks[blockIdx.x];
+  const TensorEntry* entry = args.tensors + chunk.tensor;
+  const PreparedHyper* prepared = (args.hypers != nullptr ? args.hypers : args.inline_hypers) + entry->hyper_index;
+  copy_to_shared(&context.tensor, entry, 0);
+  copy_to_shared(&context.prepared, prepared, 32);
+  __syncthreads();
+  if (context.tensor.gradient == nullptr || context.prepared.skip) return;
+  const Types types(context.tensor);
+  const bool aligned =
+      (context.tensor.flags & kVectorAligned) && (reinterpret_cast<uintptr_t>(context.tensor.gradient) & 15u) == 0;
   const int lane = static_cast<int>(threadIdx.x % kThreadsPerGroup) * kUnit;
 #pragma unroll 1
   for (int tile = 0; tile < chunk.groups; tile += kTileGroups) {
     const int local = tile + static_cast<int>(threadIdx.x / kThreadsPerGroup);
-    step_unit<Rule, kCodec, Types>(args, t, types, hyper, key, gradient_scale, aligned, chunk.first_group + local, lane,
-                                   local < chunk.groups);
+    step_unit<Rule, kCodec, Types>(args, context, types, aligned, chunk.first_group + local, lane, local < chunk.groups);
   }
 }
 
-template <class Rule, StateCodec kCodec>
+template <class Rule, StateCodec kCodec, class Types>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kernel(const __grid_constant__ StepArguments args) {
-  const Chunk chunk = args.chunks[blockIdx.x];
-  const TensorEntry& t = args.tensors[chunk.tensor];
-  if (t.gradient == nullptr) return;
-  const PreparedHyper& prepared = (args.hypers != nullptr ? args.hypers : args.inline_hypers)[t.hyper_index];
-  if (prepared.skip) return;
-  step_chunk<Rule, kCodec, AnyTypes>(args, t, chunk, prepared);
+  step_chunk<Rule, kCodec, Types>(args);
 }
 
 template <class Rule, StateCodec kCodec>
 int launch_step(const StepArguments& args, unsigned int blocks, void* stream) {
-  step_kernel<Rule, kCodec><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  step_kernel<Rule, kCodec, AnyTypes><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return static_cast<int>(cudaGetLastError());
 }
 

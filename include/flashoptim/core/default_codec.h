@@ -26,13 +26,14 @@ struct WindowCodec {
   static constexpr uint32_t kBaseShift = 19;  ///< header = (base >> 19 in bit space) << 4 | (shift - 8)
   static constexpr float kSmallestNormal = 0x1p-126f;
 
-  /// Pattern of what is encoded for a state v: 0 for 0 and for non-finite values, otherwise at least the smallest normal
-  /// number, so that a positive v never becomes 0. v is not negative.
+  /// Pattern of what is encoded for a state v: 0 for 0 and for non-finite values, otherwise between the smallest normal
+  /// number, so that a positive v never becomes 0, and 2^127, so that none rounds up to infinity. v is not negative.
   template <class F>
   static FLASHOPTIM_HD IntOf<F> storable(F v) {
     const IntOf<F> bits = to_bits(v);
     const MaskOf<F> stays = unsigned_less(bits - splat_bits<F>(1u), splat_bits<F>(0x7f7fffffu));
-    return select(stays, int_max(bits, splat_bits<F>(0x00800000u)), splat_bits<F>(0u));
+    const IntOf<F> bounded = int_min(int_max(bits, splat_bits<F>(0x00800000u)), splat_bits<F>(0x7f000000u));
+    return select(stays, bounded, splat_bits<F>(0u));
   }
 
   /// Header of a group from the largest pattern and the smallest non-zero pattern minus 1 (as unsigned: zeros give
