@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -42,6 +43,13 @@ const char* dtype_name(DType dtype) {
 }
 
 std::string tensor_name(int64_t index) { return "tensors[" + std::to_string(index) + "]"; }
+
+/// Shortest text that reads back as the same number.
+std::string number(double value) {
+  char text[32];
+  const auto end = std::to_chars(text, text + sizeof text, value);
+  return std::string(text, end.ptr);
+}
 
 bool in_enum(int value, int count) { return value >= 0 && value < count; }
 
@@ -94,7 +102,7 @@ Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
 Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, int32_t index) {
   const std::string name = "hypers[" + std::to_string(index) + "].";
   const auto out_of_range = [&name](const char* field, double value, const char* allowed) {
-    return Status::invalid_argument(name + field + " = " + std::to_string(value) + "; allowed is " + allowed);
+    return Status::invalid_argument(name + field + " = " + number(value) + "; allowed is " + allowed);
   };
   const auto finite_not_negative = [](double x) { return x >= 0.0 && x <= std::numeric_limits<double>::max(); };
   if (!finite_not_negative(p.lr)) return out_of_range("lr", p.lr, "a finite number of at least 0");
@@ -269,7 +277,7 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
                                     std::to_string(used - 1));
   }
   if (options.gradient_scale - options.gradient_scale != 0.0f) {
-    return Status::invalid_argument("options.gradient_scale = " + std::to_string(options.gradient_scale) + "; must be finite");
+    return Status::invalid_argument("options.gradient_scale = " + number(static_cast<double>(options.gradient_scale)) + "; must be finite");
   }
   for (int32_t i = 0; i < used; ++i) {
     const Status status = check_hyperparameters(impl_->optimizer, hypers[i], i);

@@ -100,9 +100,18 @@ struct NormArguments {
 /// Everything a kernel needs to be launched; `stream` is a cudaStream_t. They return cudaError_t as int.
 using StepLaunch = int (*)(const StepArguments& arguments, unsigned int blocks, void* stream);
 
-/// Launches by codec; a null entry does not exist.
+/// Configurations with a kernel of their own, beside the one per codec that branches on element types.
+enum HotKind : int { kHotNone = -1, kHotBFloat16Correction8 = 0, kHotKinds = 1 };
+
+inline HotKind hot_kind(const ParameterTensors& t, int states) {
+  const bool is_hot = states > 0 && t.state_codec == StateCodec::kDefault && t.parameter_dtype == DType::kBFloat16 &&
+                      t.gradient_dtype == DType::kBFloat16 && t.master_weights == MasterWeights::kCorrection8;
+  return is_hot ? kHotBFloat16Correction8 : kHotNone;
+}
+
 struct StepLaunches {
   StepLaunch codec[cpu::kCodecs];
+  StepLaunch hot[kHotKinds];  ///< null for rules without states
 };
 const StepLaunches& step_launches(RuleKind rule);
 

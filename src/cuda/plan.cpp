@@ -1,6 +1,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -104,7 +105,7 @@ void add_chunks(int32_t tensor, int64_t groups, int64_t groups_per_chunk, std::v
 }  // namespace
 
 struct Plan::Impl {
-  /// One launch of step(): a codec's chunks.
+  /// One launch of step(): a kernel's chunks.
   struct Launch {
     StepLaunch function;
     int64_t first_chunk;
@@ -114,6 +115,7 @@ struct Plan::Impl {
   flashoptim::Plan tensors;  // checks and keeps the host's copy
   RuleKind rule;
   int32_t device = 0;
+  int states = 0;
   int32_t hyper_capacity = 0;
   std::vector<Launch> launches;
 
@@ -177,18 +179,33 @@ Status Plan::Impl::upload() {
     tiles += (tensors.tensor(i).layout.groups() + kTileGroups - 1) / kTileGroups;
     add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups, &norm_table);
   }
-  const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
+  int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
+#ifdef FLASHOPTIM_CUDA_EXPERIMENT
+  if (const char* e = std::getenv("FLASHOPTIM_TILES")) chunk_groups = kTileGroups * std::atoi(e);
+#endif
+  // One launch per kernel: the hot ones first, then one per codec.
+  const StepLaunches& functions = step_launches(rule);
+  std::vector<StepLaunch> kernels(functions.hot, functions.hot + kHotKinds);
+  kernels.insert(kernels.end(), functions.codec, functions.codec + cpu::kCodecs);
+  std::vector<size_t> kernel_of(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const ParameterTensors& t = tensors.tensor(i);
+    const HotKind hot = hot_kind(t, states);
+    kernel_of[static_cast<size_t>(i)] =
+        static_cast<size_t>(hot != kHotNone ? static_cast<int>(hot) : kHotKinds + static_cast<int>(t.state_codec));
+  }
   // A grid has at most 2^31 - 1 blocks.
   constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
-  for (int codec = 0; codec < cpu::kCodecs; ++codec) {
+  for (size_t kernel = 0; kernel < kernels.size(); ++kernel) {
     const int64_t first = static_cast<int64_t>(chunk_table.size());
     for (int64_t i = 0; i < count; ++i) {
-      const ParameterTensors& t = tensors.tensor(i);
-      if (static_cast<int>(t.state_codec) == codec) add_chunks(static_cast<int32_t>(i), t.layout.groups(), chunk_groups, &chunk_table);
+      if (kernel_of[static_cast<size_t>(i)] == kernel) {
+        add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), chunk_groups, &chunk_table);
+      }
     }
     const int64_t end = static_cast<int64_t>(chunk_table.size());
     for (int64_t begin = first; begin < end; begin += kLargestGrid) {
-      launches.push_back({step_launches(rule).codec[codec], begin, std::min(kLargestGrid, end - begin)});
+      launches.push_back({kernels[kernel], begin, std::min(kLargestGrid, end - begin)});
     }
   }
   norm_chunk_count = static_cast<int64_t>(norm_table.size());
@@ -291,6 +308,7 @@ Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTen
   Status status = flashoptim::Plan::make(optimizer, has_momentum, tensors, count, &impl->tensors);
   if (!status.is_ok()) return status;
   impl->rule = rule_kind(optimizer, has_momentum);
+  impl->states = state_count(optimizer, has_momentum);
   impl->device = device;
   impl->hyper_capacity = static_cast<int32_t>(count);
   for (int64_t i = 0; i < count; ++i) {

@@ -1,6 +1,8 @@
 // The three codecs over one thread's 8 elements of a group: as src/cpu/loops-inl.h composes core's formulas.
 #pragma once
 
+#include <type_traits>
+
 #include "flashoptim/core/default_codec.h"
 #include "flashoptim/core/dither.h"
 #include "flashoptim/core/optimizer_list.h"
@@ -10,7 +12,7 @@
 
 namespace flashoptim::cuda {
 
-using F = Lane;
+using F = float;
 
 /// Bytes of one state element.
 template <StateCodec kCodec>
@@ -94,15 +96,11 @@ struct Codec<Rule, StateCodec::kPaper> {
     }
     const F absmax = core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(group_int_max(largest)));
     stored.header[k] = core::paper_header(absmax);
+    using SlotCodec = std::conditional_t<kIsSigned<k>, core::PaperMomentum, core::PaperVariance>;
+    const F factor = SlotCodec::template encoding_factor<F>(absmax);
     uint32_t codes[kUnit];
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      if constexpr (kIsSigned<k>) {
-        codes[i] = core::PaperMomentum::encode<F>(s[i][k], absmax);
-      } else {
-        codes[i] = core::PaperVariance::encode<F>(s[i][k], absmax);
-      }
-    }
+    for (int i = 0; i < kUnit; ++i) codes[i] = SlotCodec::template encode<F>(s[i][k], factor);
     stored.words[k] = pack<1>(codes);
   }
 

@@ -8,8 +8,12 @@ inline constexpr int kUnit = 8;
 inline constexpr int kThreadsPerGroup = 4;
 
 /// Threads of a block, and blocks that must fit a multiprocessor (caps registers at 64).
-inline constexpr int kThreads = 256;
-inline constexpr int kBlocksPerMultiprocessor = 4;
+#ifndef FLASHOPTIM_THREADS
+#define FLASHOPTIM_THREADS 256
+#define FLASHOPTIM_BLOCKS 4
+#endif
+inline constexpr int kThreads = FLASHOPTIM_THREADS;
+inline constexpr int kBlocksPerMultiprocessor = FLASHOPTIM_BLOCKS;
 
 /// Groups that one pass of a block covers, and passes of a block over a large tensor.
 inline constexpr int kTileGroups = kThreads / kThreadsPerGroup;

@@ -11,6 +11,7 @@ namespace flashoptim::cuda {
 /// Element types known when the kernel is compiled: the configurations that deserve a kernel of their own.
 template <DType kParameter, DType kGradient, MasterWeights kMaster>
 struct FixedTypes {
+  static constexpr bool kFixed = true;
   __device__ explicit FixedTypes(const TensorEntry&) {}
   static constexpr __device__ DType parameter() { return kParameter; }
   static constexpr __device__ DType gradient() { return kGradient; }
@@ -19,6 +20,7 @@ struct FixedTypes {
 
 /// Any element types.
 struct AnyTypes {
+  static constexpr bool kFixed = false;
   DType parameter_, gradient_;
   MasterWeights master_;
   __device__ explicit AnyTypes(const TensorEntry& t)
@@ -172,7 +174,8 @@ __device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&del
       narrow[i] = out.narrow;
       correction[i] = out.correction;
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
-      narrow[i] = core::round_dithered<Narrow, F>(w[i] - delta[i], DitherSource::word<kStream>(start, i));
+      // CUDA's own NaN would overflow under the dither.
+      narrow[i] = core::round_dithered<Narrow, F>(core::canonical_nan(w[i] - delta[i]), DitherSource::word<kStream>(start, i));
     } else {
       narrow[i] = Narrow::template round<F>(w[i] - delta[i]);
     }
