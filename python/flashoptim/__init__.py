@@ -1,0 +1,37 @@
+"""Memory-efficient optimizers: 16-bit weights with 8- or 16-bit corrections, and 8-bit states.
+
+Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/python_api.md.
+"""
+
+from __future__ import annotations
+
+from ._ops import cpu_isa
+from .casting import cast_model
+from .numerics import NumericsError, NumericsReport
+from .optimizer import FlashOptimizer
+from .optimizers import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
+from .weights import (
+    compute_ecc_bits,
+    get_fp32_model_state_dict,
+    reconstruct_fp32_param,
+    set_fp32_model_state_dict,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlashAdam",
+    "FlashAdamW",
+    "FlashLion",
+    "FlashOptimizer",
+    "FlashSGD",
+    "FlashSGDW",
+    "NumericsError",
+    "NumericsReport",
+    "cast_model",
+    "compute_ecc_bits",
+    "cpu_isa",
+    "get_fp32_model_state_dict",
+    "reconstruct_fp32_param",
+    "set_fp32_model_state_dict",
+]

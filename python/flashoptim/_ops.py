@@ -1,0 +1,118 @@
+"""Finds and loads the C++ operators, and gives their enumerations names.
+
+The library is ``libflashoptim_ops.so``: next to this file in an installed package, or wherever the environment variable
+``FLASHOPTIM_OPS_LIBRARY`` points to during development.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+LIBRARY_NAME = "libflashoptim_ops.so"
+LIBRARY_VARIABLE = "FLASHOPTIM_OPS_LIBRARY"
+OLDEST_TORCH = (2, 11)
+
+
+class StateCodec(enum.IntEnum):
+    """How optimizer states are stored: flashoptim::StateCodec of include/flashoptim/types.h."""
+
+    FLOAT32 = 0
+    PAPER = 1
+    DEFAULT = 2
+
+
+class MasterWeights(enum.IntEnum):
+    """How a weight is kept between steps: flashoptim::MasterWeights of include/flashoptim/types.h."""
+
+    NONE = 0
+    NONE_STOCHASTIC = 1
+    CORRECTION8 = 2
+    CORRECTION16 = 3
+    CORRECTION8_NEAREST = 4
+    CORRECTION16_NEAREST = 5
+
+
+CORRECTION_DTYPES = {
+    MasterWeights.CORRECTION8: torch.int8,
+    MasterWeights.CORRECTION16: torch.int16,
+    MasterWeights.CORRECTION8_NEAREST: torch.int8,
+    MasterWeights.CORRECTION16_NEAREST: torch.int16,
+}
+
+
+def _is_registered() -> bool:
+    try:
+        torch.ops.flashoptim.step_  # noqa: B018
+    except AttributeError:
+        return False
+    return True
+
+
+def library_path() -> Path:
+    """Where the operators are expected to be."""
+    override = os.environ.get(LIBRARY_VARIABLE)
+    return Path(override) if override else Path(__file__).resolve().parent / LIBRARY_NAME
+
+
+def _load() -> None:
+    if _is_registered():  # a C++ program that embeds Python may have linked them in
+        return
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < OLDEST_TORCH:
+        raise ImportError(
+            f"flashoptim needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, but torch {torch.__version__} is installed: "
+            "upgrade it with 'pip install --upgrade torch'"
+        )
+    path = library_path()
+    if not path.is_file():
+        if os.environ.get(LIBRARY_VARIABLE):
+            raise ImportError(
+                f"the environment variable {LIBRARY_VARIABLE} names {str(path)!r}, which is no file: point it at a built "
+                f"{LIBRARY_NAME}, or unset it to use the one of the installed package"
+            )
+        raise ImportError(
+            f"the operators of flashoptim are not there: {str(path)!r} does not exist. Install the package with "
+            "'pip install --no-build-isolation .' in the repository, or build it with CMake "
+            f"(-DFLASHOPTIM_BUILD_TORCH=ON) and set {LIBRARY_VARIABLE} to the path of {LIBRARY_NAME}"
+        )
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise ImportError(
+            f"{str(path)!r} could not be loaded into torch {torch.__version__}: {error}. Rebuild it with "
+            "'pip install --no-build-isolation --force-reinstall --no-deps .'"
+        ) from error
+
+
+_load()
+
+step_ = torch.ops.flashoptim.step_.default
+merge_weights = torch.ops.flashoptim.merge_weights.default
+split_weights_ = torch.ops.flashoptim.split_weights_.default
+decode_states = torch.ops.flashoptim.decode_states.default
+encode_states_ = torch.ops.flashoptim.encode_states_.default
+
+
+@functools.lru_cache(maxsize=4096)
+def group_layout(sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    """(rows, row_size, groups_per_row) of a tensor of these sizes (docs/numerics.md, "Groups do not straddle rows")."""
+    rows, row_size, groups = torch.ops.flashoptim.group_layout(list(sizes))
+    return rows, row_size, groups
+
+
+@functools.lru_cache(maxsize=16)
+def state_names(optimizer: str, has_momentum: bool) -> tuple[str, ...]:
+    """Names of the state slots of an optimizer, in the operators' order."""
+    names = torch.ops.flashoptim.state_names(optimizer, has_momentum)
+    return tuple(names.split(",")) if names else ()
+
+
+def cpu_isa() -> str:
+    """The instruction set that steps on CPU tensors use: ``scalar``, ``avx2`` or ``avx512``."""
+    isa: str = torch.ops.flashoptim.cpu_isa()
+    return isa

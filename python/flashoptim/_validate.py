@@ -1,0 +1,161 @@
+"""Checks of arguments and of parameter groups: every message names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+MASTER_WEIGHT_BITS = (None, 24, 32)
+STATE_CODECS = ("default", "paper")
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_SEED = 2**53 - 1
+
+
+def real_number(name: str, value: Any) -> float:
+    """``value`` as a float: a Python or NumPy real number, or a floating-point tensor of one element."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name} = tensor of shape {tuple(value.shape)} and dtype {value.dtype}; a tensor must hold one "
+                "floating-point number"
+            )
+        return float(value.item())
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} = {value!r} is a {type(value).__name__}; allowed is a real number")
+    return float(value)
+
+
+def check_range(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """``value`` as a float in [low, high); NaN and infinities are outside every range."""
+    number = real_number(name, value)
+    if not (low <= number < high):
+        allowed = f"a finite number >= {low:g}" if high == math.inf else f"{low:g} <= {name} < {high:g}"
+        raise ValueError(f"{name} = {number!r} is not allowed; allowed is {allowed}")
+    return number
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r} is a {type(value).__name__}; allowed are True and False")
+    return value
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} = {value!r} is a {type(value).__name__}; allowed is an integer")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        allowed = f">= {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} = {number} is not allowed; allowed is an integer {allowed}")
+    return number
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if isinstance(value, bool) or value not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} = {value!r} is not allowed; allowed are {names}")
+    return value
+
+
+def check_betas(value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"betas = {value!r} is not allowed; allowed is a pair of numbers, each 0 <= beta < 1")
+    for index, beta in enumerate(value):
+        check_range(f"betas[{index}]", beta, 0.0, 1.0)
+
+
+def check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """The numbers of a step, as a group holds them; those a group lacks are not its optimizer's."""
+    check_range("lr", group["lr"], 0.0)
+    if "betas" in group:
+        check_betas(group["betas"])
+    for name in ("eps", "weight_decay", "momentum"):
+        if name in group:
+            check_range(name, group[name], 0.0)
+    if "dampening" in group:
+        dampening = real_number("dampening", group["dampening"])
+        if not math.isfinite(dampening):
+            raise ValueError(f"dampening = {dampening!r} is not allowed; allowed is a finite number")
+    for name in ("maximize", "nesterov", "decouple_lr"):
+        if name in group:
+            check_bool(name, group[name])
+    if group.get("nesterov") and (group["momentum"] == 0 or group["dampening"] != 0):
+        raise ValueError(
+            f"nesterov = True with momentum = {group['momentum']!r} and dampening = {group['dampening']!r} is not "
+            "allowed; Nesterov momentum requires momentum > 0 and dampening = 0"
+        )
+    if group.get("decouple_lr") and "decay_lr" in group:
+        lr = real_number("decay_lr", group["decay_lr"])
+        if not 0.0 < lr < math.inf:
+            raise ValueError(
+                f"lr = {lr!r} is not allowed with decouple_lr = True; the weight decay is relative to the first "
+                "learning rate, which must be a finite number > 0"
+            )
+    check_integer("seed", group["seed"], 0, LARGEST_SEED)
+
+
+def check_format(group: Mapping[str, Any]) -> None:
+    """How a group's weights and states are stored."""
+    check_bool("quantize", group["quantize"])
+    check_choice("state_codec", group["state_codec"], STATE_CODECS)
+    check_choice("master_weight_bits", group["master_weight_bits"], MASTER_WEIGHT_BITS)
+    check_integer("min_quantized_numel", group["min_quantized_numel"], 0)
+    check_bool("stochastic_rounding", group["stochastic_rounding"])
+    if group["stochastic_rounding"] and group["master_weight_bits"] is not None:
+        raise ValueError(
+            f"stochastic_rounding = True with master_weight_bits = {group['master_weight_bits']} is not allowed; "
+            "allowed with master_weight_bits = None (corrections of the default codec are rounded without bias anyway)"
+        )
+
+
+def check_parameter(param: torch.Tensor, name: str) -> None:
+    """Whether a tensor can be stepped at all; its device is checked when it is."""
+    if not isinstance(param, torch.Tensor):
+        return  # torch.optim.Optimizer.add_param_group names this error
+    if hasattr(param, "device_mesh"):
+        raise TypeError(f"{name} is a DTensor, which this version does not step; allowed are plain tensors")
+    if param.layout != torch.strided:
+        raise TypeError(f"{name} has layout {param.layout}; allowed is torch.strided")
+    if param.dtype not in PARAMETER_DTYPES:
+        allowed = ", ".join(map(str, PARAMETER_DTYPES))
+        raise TypeError(f"{name} has dtype {param.dtype}; allowed are {allowed}")
+    if param.device.type != "meta" and overlaps(param):
+        raise ValueError(
+            f"{name} of shape {tuple(param.shape)} and stride {param.stride()} may refer to one element of memory twice; "
+            "allowed are tensors whose elements are distinct"
+        )
+
+
+def check_gradient(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} has layout {grad.layout}; allowed is torch.strided (for an embedding, sparse=False)"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {name} has shape {tuple(grad.shape)}; allowed is the parameter's, {tuple(param.shape)}"
+        )
+    if grad.device != param.device:
+        raise RuntimeError(f"the gradient of {name} is on {grad.device}; allowed is the parameter's, {param.device}")
+    if grad.dtype not in (param.dtype, torch.float32):
+        allowed = " and ".join(dict.fromkeys((str(param.dtype), "torch.float32")))
+        raise RuntimeError(
+            f"the gradient of {name} has dtype {grad.dtype}; allowed are the parameter's dtype and "
+            f"torch.float32 ({allowed})"
+        )
+
+
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory, judged by strides (exact for all layouts that PyTorch itself makes)."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

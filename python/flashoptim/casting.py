@@ -1,0 +1,121 @@
+"""cast_model: a model's parameters and buffers in 16 bits, with the layers that need it left in fp32."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map
+
+LayerSpec = str | nn.Module
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HOOK_MARK = "_flashoptim_cast_hooks"
+
+
+def cast_model(
+    model: nn.Module,
+    dtype: torch.dtype = torch.bfloat16,
+    selective: bool = True,
+    full_precision_layers: Sequence[LayerSpec] | None = None,
+    full_precision_recast_layers: Sequence[LayerSpec] | None = None,
+) -> nn.Module:
+    """Casts the floating-point parameters and buffers of ``model`` in place.
+
+    Args:
+        model: the model.
+        dtype: torch.bfloat16 or torch.float16 (torch.float32 casts back).
+        selective: leave normalization layers with running statistics (batch and instance norm) as they are.
+        full_precision_layers: layers to keep in fp32, with everything inside them; their floating-point inputs are cast
+            to fp32 and their outputs stay fp32. For the last layers of a model.
+        full_precision_recast_layers: the same, but outputs are cast back to ``dtype``. For layers in the middle.
+
+    A layer is a module of the model or a pattern (``fnmatch``) for its full dotted name: ``"head"`` is ``model.head``
+    alone, ``"*.head"`` a head inside any other module. Parameters that several modules share stay shared; where one of
+    those modules is kept in fp32, so is the parameter.
+
+    Returns:
+        ``model``.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype = {dtype} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
+    kept = _matching(model, full_precision_layers, "full_precision_layers")
+    recast = _matching(model, full_precision_recast_layers, "full_precision_recast_layers")
+
+    targets: dict[int, torch.dtype | None] = {}
+    for module in (*kept, *recast):
+        targets.update((id(tensor), torch.float32) for tensor in (*module.parameters(), *module.buffers()))
+    if selective:
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                targets.update((id(tensor), None) for tensor in own if id(tensor) not in targets)
+
+    cast_storage: dict[Any, Tensor] = {}  # views of one storage stay views of one storage
+    for tensor in (*model.parameters(), *model.buffers()):
+        target = targets.get(id(tensor), dtype)
+        if target is None or not tensor.is_floating_point() or tensor.dtype == target:
+            continue
+        grad, tensor.grad = tensor.grad, None
+        tensor.data = _cast_once(tensor.data, target, cast_storage)
+        tensor.grad = None if grad is None else grad.to(target)
+
+    for module in dict.fromkeys((*kept, *recast)):
+        if not getattr(module, _HOOK_MARK, False):
+            module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+            if module in recast:
+                module.register_forward_hook(_CastOutput(dtype))
+            setattr(module, _HOOK_MARK, True)
+    return model
+
+
+def _matching(model: nn.Module, specs: Sequence[LayerSpec] | None, argument: str) -> list[nn.Module]:
+    if specs is None:
+        return []
+    if isinstance(specs, (str, nn.Module)):
+        raise TypeError(f"{argument} = {specs!r} is a {type(specs).__name__}; allowed is a list of names and modules")
+    found: dict[nn.Module, None] = {}
+    for spec in specs:
+        hits = list(_hits(model, spec))
+        if not hits:
+            what = spec if isinstance(spec, str) else type(spec).__name__
+            warnings.warn(f"{argument}: {what!r} matches no module of the model", stacklevel=3)
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def _hits(model: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (module is spec) if isinstance(spec, nn.Module) else fnmatchcase(name, spec):
+            yield module
+
+
+def _cast_once(data: Tensor, dtype: torch.dtype, done: dict[Any, Tensor]) -> Tensor:
+    if data.device.type == "meta" or data.numel() == 0:
+        return data.to(dtype)
+    key = (data.device, data.data_ptr(), data.dtype, data.shape, data.stride(), dtype)
+    if key not in done:
+        done[key] = data.to(dtype)
+    return done[key]
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, value)
+
+
+def _cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _to(args, torch.float32), _to(kwargs, torch.float32)
+
+
+class _CastOutput:
+    """A forward hook that can be pickled and copied with its module."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return _to(output, self.dtype)

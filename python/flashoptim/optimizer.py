@@ -1,0 +1,328 @@
+"""FlashOptimizer: what the five optimizers share. The arithmetic is C++; this is the torch.optim.Optimizer around it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _checkpoint, _ops, _states, _validate, weights
+from ._ops import CORRECTION_DTYPES
+from ._plan import Call, Entry, Plan, PlanIsStale, parameter_name
+from .numerics import NumericsError, NumericsMonitor, NumericsReport
+
+#: Options of a group that say how weights and states are stored; a checkpoint does not change them.
+FORMAT_OPTIONS = ("quantize", "state_codec", "master_weight_bits", "min_quantized_numel", "stochastic_rounding")
+
+
+class FlashOptimizer(torch.optim.Optimizer):
+    """Base of FlashAdamW, FlashAdam, FlashSGD, FlashSGDW and FlashLion.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as any PyTorch optimizer takes them. bfloat16, float16
+            and float32 tensors may be mixed. Every option below except ``compress_state_dict``, ``check_numerics`` and
+            ``fused`` may differ from group to group.
+        defaults: hyperparameters of groups that do not say otherwise.
+        compress_state_dict: ``state_dict()`` holds states as they are stored (the default, and what makes a resumed run
+            equal an uninterrupted one bit for bit); False: as fp32, which plain PyTorch optimizers can load.
+        check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded to
+            nearest, and count lost updates (docs/python_api.md, "Numerics").
+        fused: accepted for compatibility; there is one implementation, and it is fused.
+    """
+
+    #: Name of the update rule, as the operators know it.
+    kind: str
+    # torch.amp.GradScaler then leaves gradients as they are and hands over grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        quantize: bool = True,
+        compress_state_dict: bool = True,
+        master_weight_bits: int | None = 24,
+        check_numerics: bool = False,
+        fused: bool | None = True,
+        state_codec: str = "default",
+        min_quantized_numel: int = 4096,
+        seed: int = 0,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        self._compress_state_dict = _validate.check_bool("compress_state_dict", compress_state_dict)
+        self._check_numerics = _validate.check_bool("check_numerics", check_numerics)
+        if fused is not None:
+            _validate.check_bool("fused", fused)
+        defaults = {
+            **defaults,
+            "maximize": maximize,
+            "seed": seed,
+            "quantize": quantize,
+            "state_codec": state_codec,
+            "master_weight_bits": master_weight_bits,
+            "min_quantized_numel": min_quantized_numel,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        self._reset()
+        super().__init__(params, defaults)
+        self._warn_of_lost_precision()
+
+    def _reset(self) -> None:
+        self._plan: Plan | None = None
+        self._group_cache: list[tuple[Any, list[float]]] = []
+        self._monitor = NumericsMonitor()
+
+    def _warn_of_lost_precision(self) -> None:
+        for group in self.param_groups:
+            is_narrow = any(p.dtype != torch.float32 for p in group["params"])
+            if is_narrow and group["master_weight_bits"] is None and not group["stochastic_rounding"]:
+                warnings.warn(
+                    "master_weight_bits=None with 16-bit parameters keeps no bits below the parameters' own, and rounds to "
+                    "nearest: small updates are lost. Use master_weight_bits=24, or stochastic_rounding=True",
+                    stacklevel=4,
+                )
+                return
+
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first."""
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            if group.get("decouple_lr"):
+                group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
+            _validate.check_hyperparameters(group)
+            _validate.check_format(group)
+            for position, param in enumerate(group["params"]):
+                _validate.check_parameter(
+                    param, parameter_name(self.param_groups, len(self.param_groups) - 1, position)
+                )
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._plan = None
+
+    def _read_groups(self) -> list[list[float]]:
+        """The operators' numbers of every group (step still open), checked. Options that changed make a new plan."""
+        cache = self._group_cache
+        if len(cache) != len(self.param_groups):
+            cache = self._group_cache = [(None, [])] * len(self.param_groups)
+            self._plan = None
+        for index, group in enumerate(self.param_groups):
+            get_options = _options_with_decay if "decay_lr" in group else _options
+            options = [group.get(name) for name in get_options]
+            known, values = cache[index]
+            if known != options:
+                _validate.check_hyperparameters(group)
+                _validate.check_format(group)
+                values = _hyper_values(group)
+                if self._plan is not None and self._plan_depends_on(known) != self._plan_depends_on(options):
+                    self._plan = None
+                cache[index] = (options, values)
+            lr = group["lr"]
+            values[0] = lr if type(lr) is float and 0.0 <= lr < math.inf else _validate.check_range("lr", lr, 0.0)
+        return [values for _, values in cache]
+
+    @staticmethod
+    def _plan_depends_on(options: list[Any] | None) -> list[Any]:
+        if options is None:
+            return []
+        by_name = dict(zip(_options, options))
+        return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
+
+    # Steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step over all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model and returns the loss, which step() returns.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: something is not supported; nothing has changed then.
+            NumericsError: ``check_numerics=True`` and the learning rate is too small; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        hypers = self._read_groups()
+        try:
+            self._run(self._gather(hypers), hypers)
+            return loss
+        except NumericsError:
+            raise
+        except RuntimeError:
+            pass
+        # The operator refused what the quick path leaves to it, and nothing has changed: prepare each parameter by itself,
+        # which copies what needs copying and names what cannot be stepped.
+        self._run(self._gather(hypers, careful=True), hypers)
+        return loss
+
+    def _gather(self, hypers: list[list[float]], careful: bool = False) -> list[Call]:
+        try:
+            return self._current_plan().gather(self.state, hypers, careful)
+        except PlanIsStale:
+            self._plan = None
+            return self._current_plan().gather(self.state, hypers, careful)
+
+    @torch.no_grad()
+    def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
+        """A step of one parameter alone (``group`` is found where it is not given)."""
+        hypers = self._read_groups()
+        entry = self._entry(p)
+        call = Call(p.device)
+        self._current_plan().gather_entry(entry, call, self.state, hypers)
+        if call.params:
+            self._run([call], hypers)
+
+    def _run(self, calls: list[Call], hypers: list[list[float]]) -> None:
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        scale: Tensor | float | None = getattr(self, "grad_scale", None)
+        if found_inf is not None and float(found_inf) != 0.0:
+            return
+        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
+        sample = None
+        if self._check_numerics:
+            lrs = [values[0] for values in hypers]
+            for call in calls:
+                self._monitor.check_learning_rates(self.kind, call.entries, lrs)
+            sample = self._monitor.sample_before(calls)
+        if len(calls) > 1:
+            # A refusal of any must come before a change by one: where found_inf is set, a call checks and does no more.
+            for call in calls:
+                call.run(self.kind, grad_scale, torch.ones(1, device=call.device), None)
+        for call in calls:
+            call.run(self.kind, grad_scale, None, self._monitor.counter(call.device))
+        for call in calls:
+            call.commit(self.state)
+        self._monitor.sample_after(sample)
+
+    def _current_plan(self) -> Plan:
+        if self._plan is None or not self._plan.is_current(self.param_groups):
+            self._plan = Plan(self.kind, self.param_groups, self.state)
+        return self._plan
+
+    def _entry(self, param: Tensor) -> Entry:
+        entry = self._current_plan().entries.get(id(param))
+        if entry is not None and entry.dtype is not param.dtype:
+            self._plan = None
+            entry = self._current_plan().entries.get(id(param))
+        if entry is None:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} and dtype {param.dtype} is in no group of this optimizer"
+            )
+        return entry
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32."""
+        result = super().state_dict()
+        if self._compress_state_dict:
+            return result
+        return {**result, "state": _checkpoint.expanded_states(self.kind, result["state"])}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats gave.
+
+        Hyperparameters come from ``state_dict``; how weights and states are stored is this optimizer's own choice, and
+        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not fit,
+        and nothing of ``state_dict`` is shared.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        groups = _checkpoint.merged_groups(self.param_groups, state_dict["param_groups"], FORMAT_OPTIONS)
+        state = _checkpoint.converted_states(self.kind, groups, state_dict)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_compress_state_dict"] = self._compress_state_dict
+        state["_check_numerics"] = self._check_numerics
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    # Inspection
+
+    @torch.no_grad()
+    def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
+        """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer."""
+        state = self.state.get(p, {})
+        slots = [slot for slot in _ops.state_names(self.kind, True) if slot in state]
+        return dict(zip(slots, _states.decode(self.kind, state, slots)))
+
+    def get_fp32_model_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
+        return weights.get_fp32_model_state_dict(model, self)
+
+    def set_fp32_model_state_dict(
+        self, model: nn.Module, fp32_state_dict: Mapping[str, Tensor], strict: bool = False
+    ) -> None:
+        """Loads fp32 weights into the model and into this optimizer's corrections."""
+        weights.set_fp32_model_state_dict(model, fp32_state_dict, self, strict=strict)
+
+    def numerics_report(self) -> NumericsReport:
+        """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
+        return self._monitor.report()
+
+    def reset_numerics(self) -> None:
+        """Starts the counts of numerics_report() anew."""
+        self._monitor = NumericsMonitor()
+
+    def recompute_param_stats(self) -> None:
+        """Makes ``check_numerics=True`` measure the weights again at the next step."""
+        self._monitor.largest.clear()
+
+    def _state_with_correction(self, param: Tensor) -> dict[str, Any] | None:
+        """The parameter's state, made if there is none; None where its weights have no correction."""
+        entry = self._entry(param)
+        if entry.form.master_weights not in CORRECTION_DTYPES:
+            return None
+        state = self.state.get(param)
+        if not state or not _states.conforms(state, param, entry.slots, entry.form):
+            state = self.state[param] = self._current_plan().prepare_state(entry, state)
+        return state
+
+
+_options = (
+    *FORMAT_OPTIONS,
+    *("betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "decouple_lr", "seed"),
+)
+_options_with_decay = (*_options, "decay_lr")
+
+
+def _hyper_values(group: Mapping[str, Any]) -> list[float]:
+    """lr, beta1, beta2, eps, weight_decay, momentum, dampening, decay_lr, nesterov, maximize, step, seed."""
+    betas = group.get("betas", (0.0, 0.0))
+    decay_lr = group["decay_lr"] if group.get("decouple_lr") else 0.0
+    numbers = [
+        group["lr"],
+        *betas,
+        *(group.get(name, 0.0) for name in ("eps", "weight_decay", "momentum", "dampening")),
+        decay_lr,
+        group.get("nesterov", False),
+        group["maximize"],
+        0.0,
+        group["seed"],
+    ]
+    return [float(value) for value in numbers]
+
+
+__all__ = ["FORMAT_OPTIONS", "FlashOptimizer"]

@@ -1,0 +1,263 @@
+"""Wrong arguments and tensors: the documented exception, text that names the argument and its value, nothing changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flashoptim
+from helpers import CLASSES, assert_untouched, make_params, run, set_grads, snapshot
+
+NAN, INF = float("nan"), float("inf")
+
+COMMON = [
+    ({"lr": NAN}, ValueError, "lr = nan .* finite number >= 0"),
+    ({"lr": INF}, ValueError, "lr = inf"),
+    ({"lr": -1e-3}, ValueError, "lr = -0.001"),
+    ({"lr": "fast"}, TypeError, "lr = 'fast' is a str"),
+    ({"lr": True}, TypeError, "lr = True is a bool"),
+    ({"lr": torch.tensor([1.0, 2.0])}, ValueError, r"lr = tensor of shape \(2,\)"),
+    ({"lr": torch.tensor(1)}, ValueError, "lr = tensor .* torch.int64"),
+    ({"lr": torch.tensor(NAN)}, ValueError, "lr = nan"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay = -0.1"),
+    ({"weight_decay": NAN}, ValueError, "weight_decay = nan"),
+    ({"master_weight_bits": 16}, ValueError, "master_weight_bits = 16 .* None, 24, 32"),
+    ({"master_weight_bits": "24"}, ValueError, "master_weight_bits = '24'"),
+    ({"state_codec": "fp8"}, ValueError, "state_codec = 'fp8' .* 'default', 'paper'"),
+    ({"state_codec": None}, ValueError, "state_codec = None"),
+    ({"quantize": 2}, TypeError, "quantize = 2 is a int; allowed are True and False"),
+    ({"compress_state_dict": "yes"}, TypeError, "compress_state_dict = 'yes'"),
+    ({"check_numerics": 0}, TypeError, "check_numerics = 0"),
+    ({"fused": "no"}, TypeError, "fused = 'no'"),
+    ({"min_quantized_numel": -1}, ValueError, "min_quantized_numel = -1"),
+    ({"min_quantized_numel": 1.5}, TypeError, "min_quantized_numel = 1.5"),
+    ({"seed": -1}, ValueError, "seed = -1 .* 0 to 9007199254740991"),
+    ({"seed": 2**53}, ValueError, "seed = 9007199254740992"),
+    ({"seed": 0.5}, TypeError, "seed = 0.5"),
+    ({"maximize": 1}, TypeError, "maximize = 1"),
+    ({"stochastic_rounding": True}, ValueError, "stochastic_rounding = True with master_weight_bits = 24"),
+    ({"stochastic_rounding": None}, TypeError, "stochastic_rounding = None"),
+]
+BETAS = [
+    ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] = 1.0 .* < 1"),
+    ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] = 1.0"),
+    ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\] = -0.1"),
+    ({"betas": (NAN, 0.9)}, ValueError, r"betas\[0\] = nan"),
+    ({"betas": 0.9}, ValueError, "betas = 0.9"),
+    ({"betas": (0.9,)}, ValueError, r"betas = \(0.9,\)"),
+]
+EPS = [({"eps": -1e-8}, ValueError, "eps = -1e-08"), ({"eps": NAN}, ValueError, "eps = nan")]
+MOMENTUM = [
+    ({"momentum": -0.1}, ValueError, "momentum = -0.1"),
+    ({"momentum": INF}, ValueError, "momentum = inf"),
+    ({"dampening": NAN}, ValueError, "dampening = nan"),
+    ({"nesterov": True}, ValueError, "nesterov = True with momentum = 0.0"),
+    ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, "dampening = 0.1"),
+    ({"nesterov": 1}, TypeError, "nesterov = 1"),
+]
+DECOUPLED = [
+    ({"decouple_lr": True, "lr": 0.0}, ValueError, "lr = 0.0 is not allowed with decouple_lr = True"),
+    ({"decouple_lr": "yes"}, TypeError, "decouple_lr = 'yes'"),
+]
+TABLE = {
+    "adamw": COMMON + BETAS + EPS + DECOUPLED,
+    "adam": COMMON + BETAS + EPS,
+    "sgd": COMMON + MOMENTUM,
+    "sgdw": COMMON + MOMENTUM + DECOUPLED,
+    "lion": COMMON + BETAS + DECOUPLED,
+}
+CASES = [(kind, *case) for kind, cases in TABLE.items() for case in cases]
+GROUP_OPTIONS_ONLY = ("compress_state_dict", "check_numerics", "fused")
+
+
+@pytest.mark.parametrize(("kind", "arguments", "error", "message"), CASES)
+def test_wrong_arguments(kind, arguments, error, message):
+    with pytest.raises(error, match=message):
+        CLASSES[kind](make_params(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "error", "message"), [c for c in CASES if not set(GROUP_OPTIONS_ONLY) & set(c[1])]
+)
+def test_wrong_options_of_a_group_leave_the_optimizer_as_it_was(kind, arguments, error, message):
+    params = make_params()
+    optimizer = CLASSES[kind](params[:4])
+    run(optimizer, params, 0, 1)
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": params[4:], **arguments})
+    assert_untouched(optimizer, before)
+    set_grads(params, 1)
+    good = optimizer.param_groups[0]
+    optimizer.param_groups[0] = {**good, **arguments}
+    if "decouple_lr" not in arguments:
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    optimizer.param_groups[0] = good
+    assert_untouched(optimizer, before)
+    run(optimizer, params, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: torch.nn.Parameter(torch.ones(4, dtype=torch.float64)), TypeError, "dtype torch.float64; allowed are"),
+        (lambda: torch.nn.Parameter(torch.ones(4, dtype=torch.complex64)), TypeError, "torch.complex64"),
+        (lambda: torch.nn.Parameter(torch.ones(4, dtype=torch.int32), requires_grad=False), TypeError, "torch.int32"),
+        (lambda: torch.nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn)), TypeError, "float8"),
+        (lambda: torch.nn.Parameter(torch.ones(1, 4).expand(5, 4)), ValueError, r"shape \(5, 4\) and stride \(0, 1\)"),
+        (lambda: torch.ones(4).to_sparse(), TypeError, "torch.sparse_coo; allowed is torch.strided"),
+        (lambda: "weights", TypeError, "str"),
+        (lambda: torch.ones(3, requires_grad=True) * 2, ValueError, "non-leaf"),
+    ],
+)
+def test_parameters_that_cannot_be_stepped(make, error, message):
+    good = make_params()
+    with pytest.raises(error, match=message):
+        flashoptim.FlashAdamW([*good, make()])
+    optimizer = flashoptim.FlashAdamW(good)
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [make()]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_empty_and_duplicate_parameters():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        flashoptim.FlashAdamW([])
+    p = make_params()[0]
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        flashoptim.FlashAdamW([{"params": [p]}, {"params": [p]}])
+    with pytest.warns(UserWarning, match="duplicate"):
+        twice = flashoptim.FlashAdamW([p, p])
+    p.grad = torch.ones_like(p)
+    before = snapshot(twice)
+    with pytest.raises(RuntimeError, match="share memory"):
+        twice.step()
+    assert_untouched(twice, before)
+
+
+def _complex(p):
+    p.grad_dtype = None
+    p.grad = torch.ones(p.shape, dtype=torch.complex64)
+
+
+def _half(p):
+    p.grad_dtype = None
+    p.grad = torch.ones(p.shape, dtype=torch.float16)
+
+
+def _double(p):
+    p.grad_dtype = None
+    p.grad = torch.ones(p.shape, dtype=torch.float64)
+
+
+def _sparse(p):
+    p.grad = torch.ones_like(p).to_sparse()
+
+
+def _reshaped(p):
+    p.grad = torch.ones_like(p)
+    p.data = p.data[:-1].clone()
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_sparse, "gradient of parameter 2 of group 0 has layout torch.sparse_coo"),
+        (_complex, "gradient of parameter 2 .* torch.complex64; allowed"),
+        (_half, "gradient of parameter 2 .* torch.float16; allowed"),
+        (_double, "gradient of parameter 2 .* torch.float64; allowed"),
+        (_reshaped, r"gradient of parameter 2 .* has shape \(31,\)"),
+    ],
+)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_wrong_gradients_change_nothing(kind, spoil, message, steps_before):
+    params = make_params()
+    optimizer = CLASSES[kind](params)
+    run(optimizer, params, 0, steps_before)
+    set_grads(params, steps_before)
+    data, before = params[2].data, snapshot(optimizer)
+    spoil(params[2])
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    params[2].data = data
+    assert_untouched(optimizer, before)
+    params[2].grad = None
+    params[2].grad_dtype = torch.bfloat16
+    run(optimizer, params, steps_before, steps_before + 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("exp_avg", lambda t: t.float(), "no known format|dtype"),
+        ("exp_avg", lambda t: t[:3], "shape|stride"),
+        ("exp_avg_scale", lambda t: t[:3], "shape"),
+        ("correction", lambda t: t.float(), "dtype"),
+    ],
+)
+def test_broken_states_change_nothing(key, value, message):
+    params = make_params()
+    optimizer = flashoptim.FlashAdamW(params)
+    run(optimizer, params, 0, 2)
+    optimizer.state[params[0]][key] = value(optimizer.state[params[0]][key])
+    set_grads(params, 2)
+    before = snapshot(optimizer)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        optimizer.step()
+    assert_untouched(optimizer, before)
+
+
+def test_a_failing_step_makes_no_state():
+    params = make_params()
+    optimizer = flashoptim.FlashAdamW(params)
+    set_grads(params, 0)
+    _sparse(params[3])
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_low_precision_without_correction_is_warned_of():
+    with pytest.warns(UserWarning, match="master_weight_bits=24, or stochastic_rounding=True"):
+        flashoptim.FlashAdamW(make_params(), master_weight_bits=None)
+
+
+def _import(tmp_path, environment):
+    code = "import flashoptim"
+    env = {k: v for k, v in os.environ.items() if k != "FLASHOPTIM_OPS_LIBRARY"} | environment
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_a_missing_or_broken_library_is_said_clearly(tmp_path):
+    missing = _import(tmp_path, {"FLASHOPTIM_OPS_LIBRARY": str(tmp_path / "nowhere.so")})
+    assert (
+        missing.returncode != 0 and "FLASHOPTIM_OPS_LIBRARY names" in missing.stderr and "nowhere.so" in missing.stderr
+    )
+    broken = tmp_path / "libflashoptim_ops.so"
+    broken.write_text("no library")
+    failed = _import(tmp_path, {"FLASHOPTIM_OPS_LIBRARY": str(broken)})
+    assert failed.returncode != 0 and "could not be loaded into torch" in failed.stderr
+
+
+def test_a_refusal_of_one_group_of_calls_comes_before_any_change():
+    """Groups with and without momentum are two operator calls; the second's refusal must find the first undone."""
+    params = make_params()
+    optimizer = flashoptim.FlashSGD([{"params": params[:4]}, {"params": params[4:], "momentum": 0.9}], lr=0.1)
+    run(optimizer, params, 0, 2)
+    for broken in (params[0], params[5]):
+        good = optimizer.state[broken]["correction"]
+        optimizer.state[broken]["correction"] = good.to(torch.int16)[:1]
+        set_grads(params, 2)
+        before = snapshot(optimizer)
+        with pytest.raises((RuntimeError, ValueError)):
+            optimizer.step()
+        assert_untouched(optimizer, before)
+        optimizer.state[broken]["correction"] = good
+    run(optimizer, params, 2, 3)
+    assert [optimizer.state[p]["step"] for p in params] == [3] * 8
