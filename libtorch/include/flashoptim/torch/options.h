@@ -1,0 +1,172 @@
+// Options of the optimizers, in the style of torch::optim: FlashAdamWOptions(1e-3).betas({0.9,
+// 0.95}).weight_decay(0.1).
+#pragma once
+
+#include <torch/optim/optimizer.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+
+#include "flashoptim/types.h"
+
+namespace flashoptim::torch {
+
+using Betas = std::tuple<double, double>;
+
+/// The values behind the Options structs. Each of those shows the ones that its optimizer reads.
+struct OptionValues {
+  double lr = 1e-3;                     ///< finite, >= 0
+  Betas betas{0.9, 0.999};              ///< each >= 0 and < 1
+  double eps = 1e-8;                    ///< finite, >= 0
+  double weight_decay = 0;              ///< finite, >= 0; decoupled in AdamW, SGDW, Lion, coupled (L2) in Adam, SGD
+  double momentum = 0;                  ///< finite, >= 0; 0 keeps no momentum buffer
+  double dampening = 0;                 ///< finite
+  bool nesterov = false;                ///< needs momentum > 0 and dampening == 0
+  bool maximize = false;                ///< steps along the gradient instead of against it
+  bool decouple_lr = false;             ///< decay by weight_decay * lr / initial_lr instead of weight_decay * lr
+  double initial_lr = 0;                ///< what decouple_lr is relative to; 0: the group's lr when it is added
+  int64_t master_weight_bits = 24;      ///< 0 (the parameter alone), 24 or 32; float32 parameters need and get none
+  std::string state_codec = "default";  ///< "default" or "paper"
+  bool quantize = true;                 ///< false: states in fp32
+  int64_t min_quantized_numel = 4096;   ///< smaller parameters keep fp32 states; >= 0, 0 quantizes everything
+  bool stochastic_rounding = false;     ///< with master_weight_bits 0: round 16-bit parameters without bias
+  int64_t seed = 0;                     ///< of the dither and of stochastic rounding; >= 0 and < 2^53
+};
+
+/// Base of all Options. Parameter groups hold them through torch::optim::OptimizerOptions, so learning-rate schedulers
+/// of torch::optim work. A group's options inherit from the optimizer's what was not set on them.
+class FlashOptions : public ::torch::optim::OptimizerOptions {
+ public:
+  OptimizerKind kind() const { return kind_; }
+  const OptionValues& values() const { return values_; }
+
+  double get_lr() const override { return values_.lr; }
+  void set_lr(double lr) override { values_.lr = lr; }
+
+  /// Writes and reads every value, bit-exactly.
+  void serialize(::torch::serialize::OutputArchive& archive) const override;
+  void serialize(::torch::serialize::InputArchive& archive) override;
+
+  /// Throws c10::Error naming option, value and what is allowed. `where` precedes the option's name in the message.
+  void check(const std::string& where) const;
+
+  /// Takes every value from `defaults` that neither a setter set here nor differs from a new object's.
+  void inherit(const FlashOptions& defaults);
+
+  /// Whether steps keep a momentum buffer or moments.
+  bool has_momentum() const;
+
+ protected:
+  explicit FlashOptions(OptimizerKind kind);
+
+  void mark_set(const char* name);
+  OptionValues values_;
+
+ private:
+  OptimizerKind kind_;
+  uint32_t set_ = 0;  // bit per option, in the order of for_each_option
+  friend class FlashOptimizer;
+};
+
+/// Calls f(index, name, member pointer) for every option.
+template <class F>
+void for_each_option(F&& f) {
+  int index = 0;
+  const auto visit = [&](const char* name, auto member) { f(index++, name, member); };
+  visit("lr", &OptionValues::lr);
+  visit("betas", &OptionValues::betas);
+  visit("eps", &OptionValues::eps);
+  visit("weight_decay", &OptionValues::weight_decay);
+  visit("momentum", &OptionValues::momentum);
+  visit("dampening", &OptionValues::dampening);
+  visit("nesterov", &OptionValues::nesterov);
+  visit("maximize", &OptionValues::maximize);
+  visit("decouple_lr", &OptionValues::decouple_lr);
+  visit("initial_lr", &OptionValues::initial_lr);
+  visit("master_weight_bits", &OptionValues::master_weight_bits);
+  visit("state_codec", &OptionValues::state_codec);
+  visit("quantize", &OptionValues::quantize);
+  visit("min_quantized_numel", &OptionValues::min_quantized_numel);
+  visit("stochastic_rounding", &OptionValues::stochastic_rounding);
+  visit("seed", &OptionValues::seed);
+}
+
+/// As TORCH_ARG: a chaining setter, a getter and a mutable getter.
+#define FLASHOPTIM_OPTION(T, name)                        \
+  auto name(const T& value) -> decltype(*this) {          \
+    values_.name = value;                                 \
+    mark_set(#name);                                      \
+    return *this;                                         \
+  }                                                       \
+  const T& name() const noexcept { return values_.name; } \
+  T& name() noexcept { return values_.name; }
+
+#define FLASHOPTIM_COMMON_OPTIONS(Options)                                                         \
+  Options() : FlashOptions(kKind) {}                                                               \
+  Options(double new_lr) : FlashOptions(kKind) { lr(new_lr); } /* NOLINT: implicit, as in torch */ \
+  std::unique_ptr<::torch::optim::OptimizerOptions> clone() const override {                       \
+    return std::make_unique<Options>(*this);                                                       \
+  }                                                                                                \
+  FLASHOPTIM_OPTION(double, lr)                                                                    \
+  FLASHOPTIM_OPTION(double, weight_decay)                                                          \
+  FLASHOPTIM_OPTION(bool, maximize)                                                                \
+  FLASHOPTIM_OPTION(int64_t, master_weight_bits)                                                   \
+  FLASHOPTIM_OPTION(std::string, state_codec)                                                      \
+  FLASHOPTIM_OPTION(bool, quantize)                                                                \
+  FLASHOPTIM_OPTION(int64_t, min_quantized_numel)                                                  \
+  FLASHOPTIM_OPTION(bool, stochastic_rounding)                                                     \
+  FLASHOPTIM_OPTION(int64_t, seed)
+
+/// Defaults: lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 1e-2.
+struct FlashAdamWOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kAdamW;
+  FLASHOPTIM_COMMON_OPTIONS(FlashAdamWOptions)
+  FLASHOPTIM_OPTION(Betas, betas)
+  FLASHOPTIM_OPTION(double, eps)
+  FLASHOPTIM_OPTION(bool, decouple_lr)
+  FLASHOPTIM_OPTION(double, initial_lr)
+};
+
+/// Defaults: lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 0 (L2).
+struct FlashAdamOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kAdam;
+  FLASHOPTIM_COMMON_OPTIONS(FlashAdamOptions)
+  FLASHOPTIM_OPTION(Betas, betas)
+  FLASHOPTIM_OPTION(double, eps)
+};
+
+/// Defaults: lr 1e-3, momentum 0, dampening 0, weight_decay 0 (L2), nesterov false.
+struct FlashSGDOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kSgd;
+  FLASHOPTIM_COMMON_OPTIONS(FlashSGDOptions)
+  FLASHOPTIM_OPTION(double, momentum)
+  FLASHOPTIM_OPTION(double, dampening)
+  FLASHOPTIM_OPTION(bool, nesterov)
+};
+
+/// Defaults: lr 1e-3, momentum 0, dampening 0, weight_decay 0 (decoupled), nesterov false.
+struct FlashSGDWOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kSgdw;
+  FLASHOPTIM_COMMON_OPTIONS(FlashSGDWOptions)
+  FLASHOPTIM_OPTION(double, momentum)
+  FLASHOPTIM_OPTION(double, dampening)
+  FLASHOPTIM_OPTION(bool, nesterov)
+  FLASHOPTIM_OPTION(bool, decouple_lr)
+  FLASHOPTIM_OPTION(double, initial_lr)
+};
+
+/// Defaults: lr 1e-4, betas (0.9, 0.99), weight_decay 0 (decoupled).
+struct FlashLionOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kLion;
+  FLASHOPTIM_COMMON_OPTIONS(FlashLionOptions)
+  FLASHOPTIM_OPTION(Betas, betas)
+  FLASHOPTIM_OPTION(bool, decouple_lr)
+  FLASHOPTIM_OPTION(double, initial_lr)
+};
+
+#undef FLASHOPTIM_COMMON_OPTIONS
+#undef FLASHOPTIM_OPTION
+
+}  // namespace flashoptim::torch

@@ -1,0 +1,120 @@
+#include "libtorch/ops/boxed.h"
+
+#include <bit>
+#include <cstring>
+#include <stdexcept>
+
+namespace flashoptim::ops {
+namespace {
+
+template <class T>
+T from_bits(StableIValue value) {
+  T result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+template <class T>
+StableIValue to_bits(T value) {
+  static_assert(sizeof(T) <= sizeof(StableIValue));
+  StableIValue result = 0;
+  std::memcpy(&result, &value, sizeof value);
+  return result;
+}
+
+static_assert(std::endian::native == std::endian::little, "StableIValue holds small values in its lowest bytes");
+
+/// Deletes a list when it goes out of scope; its elements have been taken out by then.
+struct ListOwner {
+  StableListHandle list;
+  ~ListOwner() { torch_delete_list(list); }
+};
+
+template <class T, class Take>
+std::vector<T> take_list(StableIValue value, Take take) {
+  const ListOwner owner{from_bits<StableListHandle>(value)};
+  size_t size = 0;
+  check_torch(torch_list_size(owner.list, &size), "torch_list_size");
+  std::vector<T> result;
+  result.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue element = 0;
+    check_torch(torch_list_get_item(owner.list, i, &element), "torch_list_get_item");
+    result.push_back(take(element));
+  }
+  return result;
+}
+
+StableListHandle new_list(size_t size) {
+  StableListHandle list = nullptr;
+  check_torch(torch_new_list_reserve_size(size, &list), "torch_new_list_reserve_size");
+  return list;
+}
+
+}  // namespace
+
+void check_torch(AOTITorchError error, const char* what) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("flashoptim: torch's ") + what + " failed");
+}
+
+Tensor& Tensor::operator=(Tensor&& other) noexcept {
+  std::swap(handle_, other.handle_);
+  return *this;
+}
+
+Tensor::~Tensor() {
+  if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+}
+
+Tensor take_tensor(StableIValue value) { return Tensor(from_bits<AtenTensorHandle>(value)); }
+
+Tensor take_optional_tensor(StableIValue value) {
+  auto* inner = from_bits<StableIValue*>(value);
+  if (inner == nullptr) return {};
+  Tensor tensor = take_tensor(*inner);
+  delete inner;  // torch allocates it with new for every extension that targets less than 2.13
+  return tensor;
+}
+
+TensorList take_tensors(StableIValue value) { return take_list<Tensor>(value, take_tensor); }
+std::vector<int64_t> take_ints(StableIValue value) { return take_list<int64_t>(value, take_int); }
+std::vector<double> take_floats(StableIValue value) { return take_list<double>(value, take_float); }
+
+std::string take_string(StableIValue value) {
+  const auto handle = from_bits<StringHandle>(value);
+  const char* data = nullptr;
+  size_t length = 0;
+  const bool ok = torch_string_c_str(handle, &data) == AOTI_TORCH_SUCCESS &&
+                  torch_string_length(handle, &length) == AOTI_TORCH_SUCCESS;
+  std::string text(ok ? data : "", length);
+  torch_delete_string(handle);
+  return text;
+}
+
+int64_t take_int(StableIValue value) { return from_bits<int64_t>(value); }
+double take_float(StableIValue value) { return from_bits<double>(value); }
+bool take_bool(StableIValue value) { return from_bits<bool>(value); }
+
+StableIValue give_tensor(Tensor tensor) { return to_bits(tensor.release()); }
+
+StableIValue give_tensors(TensorList tensors) {
+  StableListHandle list = new_list(tensors.size());
+  for (Tensor& tensor : tensors) {
+    check_torch(torch_list_push_back(list, give_tensor(std::move(tensor))), "torch_list_push_back");
+  }
+  return to_bits(list);
+}
+
+StableIValue give_ints(const std::vector<int64_t>& values) {
+  StableListHandle list = new_list(values.size());
+  for (const int64_t value : values) check_torch(torch_list_push_back(list, to_bits(value)), "torch_list_push_back");
+  return to_bits(list);
+}
+
+StableIValue give_string(const std::string& text) {
+  StringHandle handle = nullptr;
+  check_torch(torch_new_string_handle(text.data(), text.size(), &handle), "torch_new_string_handle");
+  return to_bits(handle);
+}
+
+}  // namespace flashoptim::ops

@@ -1,0 +1,158 @@
+#include "libtorch/ops/tensor_info.h"
+
+#include <algorithm>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace flashoptim::ops {
+namespace {
+
+bool same_sizes(const TensorInfo& a, const TensorInfo& b) {
+  return a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes);
+}
+
+/// The same order of elements in memory; both have the same sizes.
+bool same_strides(const TensorInfo& a, const TensorInfo& b) {
+  if (a.numel == 0) return true;
+  for (int64_t d = 0; d < a.dim; ++d) {
+    if (a.strides[d] != b.strides[d] && a.sizes[d] != 1) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void Op::fail(const std::string& rest) const {
+  throw std::runtime_error("flashoptim::" + std::string(name) + ": " + rest);
+}
+
+void Op::check(const Status& status) const {
+  if (!status.is_ok()) fail(status.message());
+}
+
+const DtypeCodes& codes() {
+  static const DtypeCodes kCodes;
+  return kCodes;
+}
+
+std::string dtype_name(int32_t dtype) {
+  const DtypeCodes& c = codes();
+  const std::pair<int32_t, const char*> known[] = {{c.float32, "float32"},
+                                                   {c.bfloat16, "bfloat16"},
+                                                   {c.float16, "float16"},
+                                                   {c.int8, "int8"},
+                                                   {c.uint8, "uint8"},
+                                                   {c.int16, "int16"},
+                                                   {c.uint16, "uint16"},
+                                                   {c.int64, "int64"},
+                                                   {aoti_torch_dtype_float64(), "float64"},
+                                                   {aoti_torch_dtype_int32(), "int32"},
+                                                   {aoti_torch_dtype_bool(), "bool"},
+                                                   {aoti_torch_dtype_complex32(), "complex32"},
+                                                   {aoti_torch_dtype_complex64(), "complex64"},
+                                                   {aoti_torch_dtype_complex128(), "complex128"}};
+  for (const auto& [code, name] : known) {
+    if (code == dtype) return name;
+  }
+  return "dtype " + std::to_string(dtype);
+}
+
+std::string ints(const int64_t* values, int64_t count) {
+  std::ostringstream text;
+  for (int64_t i = 0; i < count; ++i) text << (i == 0 ? "[" : ", ") << values[i];
+  text << (count == 0 ? "[]" : "]");
+  return text.str();
+}
+
+std::string number(double value) {
+  std::ostringstream text;
+  text.precision(17);
+  text << value;
+  return text.str();
+}
+
+TensorInfo read_tensor(Op op, Name name, const Tensor& tensor) {
+  static const int32_t strided = aoti_torch_layout_strided();
+  TensorInfo info;
+  bool defined = tensor.has_value();
+  if (defined) check_torch(aoti_torch_is_defined(tensor.get(), &defined), "is_defined");
+  if (!defined) op.fail(name.str() + " is undefined; a tensor is needed");
+  int32_t layout = 0;
+  check_torch(aoti_torch_get_layout(tensor.get(), &layout), "get_layout");
+  if (layout != strided) op.fail(name.str() + " is sparse or of another layout; allowed is torch.strided");
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  check_torch(aoti_torch_get_numel(tensor.get(), &info.numel), "get_numel");
+  check_torch(aoti_torch_get_dim(tensor.get(), &info.dim), "get_dim");
+  check_torch(aoti_torch_get_sizes(tensor.get(), &sizes), "get_sizes");
+  check_torch(aoti_torch_get_strides(tensor.get(), &strides), "get_strides");
+  check_torch(aoti_torch_get_dtype(tensor.get(), &info.dtype), "get_dtype");
+  check_torch(aoti_torch_get_device_type(tensor.get(), &info.device.type), "get_device_type");
+  if (info.device.type != aoti_torch_device_type_cpu()) {
+    check_torch(aoti_torch_get_device_index(tensor.get(), &info.device.index), "get_device_index");
+  }
+  info.sizes = sizes;
+  info.strides = strides;
+  return info;
+}
+
+const void* const_data(const Tensor& tensor) {
+  const void* data = nullptr;
+  check_torch(torch_get_const_data_ptr(tensor.get(), &data), "get_const_data_ptr");
+  return data;
+}
+
+void* mutable_data(const Tensor& tensor) {
+  void* data = nullptr;
+  check_torch(torch_get_mutable_data_ptr(tensor.get(), &data), "get_mutable_data_ptr");
+  return data;
+}
+
+bool is_dense(const TensorInfo& t) {
+  if (t.numel == 0) return true;
+  int64_t expected = 1;
+  bool contiguous = true;
+  for (int64_t d = t.dim - 1; d >= 0 && contiguous; --d) {
+    if (t.sizes[d] == 1) continue;
+    contiguous = t.strides[d] == expected;
+    expected *= t.sizes[d];
+  }
+  if (contiguous) return true;
+  std::vector<int64_t> order(static_cast<size_t>(t.dim));
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&t](int64_t a, int64_t b) { return t.strides[a] < t.strides[b]; });
+  expected = 1;
+  for (const int64_t d : order) {
+    if (t.sizes[d] == 1) continue;
+    if (t.strides[d] != expected) return false;
+    expected *= t.sizes[d];
+  }
+  return true;
+}
+
+void check_like(Op op, Name name, const TensorInfo& tensor, Name like_name, const TensorInfo& like) {
+  if (tensor.device != like.device) {
+    op.fail(name.str() + " is on " + device_name(tensor.device) + ", but " + like_name.str() + " on " +
+            device_name(like.device) + "; all tensors must be on one device");
+  }
+  if (!same_sizes(tensor, like)) {
+    op.fail(name.str() + " has shape " + ints(tensor.sizes, tensor.dim) + ", but " + like_name.str() + " has shape " +
+            ints(like.sizes, like.dim) + "; both must be the same");
+  }
+  if (!same_strides(tensor, like)) {
+    op.fail(name.str() + " has strides " + ints(tensor.strides, tensor.dim) + ", but " + like_name.str() +
+            " has strides " + ints(like.strides, like.dim) +
+            "; both must be the same (copy it into an empty_like of the other)");
+  }
+}
+
+void check_dtype(Op op, Name name, int32_t dtype, int32_t wanted, const char* because) {
+  if (dtype != wanted) {
+    op.fail(name.str() + " has dtype " + dtype_name(dtype) + "; " + because + " needs " + dtype_name(wanted));
+  }
+}
+
+}  // namespace flashoptim::ops

@@ -1,0 +1,70 @@
+// Reading tensors through torch's stable ABI, comparing them, and the words for messages about them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "flashoptim/types.h"
+#include "libtorch/ops/boxed.h"
+#include "libtorch/ops/device.h"
+
+namespace flashoptim::ops {
+
+/// What a tensor is, read once. Borrowed from the tensor; data is null until someone asks for it.
+struct TensorInfo {
+  void* data = nullptr;
+  int64_t numel = 0;
+  int64_t dim = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+  int32_t dtype = 0;
+  Device device;
+};
+
+/// Name of the operator, for messages.
+struct Op {
+  const char* name;
+  [[noreturn]] void fail(const std::string& rest) const;
+  /// Throws what the library said.
+  void check(const Status& status) const;
+};
+
+/// Name of an argument, spelled out only when a message needs it: "grads[3]", or "param" where index < 0.
+struct Name {
+  const char* argument;
+  int64_t index = -1;
+  std::string str() const {
+    return index < 0 ? std::string(argument) : std::string(argument) + "[" + std::to_string(index) + "]";
+  }
+};
+
+/// torch's codes of the dtypes that occur here; they are functions because they are no constants across versions.
+struct DtypeCodes {
+  int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16();
+  int32_t float16 = aoti_torch_dtype_float16(), int8 = aoti_torch_dtype_int8(), uint8 = aoti_torch_dtype_uint8();
+  int32_t int16 = aoti_torch_dtype_int16(), uint16 = aoti_torch_dtype_uint16(), int64 = aoti_torch_dtype_int64();
+};
+
+const DtypeCodes& codes();
+
+std::string dtype_name(int32_t dtype);
+/// "[3, 4]"
+std::string ints(const int64_t* values, int64_t count);
+/// With all digits.
+std::string number(double value);
+
+/// Reads a strided tensor; throws for undefined tensors and for other layouts, which have no strides to read.
+TensorInfo read_tensor(Op op, Name name, const Tensor& tensor);
+/// Address of the first element. Read-only access does not materialize copy-on-write tensors.
+const void* const_data(const Tensor& tensor);
+void* mutable_data(const Tensor& tensor);
+
+/// Whether the elements fill one stretch of memory, each once, in whatever order of dimensions.
+bool is_dense(const TensorInfo& t);
+
+// Each throws unless `tensor` is as named.
+/// It has device, sizes and element order of `like`.
+void check_like(Op op, Name name, const TensorInfo& tensor, Name like_name, const TensorInfo& like);
+void check_dtype(Op op, Name name, int32_t dtype, int32_t wanted, const char* because);
+
+}  // namespace flashoptim::ops

@@ -1,0 +1,295 @@
+// The operators, called through torch's dispatcher like any other.
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <thread>
+
+#include "flashoptim/step.h"
+#include "tests/libtorch/support.h"
+
+namespace flashoptim_test {
+namespace {
+
+using flashoptim::GroupLayout;
+using flashoptim::MasterWeights;
+using flashoptim::ParameterTensors;
+using flashoptim::StateCodec;
+
+struct Call {
+  std::string optimizer = "adamw";
+  std::vector<Tensor> params, grads, corrections, states, scales;
+  std::vector<int64_t> master_weights, state_codecs, rows, first_elements, hyper_index;
+  std::vector<double> hypers{1e-2, 0.9, 0.95, 1e-8, 0.1, 0, 0, 0, 0, 0, 1, 7};
+  double grad_scale = 1.0;
+  std::optional<Tensor> found_inf, nonfinite;
+
+  void add(at::IntArrayRef sizes, int64_t seed) {
+    const Tensor param = parameter(sizes, seed).detach();
+    const GroupLayout layout = flashoptim::group_layout(sizes.data(), static_cast<int64_t>(sizes.size()));
+    params.push_back(param);
+    grads.push_back(gradient(param, seed));
+    corrections.push_back(torch::zeros_like(param, torch::kChar));
+    for (int k = 0; k < 2; ++k) {
+      states.push_back(torch::zeros_like(param, torch::kByte));
+      scales.push_back(torch::zeros({layout.rows, layout.groups_per_row()}, torch::kShort));
+    }
+    master_weights.push_back(static_cast<int64_t>(MasterWeights::kCorrection8));
+    state_codecs.push_back(static_cast<int64_t>(StateCodec::kDefault));
+    rows.push_back(layout.rows);
+    first_elements.push_back(0);
+    hyper_index.push_back(0);
+  }
+
+  void run() const {
+    using Signature =
+        void(std::string_view, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
+             at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::ArrayRef<double>,
+             double, const std::optional<Tensor>&, const std::optional<Tensor>&);
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("flashoptim::step_", "").typed<Signature>();
+    const torch::NoGradGuard no_grad;
+    op.call(optimizer, params, grads, corrections, states, scales, master_weights, state_codecs, rows, first_elements,
+            hyper_index, hypers, grad_scale, found_inf, nonfinite);
+  }
+
+  std::vector<Tensor> written() const {
+    std::vector<Tensor> tensors;
+    for (const auto* list : {&params, &corrections, &states, &scales}) {
+      for (const Tensor& tensor : *list) tensors.push_back(tensor.clone());
+    }
+    return tensors;
+  }
+};
+
+Call make_call() {
+  Call call;
+  call.add({40, 50}, 1);
+  call.add({100}, 2);
+  call.add({3, 7, 11}, 3);
+  return call;
+}
+
+bool all_same_bytes(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!same_bytes(a[i], b[i])) return false;
+  }
+  return true;
+}
+
+TEST(StepOp, EqualsPlanBitwise) {
+  Call call = make_call(), twin = make_call();
+  std::vector<ParameterTensors> tensors;
+  for (size_t i = 0; i < twin.params.size(); ++i) {
+    ParameterTensors t;
+    t.parameter = twin.params[i].mutable_data_ptr();
+    t.gradient = twin.grads[i].const_data_ptr();
+    t.correction = twin.corrections[i].mutable_data_ptr();
+    for (size_t k = 0; k < 2; ++k) {
+      t.states[k] = twin.states[2 * i + k].mutable_data_ptr();
+      t.scales[k] = twin.scales[2 * i + k].mutable_data_ptr();
+    }
+    t.layout = {twin.rows[i], twin.params[i].numel() / twin.rows[i]};
+    t.parameter_dtype = t.gradient_dtype = flashoptim::DType::kBFloat16;
+    t.master_weights = MasterWeights::kCorrection8;
+    t.state_codec = StateCodec::kDefault;
+    tensors.push_back(t);
+  }
+  flashoptim::Plan plan;
+  ASSERT_TRUE(flashoptim::Plan::make(flashoptim::OptimizerKind::kAdamW, true, tensors.data(), 3, &plan).is_ok());
+  flashoptim::Hyperparameters hyper;
+  hyper.lr = 1e-2, hyper.beta2 = 0.95, hyper.weight_decay = 0.1, hyper.seed = 7;
+  for (int step = 1; step <= 20; ++step) {
+    call.hypers[10] = step;
+    hyper.step = step;
+    call.run();
+    ASSERT_TRUE(plan.step(&hyper, 1).is_ok());
+  }
+  EXPECT_TRUE(all_same_bytes(call.written(), twin.written()));
+}
+
+TEST(StepOp, CachedPlansFollowWhatChanges) {
+  // Same parameters: first other gradients and hyperparameters, then other states, must not meet a stale plan.
+  Call call = make_call(), fresh = make_call();
+  call.run();
+  fresh.run();
+  for (Call* c : {&call, &fresh}) {
+    for (size_t i = 0; i < c->grads.size(); ++i)
+      c->grads[i] = gradient(c->params[i], 77 + static_cast<int64_t>(i)).to(torch::kFloat);
+    c->hypers[0] = 3e-2;
+    c->hypers[10] = 2;
+  }
+  for (Tensor& param : fresh.params) param = param.clone();  // a new address: no plan is cached for it
+  call.run();
+  fresh.run();
+  EXPECT_TRUE(all_same_bytes(call.written(), fresh.written()));
+  for (Tensor& state : call.states) state = state.clone();
+  for (Tensor& param : fresh.params) param = param.clone();
+  call.run();
+  fresh.run();
+  EXPECT_TRUE(all_same_bytes(call.written(), fresh.written()));
+}
+
+TEST(StepOp, ManyPlansAndThreads) {
+  // More distinct plans than the cache holds, from two threads at once.
+  const auto work = [](int64_t seed) {
+    for (int64_t i = 0; i < 700; ++i) {
+      Call call;
+      call.add({32}, seed + i);
+      call.run();
+      call.hypers[10] = 2;
+      call.run();
+    }
+  };
+  std::thread other(work, 10000);
+  work(0);
+  other.join();
+}
+
+TEST(StepOp, FoundInfChangesNothingAndNonfiniteIsCounted) {
+  Call call = make_call();
+  const std::vector<Tensor> before = call.written();
+  call.found_inf = torch::ones({1});
+  call.nonfinite = torch::zeros({1}, torch::kLong);
+  call.grads[1][3] = NAN;
+  call.grads[1][40] = INFINITY;
+  call.run();
+  EXPECT_TRUE(all_same_bytes(before, call.written()));
+  call.found_inf = torch::zeros({});
+  call.run();
+  EXPECT_FALSE(all_same_bytes(before, call.written()));
+  EXPECT_EQ(call.nonfinite->item<int64_t>(), 2);
+  call.run();
+  EXPECT_EQ(call.nonfinite->item<int64_t>(), 4) << "the count is added to";
+}
+
+TEST(StepOp, GradientScaleAndNoTensors) {
+  Call call = make_call(), scaled = make_call();
+  for (Tensor& grad : scaled.grads) grad = grad * 4;
+  scaled.grad_scale = 0.25;
+  call.run();
+  scaled.run();
+  EXPECT_TRUE(all_same_bytes(call.written(), scaled.written()));
+  Call().run();
+}
+
+TEST(StepOp, BadArgumentsNameThemselvesAndChangeNothing) {
+  struct Case {
+    std::string name;
+    std::function<void(Call&)> spoil;
+    std::vector<std::string> parts;
+  };
+  const std::vector<Case> cases = {
+      {"optimizer", [](Call& c) { c.optimizer = "adamx"; }, {"optimizer = 'adamx'", "adamw, adam, sgd, sgdw, lion"}},
+      {"grads count", [](Call& c) { c.grads.pop_back(); }, {"grads has 2", "3"}},
+      {"corrections count", [](Call& c) { c.corrections.pop_back(); }, {"corrections has 2"}},
+      {"states count", [](Call& c) { c.states.pop_back(); }, {"states has 5", "6"}},
+      {"scales count", [](Call& c) { c.scales.pop_back(); }, {"scales has 5", "6"}},
+      {"rows count", [](Call& c) { c.rows.pop_back(); }, {"rows has 2"}},
+      {"hypers size", [](Call& c) { c.hypers.pop_back(); }, {"hypers has 11", "12"}},
+      {"lr", [](Call& c) { c.hypers[0] = NAN; }, {"hypers[0]", "lr", "nan", "finite"}},
+      {"beta1", [](Call& c) { c.hypers[1] = 1.0; }, {"hypers[1]", "beta1", "= 1;", "below 1"}},
+      {"beta2", [](Call& c) { c.hypers[2] = -0.5; }, {"hypers[2]", "beta2", "-0.5"}},
+      {"eps", [](Call& c) { c.hypers[3] = -1e-8; }, {"hypers[3]", "eps", "at least 0"}},
+      {"nesterov", [](Call& c) { c.hypers[8] = 2; }, {"hypers[8]", "nesterov", "0 or 1"}},
+      {"step", [](Call& c) { c.hypers[10] = 0; }, {"hypers[10]", "step", "at least 1"}},
+      {"seed", [](Call& c) { c.hypers[11] = 1e16; }, {"hypers[11]", "seed", "2^53"}},
+      {"grad_scale", [](Call& c) { c.grad_scale = INFINITY; }, {"grad_scale = inf"}},
+      {"param dtype",
+       [](Call& c) { c.params[1] = c.params[1].to(torch::kDouble); },
+       {"params[1]", "float64", "bfloat16"}},
+      {"param complex",
+       [](Call& c) { c.params[1] = torch::zeros({100}, torch::kComplexFloat); },
+       {"params[1]", "complex64"}},
+      {"param gaps",
+       [](Call& c) { c.params[1] = torch::zeros({200}, torch::kBFloat16).slice(0, 0, 200, 2); },
+       {"params[1]", "strides [2]", "dense"}},
+      {"param undefined", [](Call& c) { c.params[1] = Tensor(); }, {"params[1] is undefined"}},
+      {"grad sparse", [](Call& c) { c.grads[0] = c.grads[0].to_sparse(); }, {"grads[0]", "sparse"}},
+      {"grad dtype",
+       [](Call& c) { c.grads[2] = c.grads[2].to(torch::kHalf); },
+       {"grads[2]", "float16", "bfloat16 and float32"}},
+      {"grad shape", [](Call& c) { c.grads[2] = c.grads[2].view({21, 11}); }, {"grads[2]", "[21, 11]", "[3, 7, 11]"}},
+      {"grad strides", [](Call& c) { c.grads[0] = c.grads[0].t().contiguous().t(); }, {"grads[0]", "strides [1, 40]"}},
+      {"master weights", [](Call& c) { c.master_weights[2] = 6; }, {"master_weights[2] = 6"}},
+      {"master of fp32",
+       [](Call& c) { c.params[0] = c.params[0].to(torch::kFloat), c.grads[0] = c.grads[0].to(torch::kFloat); },
+       {"master_weights[0] = 2", "float32"}},
+      {"correction dtype",
+       [](Call& c) { c.corrections[1] = c.corrections[1].to(torch::kShort); },
+       {"corrections[1]", "int16", "int8"}},
+      {"correction shape",
+       [](Call& c) { c.corrections[1] = torch::zeros({99}, torch::kChar); },
+       {"corrections[1]", "[99]"}},
+      {"codec", [](Call& c) { c.state_codecs[0] = -1; }, {"state_codecs[0] = -1"}},
+      {"rows zero", [](Call& c) { c.rows[0] = 0; }, {"rows[0] = 0", "2000"}},
+      {"rows indivisible", [](Call& c) { c.rows[0] = 3; }, {"rows[0] = 3", "divide"}},
+      {"state dtype", [](Call& c) { c.states[3] = c.states[3].to(torch::kChar); }, {"states[3]", "int8", "uint8"}},
+      {"state shape",
+       [](Call& c) { c.states[3] = torch::zeros({101}, torch::kByte); },
+       {"states[3]", "[101]", "params[1]"}},
+      {"scale dtype", [](Call& c) { c.scales[1] = c.scales[1].to(torch::kFloat); }, {"scales[1]", "float32", "int16"}},
+      {"scale size",
+       [](Call& c) { c.scales[1] = torch::zeros({40, 3}, torch::kShort); },
+       {"scales[1]", "[40, 3]", "40 x 2"}},
+      {"scale strides",
+       [](Call& c) { c.scales[1] = torch::zeros({2, 40}, torch::kShort).t(); },
+       {"scales[1]", "contiguous"}},
+      {"first element", [](Call& c) { c.first_elements[1] = -1; }, {"first_elements[1] = -1"}},
+      {"hyper index", [](Call& c) { c.hyper_index[1] = 1; }, {"hyper_index[1] = 1", "1 sets"}},
+      {"found_inf", [](Call& c) { c.found_inf = torch::zeros({1}, torch::kLong); }, {"found_inf", "int64", "float32"}},
+      {"nonfinite", [](Call& c) { c.nonfinite = torch::zeros({2}, torch::kLong); }, {"nonfinite", "[2]"}},
+      {"twice",
+       [](Call& c) {
+         c.params[2] = c.params[0], c.grads[2] = c.grads[0], c.corrections[2] = torch::zeros_like(c.corrections[0]),
+         c.rows[2] = c.rows[0];
+         for (size_t k = 4; k < 6; ++k)
+           c.states[k] = torch::zeros_like(c.states[0]), c.scales[k] = torch::zeros_like(c.scales[0]);
+       },
+       {"params of tensor", "share memory"}},
+      {"meta among cpu",
+       [](Call& c) { c.params[1] = c.params[1].to(torch::kMeta); },
+       {"params[1] is on meta", "params[0] on cpu"}},
+  };
+  for (const Case& test : cases) {
+    SCOPED_TRACE(test.name);
+    Call call = make_call();
+    const std::vector<Tensor> before = call.written();
+    Call spoiled = call;
+    test.spoil(spoiled);
+    std::string message;
+    try {
+      spoiled.run();
+    } catch (const std::exception& error) {
+      message = error.what();
+    }
+    EXPECT_EQ(message.rfind("flashoptim::step_: ", 0), 0u) << message;
+    for (const std::string& part : test.parts)
+      EXPECT_NE(message.find(part), std::string::npos) << part << " not in: " << message;
+    EXPECT_TRUE(all_same_bytes(before, call.written()));
+    call.run();  // and the tensors can still be stepped
+  }
+}
+
+TEST(StepOp, MetaTensorsAreAccepted) {
+  Call call = make_call();
+  for (auto* list : {&call.params, &call.grads, &call.corrections, &call.states, &call.scales}) {
+    for (Tensor& tensor : *list) tensor = tensor.to(torch::kMeta);
+  }
+  call.run();
+}
+
+TEST(StepOp, AnyDenseElementOrder) {
+  // Storage order is element order: a transposed parameter steps like its transpose.
+  Call call, transposed;
+  call.add({40, 64}, 3);
+  transposed.add({40, 64}, 3);
+  for (auto* list : {&transposed.params, &transposed.grads, &transposed.corrections, &transposed.states}) {
+    for (Tensor& tensor : *list) tensor = tensor.t();
+  }
+  call.run();
+  transposed.run();
+  EXPECT_TRUE(same_bytes(call.params[0], transposed.params[0].t()));
+  EXPECT_TRUE(same_bytes(call.states[1], transposed.states[1].t()));
+}
+
+}  // namespace
+}  // namespace flashoptim_test
