@@ -1,0 +1,287 @@
+// Whole steps against the float64 oracle, with bounds that are derived: running error analysis for the rule
+// (oracle/bounded.h), the storage formats' step sizes for what is stored. Nothing here is tuned.
+#include <gtest/gtest.h>
+
+#include "flashoptim/core/optimizer_list.h"
+#include "tests/kernels/test_tensors.h"
+#include "tests/oracle/bounded.h"
+#include "tests/oracle/oracle.h"
+
+namespace flashoptim::test {
+namespace {
+
+using oracle::Bounded;
+constexpr double kUnit = oracle::kFloatUnit;
+
+/// Settings with which no term vanishes, in several combinations.
+oracle::Settings settings(int variation, int64_t step) {
+  oracle::Settings s;
+  s.lr = 0.013;
+  s.beta1 = 0.87;
+  s.beta2 = 0.983;
+  s.eps = 1e-3;
+  s.weight_decay = 0.11;
+  s.momentum = 0.79;
+  s.dampening = 0.23;
+  s.step = step;
+  if (variation == 1) {  // decouple_lr, maximize, a state that starts late
+    s.initial_lr = 0.02;
+    s.maximize = true;
+    s.step = step + 100;
+  }
+  if (variation == 2) {  // Nesterov, smaller eps (much smaller, and the paper codec's zero variances push weights out of fp16)
+    s.nesterov = true;
+    s.dampening = 0.0;
+    s.eps = 1e-4;
+    s.lr = 5e-4;
+  }
+  return s;
+}
+constexpr int kVariations = 3;
+
+Hyperparameters hyperparameters(const oracle::Settings& s) {
+  Hyperparameters h;
+  h.lr = s.lr;
+  h.beta1 = s.beta1;
+  h.beta2 = s.beta2;
+  h.eps = s.eps;
+  h.weight_decay = s.weight_decay;
+  h.momentum = s.momentum;
+  h.dampening = s.dampening;
+  h.decay_lr = s.initial_lr;
+  h.nesterov = s.nesterov;
+  h.maximize = s.maximize;
+  h.step = s.step;
+  h.seed = 17;
+  return h;
+}
+
+/// What storing the weight w - delta may lose, beside the error of delta. With h, h' half a ULP of the narrow value before and
+/// after, N the largest correction and u = 2^-24:
+///   fp32                 u |w'|
+///   nearest, no correction  h', + u |w'| for the fp32 difference
+///   stochastic           2 h' + u |w'|
+///   correction, nearest  h' / 2N; w and w - delta in fp32 round by u |w| + u |w'|, c and c / N by u h' each
+///   correction, dithered h' / N; the terms of core's split_update_dithered: 2 u h + u (h + |delta|) + u |n - n'| + 2 u h'
+///                        (tests/core/weight_update_test.cpp), and u |w'| where n' is not the nearest
+double storage_bound(const TestTensor& t, int64_t i, double w, double delta, uint32_t narrow_before) {
+  const double w_new = std::fabs(w - delta);
+  if (t.tensors().parameter_dtype == DType::kFloat32) return kUnit * w_new + 0x1p-149;
+  const ReferenceFormat& format = t.narrow_format();
+  const double h = format.half_ulp(narrow_before), h_new = format.half_ulp(t.narrow_at(i));
+  const double rounded = kUnit * (std::fabs(w) + w_new) + 0x1p-148;
+  switch (t.tensors().master_weights) {
+    case MasterWeights::kNone:
+      return h_new + rounded;
+    case MasterWeights::kNoneStochastic:
+      return 2.0 * h_new + rounded;
+    case MasterWeights::kCorrection8Nearest:
+    case MasterWeights::kCorrection16Nearest:
+      return h_new / (2.0 * t.largest_correction()) + rounded + 2.0 * kUnit * (h + h_new);
+    default:
+      return h_new / t.largest_correction() + kUnit * (3.0 * h + std::fabs(delta) + (std::fabs(delta) + h + h_new) + 2.0 * h_new + w_new) + 0x1p-149;
+  }
+}
+
+int mantissa_bits(const std::string& name) {
+#define FLASHOPTIM_CASE(rule) \
+  if (name == #rule) return core::rule::kStates[0].mantissa_bits;
+  FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
+#undef FLASHOPTIM_CASE
+  return 0;
+}
+
+int64_t group_of(const TestTensor& t, int64_t i) {
+  const GroupLayout& l = t.tensors().layout;
+  return i / l.row_size * l.groups_per_row() + i % l.row_size / kGroupSize;
+}
+
+/// Paper: the code is nearest, half a step of y = q / 127 or r / s = q / 255 (and 10^-4 of a step for the fp32 arithmetic before
+/// it); the scale is a float16, 2^-11 relative or 2^-25. A largest element a gives a <= (s + 2^-25) (1 + 2^-11).
+double paper_bound(const TestTensor& t, int64_t i, int slot, bool is_signed, double exact) {
+  const double s = kReferenceFloat16.decode(t.scale_at(slot, group_of(t, i)));
+  const double a = std::max((s + 0x1p-25) * (1.0 + 0x1p-10), 1e-12);
+  if (is_signed) {
+    const double x = std::min(std::fabs(exact) / a, 1.0), step = 0.5001 / 127.0;
+    const double y = std::min(2.0 * x / (1.0 + x) + step, 1.0);  // dx/dy = 2 / (2 - y)^2 grows with y
+    return a * step * 2.0 / ((2.0 - y) * (2.0 - y)) + std::fabs(exact) * 0x1p-10 + 0x1p-25 + 8 * kUnit * std::fabs(exact);
+  }
+  const double r = std::sqrt(std::max(exact, 0.0)), dr = a * 0.5001 / 255.0 + r * 0x1p-10 + 0x1p-25;
+  return 2.0 * r * dr + dr * dr;
+}
+
+/// Default, variance: less than one step of 2^s fp32 patterns, s the header's shift; at least the smallest normal number.
+double window_bound(const TestTensor& t, int64_t i, double exact) {
+  const int shift = (t.scale_at(1, group_of(t, i)) & 15) + 8;
+  return exact * std::ldexp(1.0, shift - 23) * (1.0 + 1e-6) + 0x1p-126;
+}
+
+/// Default, momentum: less than one step of the mu-law code, 2^-K of (2 + |x| / G) for every octave of it, times G S; S is the
+/// power of two below the root of the variance as stored, or 1; G the header's scale.
+double mu_law_bound(const TestTensor& t, int64_t i, const OptimizerChoice& o, double exact, double stored_variance) {
+  const double g = float_of(static_cast<uint32_t>(t.scale_at(0, group_of(t, i))) << 15);
+  // Where v is 0, g^2 was below the smallest float: momentum is dropped.
+  if (o.states == 2 && stored_variance == 0.0) return 1e-20;
+  const double s = o.states == 2 ? std::exp2(std::floor(std::log2(stored_variance) / 2.0)) : 1.0;
+  // A group whose scale is below the normal range is stored as zeros.
+  return (2.0 * g * s + std::fabs(exact)) * std::exp2(-mantissa_bits(o.name)) * (1.0 + 1e-5) + 0x1p-116 * s;
+}
+
+/// One step at a time, from what is stored: the bound is that of one step.
+void expect_steps_within_bounds(const OptimizerChoice& o, StateCodec codec, const Storage& storage, const std::vector<int64_t>& sizes, int variation) {
+  TestTensor t(o, codec, storage, sizes, 21);
+  const int64_t n = t.numel();
+  Plan plan;
+  ASSERT_TRUE(Plan::make(o.kind, o.has_momentum, &t.tensors(), 1, &plan).is_ok());
+  std::vector<float> first(static_cast<size_t>(n)), second(static_cast<size_t>(n)), new_first = first, new_second = second;
+  std::vector<double> w(static_cast<size_t>(n));
+  std::vector<uint32_t> narrow(static_cast<size_t>(n));
+  float* before[] = {first.data(), second.data()};
+  float* after[] = {new_first.data(), new_second.data()};
+  for (int64_t step = 1; step <= (kSanitized ? 3 : 12); ++step) {
+    t.set_step(step);
+    ASSERT_TRUE(plan.set_gradient(0, t.tensors().gradient).is_ok());
+    ASSERT_TRUE(decode_states(o.kind, o.has_momentum, t.tensors(), before).is_ok());
+    for (int64_t i = 0; i < n; ++i) {
+      w[static_cast<size_t>(i)] = t.weight_at(i);
+      narrow[static_cast<size_t>(i)] = storage.dtype == DType::kFloat32 ? 0 : t.narrow_at(i);
+    }
+    const oracle::Settings s = settings(variation, step);
+    const Hyperparameters hyper = hyperparameters(s);
+    ASSERT_TRUE(plan.step(&hyper, 1).is_ok());
+    ASSERT_TRUE(decode_states(o.kind, o.has_momentum, t.tensors(), after).is_ok());
+    for (int64_t i = 0; i < n; ++i) {
+      const size_t k = static_cast<size_t>(i);
+      // The rule sees the weight as merged to fp32: the sum rounds, and the correction's term.
+      const double merged = storage.dtype == DType::kFloat32 ? 0.0 : kUnit * (std::fabs(w[k]) + 2.0 * t.narrow_format().half_ulp(narrow[k]));
+      oracle::Element<Bounded> e{{w[k], merged}, {first[k], 0.0}, {second[k], 0.0}};
+      const Bounded delta = oracle::step(o.name, e, Bounded(t.gradient_at(i), 0.0), s);
+      ASSERT_LE(std::fabs(t.weight_at(i) - (w[k] - delta.value)), delta.error + storage_bound(t, i, w[k], delta.value, narrow[k]))
+          << "weight " << i << " at step " << step << " was " << w[k] << " exact update " << delta.value << " got " << w[k] - t.weight_at(i);
+      double first_bound = e.first.error, second_bound = e.second.error;
+      if (codec == StateCodec::kPaper && o.states > 0) {
+        first_bound += paper_bound(t, i, 0, true, e.first.value);
+        if (o.states > 1) second_bound += paper_bound(t, i, 1, false, e.second.value);
+      }
+      if (codec == StateCodec::kDefault && o.states > 0) {
+        first_bound += mu_law_bound(t, i, o, e.first.value, new_second[k]);
+        if (o.states > 1) second_bound += window_bound(t, i, e.second.value);
+      }
+      // Slots that the optimizer does not have stay 0 on both sides.
+      ASSERT_LE(std::fabs(static_cast<double>(new_first[k]) - e.first.value), first_bound)
+          << "slot 0, element " << i << " step " << step << " exact " << e.first.value;
+      ASSERT_LE(std::fabs(static_cast<double>(new_second[k]) - e.second.value), second_bound)
+          << "slot 1, element " << i << " step " << step << " exact " << e.second.value;
+    }
+  }
+}
+
+void expect_codec_within_bounds(StateCodec codec) {
+  for (const OptimizerChoice& o : kOptimizers) {
+    for (const Storage& storage : all_storages()) {
+      for (int variation = 0; variation < kVariations; ++variation) {
+        SCOPED_TRACE(describe(o, codec, storage) + " variation " + std::to_string(variation));
+        expect_steps_within_bounds(o, codec, storage, {9, 77}, variation);
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(Oracle, EveryStepWithFp32StatesIsWithinTheDerivedBound) { expect_codec_within_bounds(StateCodec::kFloat32); }
+TEST(Oracle, EveryStepWithPaperStatesIsWithinOneRoundingOfItsCodes) { expect_codec_within_bounds(StateCodec::kPaper); }
+TEST(Oracle, EveryStepWithDefaultStatesIsWithinOneStepOfItsCodes) { expect_codec_within_bounds(StateCodec::kDefault); }
+
+/// A whole run with fp32 states: the bound follows the oracle through all steps, and stays small enough to mean something.
+void expect_run_within_bound(const OptimizerChoice& o, const Storage& storage, int variation) {
+  TestTensor t(o, StateCodec::kFloat32, storage, {515}, 22);
+  const int64_t n = t.numel();
+  Plan plan;
+  ASSERT_TRUE(Plan::make(o.kind, o.has_momentum, &t.tensors(), 1, &plan).is_ok());
+  std::vector<oracle::Element<Bounded>> elements;
+  std::vector<double> start;
+  for (int64_t i = 0; i < n; ++i) {
+    start.push_back(t.weight_at(i));
+    elements.push_back({{start.back(), 0.0}, {0.0, 0.0}, {0.0, 0.0}});
+  }
+  double moved = 0.0;
+  for (int64_t step = 1; step <= 50; ++step) {
+    t.set_step(step);
+    ASSERT_TRUE(plan.set_gradient(0, t.tensors().gradient).is_ok());
+    std::vector<uint32_t> narrow(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) narrow[static_cast<size_t>(i)] = storage.dtype == DType::kFloat32 ? 0 : t.narrow_at(i);
+    const oracle::Settings s = settings(variation, step);
+    const Hyperparameters hyper = hyperparameters(s);
+    ASSERT_TRUE(plan.step(&hyper, 1).is_ok());
+    for (int64_t i = 0; i < n; ++i) {
+      oracle::Element<Bounded>& e = elements[static_cast<size_t>(i)];
+      oracle::Element<Bounded> seen = e;
+      if (storage.dtype != DType::kFloat32) seen.weight.error += kUnit * (std::fabs(e.weight.value) + e.weight.error + 2.0 * t.narrow_format().half_ulp(narrow[static_cast<size_t>(i)]));
+      const Bounded delta = oracle::step(o.name, seen, Bounded(t.gradient_at(i), 0.0), s);
+      const double w = e.weight.value;
+      e.first = seen.first;
+      e.second = seen.second;
+      e.weight = {w - delta.value, e.weight.error + delta.error + storage_bound(t, i, std::fabs(w) + e.weight.error, delta.value, narrow[static_cast<size_t>(i)]) + kUnit * e.weight.error};
+      ASSERT_LE(std::fabs(t.weight_at(i) - e.weight.value), e.weight.error) << "element " << i << " step " << step;
+      moved = std::max(moved, std::fabs(e.weight.value - start[static_cast<size_t>(i)]));
+    }
+  }
+  // A bound as large as the movement would prove nothing. Nine elements in ten have a small one; where L2 decay nearly cancels
+  // the gradient, Adam divides noise by its own size, and no bound on a run can be.
+  std::vector<double> errors;
+  for (const auto& e : elements) errors.push_back(e.weight.error);
+  std::nth_element(errors.begin(), errors.begin() + static_cast<int64_t>(errors.size() * 9 / 10), errors.end());
+  const double most = errors[errors.size() * 9 / 10];
+  if (o.kind != OptimizerKind::kLion) {
+    EXPECT_LT(most, storage.dtype == DType::kFloat32 ? 1e-3 * moved : 0.5 * moved) << most << " of " << moved;
+  }
+}
+
+TEST(Oracle, FiftyStepsFollowTheOracleWithinTheBoundThatRanAlong) {
+  const Storage storages[] = {{DType::kFloat32, DType::kFloat32, MasterWeights::kNone},
+                              {DType::kBFloat16, DType::kFloat32, MasterWeights::kCorrection8},
+                              {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection16},
+                              {DType::kFloat16, DType::kFloat32, MasterWeights::kCorrection8},
+                              {DType::kFloat16, DType::kFloat16, MasterWeights::kCorrection16Nearest}};
+  for (const OptimizerChoice& o : kOptimizers) {
+    for (const Storage& storage : storages) {
+      for (int variation = 0; variation < kVariations; ++variation) {
+        SCOPED_TRACE(describe(o, StateCodec::kFloat32, storage) + " variation " + std::to_string(variation));
+        expect_run_within_bound(o, storage, variation);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// The oracle itself on numbers worked by hand: one element, w = 1, g = 2, lr = 0.1, decay 0.5, first step.
+TEST(Oracle, AgreesWithHandWorkedSteps) {
+  oracle::Settings s;
+  s.lr = 0.1;
+  s.beta1 = 0.9;
+  s.beta2 = 0.99;
+  s.eps = 1.0;
+  s.weight_decay = 0.5;
+  s.momentum = 0.8;
+  s.dampening = 0.25;
+  const auto run = [&s](const char* name) {
+    oracle::Element<double> e{1.0, 0.0, 0.0};
+    return oracle::step(name, e, 2.0, s);
+  };
+  EXPECT_NEAR(run("AdamW"), 0.1 * 0.5 + 0.1 * 2.0 / (2.0 + 1.0), 1e-15);
+  EXPECT_NEAR(run("Adam"), 0.1 * 2.5 / (2.5 + 1.0), 1e-15);
+  EXPECT_NEAR(run("Sgd"), 0.1 * 2.5, 1e-15);
+  EXPECT_NEAR(run("Sgdw"), 0.1 * 0.5 + 0.1 * 2.0, 1e-15);
+  EXPECT_NEAR(run("SgdPlain"), 0.1 * 2.5, 1e-15);
+  EXPECT_NEAR(run("Lion"), 0.1 * 0.5 + 0.1, 1e-15);
+  s.nesterov = true;
+  EXPECT_NEAR(run("Sgd"), 0.1 * (2.5 + 0.8 * 2.5), 1e-15);
+  s.nesterov = false;
+  s.initial_lr = 0.4;
+  EXPECT_NEAR(run("SgdwPlain"), 0.5 * 0.1 / 0.4 + 0.1 * 2.0, 1e-15);
+  s.maximize = true;
+  EXPECT_NEAR(run("SgdwPlain"), 0.5 * 0.1 / 0.4 - 0.1 * 2.0, 1e-15);
+}
+
+}  // namespace
+}  // namespace flashoptim::test
