@@ -1,0 +1,58 @@
+#include "metrics.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <stdexcept>
+
+namespace train_gpt {
+namespace {
+
+std::string kept_lines(const std::string& path, std::int64_t last_step) {
+  std::ifstream file(path);
+  std::string kept;
+  for (std::string line; std::getline(file, line);) {
+    const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (json.is_discarded() || json.value("step", last_step + 1) > last_step) break;
+    kept += line + "\n";
+  }
+  return kept;
+}
+
+}  // namespace
+
+MetricsLog::MetricsLog(const std::string& path, std::int64_t resume_step) {
+  const std::string kept = resume_step > 0 ? kept_lines(path, resume_step) : "";
+  file_.open(path, std::ios::trunc);
+  if (!file_) throw std::runtime_error("cannot write " + path);
+  file_ << kept << std::flush;
+}
+
+void MetricsLog::write(const StepMetrics& metrics) {
+  nlohmann::ordered_json line = {{"step", metrics.step}, {"loss", metrics.loss}};
+  if (metrics.validation_loss) line["val_loss"] = *metrics.validation_loss;
+  line["lr"] = metrics.lr;
+  line["grad_norm"] = metrics.gradient_norm;
+  line["step_ms"] = metrics.step_ms;
+  line["optimizer_ms"] = metrics.optimizer_ms;
+  line["tokens_per_s"] = metrics.tokens_per_second;
+  file_ << line.dump() << "\n" << std::flush;
+}
+
+void write_json(const std::string& path, const nlohmann::json& json) {
+  const std::string partial = path + ".partial";
+  {
+    std::ofstream file(partial);
+    file << json.dump(2) << "\n";
+    if (!file) throw std::runtime_error("cannot write " + partial);
+  }
+  std::filesystem::rename(partial, path);
+}
+
+double median(std::vector<double> values) {
+  if (values.empty()) return 0;
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+}  // namespace train_gpt
