@@ -1,7 +1,7 @@
 // Lane types of the CUDA kernels, and what the quad of threads that holds a group does together.
 //
 // F = float is exact for every input. UpdateLane computes the update rule by shorter sequences that give the same bits
-// wherever `ok` comes out true, which is nearly always; elsewhere the kernel computes the unit again with float.
+// wherever its guard holds, which is nearly always; elsewhere the kernel computes the unit again with float.
 #pragma once
 
 #include "flashoptim/core/lanes.h"
@@ -9,18 +9,30 @@
 
 namespace flashoptim::cuda {
 
-struct UpdateLane {
-  float v;
+/// What the values of one thread's update had in common.
+struct UpdateGuard {
+  uint32_t smallest_radicand = 0xffffffffu;  ///< patterns
+  uint32_t largest_divisor = 0u;
   bool ok = true;
 
-  UpdateLane() = default;
-  __device__ __forceinline__ UpdateLane(float value) : v(value) {}
-  __device__ __forceinline__ UpdateLane(float value, bool is_ok) : v(value), ok(is_ok) {}
+  __device__ __forceinline__ bool holds() const {
+    return ok && smallest_radicand >= (127u - 101u) << 23 && largest_divisor <= (127u + 40u) << 23;
+  }
 };
 
-__device__ __forceinline__ UpdateLane operator+(UpdateLane a, UpdateLane b) { return {a.v + b.v, a.ok && b.ok}; }
-__device__ __forceinline__ UpdateLane operator-(UpdateLane a, UpdateLane b) { return {a.v - b.v, a.ok && b.ok}; }
-__device__ __forceinline__ UpdateLane operator*(UpdateLane a, UpdateLane b) { return {a.v * b.v, a.ok && b.ok}; }
+struct UpdateLane {
+  float v;
+  UpdateGuard* guard = nullptr;  ///< null for constants
+
+  UpdateLane() = default;
+  __device__ __forceinline__ UpdateLane(float value, UpdateGuard* g = nullptr) : v(value), guard(g) {}
+};
+
+__device__ __forceinline__ UpdateGuard* either(UpdateLane a, UpdateLane b) { return a.guard != nullptr ? a.guard : b.guard; }
+
+__device__ __forceinline__ UpdateLane operator+(UpdateLane a, UpdateLane b) { return {a.v + b.v, either(a, b)}; }
+__device__ __forceinline__ UpdateLane operator-(UpdateLane a, UpdateLane b) { return {a.v - b.v, either(a, b)}; }
+__device__ __forceinline__ UpdateLane operator*(UpdateLane a, UpdateLane b) { return {a.v * b.v, either(a, b)}; }
 
 __device__ __forceinline__ float approximate_reciprocal(float a) {
   float y;
@@ -33,42 +45,59 @@ __device__ __forceinline__ float approximate_reciprocal_root(float a) {
   return y;
 }
 
-/// The sequence of CUDA's own correctly rounded division inside the range where it needs no scaling, here
-/// 2^-80 <= |a|, |b| <= 2^40. Below 2^-126 b, and a quotient that overflows, give NaN, which the caller looks for.
+/// The sequence of CUDA's own correctly rounded division inside the range where it needs no scaling: here
+/// 2^-80 <= |a|, 0 < b <= 2^40. Divisors below 2^-126, and quotients that overflow, give NaN, which the caller looks for.
+__device__ __forceinline__ float divide_in_range(float a, float b) {
+  float y = approximate_reciprocal(b);
+  y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+  float q = __fmul_rn(a, y);
+  q = __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+#if !defined(FLASHOPTIM_SHORT_DIVISION)
+  q = __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+#endif
+  return q;
+}
 __device__ __forceinline__ UpdateLane operator/(UpdateLane a, UpdateLane b) {
-  float y = approximate_reciprocal(b.v);
-  y = __fmaf_rn(y, __fmaf_rn(-b.v, y, 1.0f), y);
-  float q = __fmul_rn(a.v, y);
-  q = __fmaf_rn(y, __fmaf_rn(-b.v, q, a.v), q);
-  q = __fmaf_rn(y, __fmaf_rn(-b.v, q, a.v), q);
-  return {q, a.ok && b.ok && fabsf(a.v) >= 0x1p-80f && fabsf(b.v) <= 0x1p40f};
+  UpdateGuard& guard = *either(a, b);
+  guard.ok = guard.ok && fabsf(a.v) >= 0x1p-80f;
+  guard.largest_divisor = guard.largest_divisor > core::to_bits(b.v) ? guard.largest_divisor : core::to_bits(b.v);
+  return {divide_in_range(a.v, b.v), &guard};
 }
 
-/// CUDA's own sequence for the correctly rounded root, for 2^-101 <= a; infinity gives NaN.
+/// CUDA's own sequence for the correctly rounded root, for 2^-101 <= a; infinity and negative numbers give NaN.
+__device__ __forceinline__ float sqrt_in_range(float a) {
+  const float y = approximate_reciprocal_root(a);
+  const float s = __fmul_rn(a, y);
+  return __fmaf_rn(__fmaf_rn(-s, s, a), __fmul_rn(0.5f, y), s);
+}
 __device__ __forceinline__ UpdateLane sqrt(UpdateLane a) {
-  const float y = approximate_reciprocal_root(a.v);
-  const float s = __fmul_rn(a.v, y);
-  const float root = __fmaf_rn(__fmaf_rn(-s, s, a.v), __fmul_rn(0.5f, y), s);
-  return {root, a.ok && a.v >= 0x1p-101f};
+  a.guard->smallest_radicand = core::unsigned_min(a.guard->smallest_radicand, core::to_bits(a.v));
+  return {sqrt_in_range(a.v), a.guard};
 }
 
 /// Rules bound a variable by a constant, which they name first: usually the variable stays.
-__device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) { return {a.v, bound.ok && a.ok && a.v >= bound.v}; }
-__device__ __forceinline__ UpdateLane min(UpdateLane bound, UpdateLane a) { return {a.v, bound.ok && a.ok && a.v <= bound.v}; }
-__device__ __forceinline__ bool greater(UpdateLane a, UpdateLane b) { return a.v > b.v; }
-__device__ __forceinline__ UpdateLane select(bool mask, UpdateLane a, UpdateLane b) {
-  return {mask ? a.v : b.v, a.ok && b.ok};
-}
-
-/// Reductions over a group; every thread of the warp takes part and gets its group's result.
-__device__ __forceinline__ uint32_t group_int_max(uint32_t a) {
-#pragma unroll
-  for (int step = 1; step < kThreadsPerGroup; step *= 2) a = core::int_max(a, __shfl_xor_sync(0xffffffffu, a, step));
+__device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
+  a.guard->ok = a.guard->ok && a.v >= bound.v;
   return a;
 }
+__device__ __forceinline__ UpdateLane min(UpdateLane bound, UpdateLane a) {
+  a.guard->ok = a.guard->ok && a.v <= bound.v;
+  return a;
+}
+__device__ __forceinline__ bool greater(UpdateLane a, UpdateLane b) { return a.v > b.v; }
+__device__ __forceinline__ UpdateLane select(bool mask, UpdateLane a, UpdateLane b) { return {mask ? a.v : b.v, either(a, b)}; }
+
+/// Reductions over a group; every thread of the warp takes part and gets its group's result.
+template <int kThreadCount = kThreadsPerGroup>
+__device__ __forceinline__ uint32_t group_int_max(uint32_t a) {
+#pragma unroll
+  for (int step = 1; step < kThreadCount; step *= 2) a = core::int_max(a, __shfl_xor_sync(0xffffffffu, a, step));
+  return a;
+}
+template <int kThreadCount = kThreadsPerGroup>
 __device__ __forceinline__ uint32_t group_unsigned_min(uint32_t a) {
 #pragma unroll
-  for (int step = 1; step < kThreadsPerGroup; step *= 2) a = core::unsigned_min(a, __shfl_xor_sync(0xffffffffu, a, step));
+  for (int step = 1; step < kThreadCount; step *= 2) a = core::unsigned_min(a, __shfl_xor_sync(0xffffffffu, a, step));
   return a;
 }
 

@@ -25,13 +25,13 @@ template <int kBytes>
 __device__ __forceinline__ Words<kBytes> load_unit(const unsigned char* p, int valid, bool vector) {
   Words<kBytes> out;
   if (vector) {
-    if constexpr (kBytes == 1) {
+    if constexpr (kUnit * kBytes == 8) {
       const uint2 v = load_streaming(reinterpret_cast<const uint2*>(p));
       out.w[0] = v.x;
       out.w[1] = v.y;
     } else {
 #pragma unroll
-      for (int j = 0; j < kBytes / 2; ++j) {
+      for (int j = 0; j < kUnit * kBytes / 16; ++j) {
         const uint4 v = load_streaming(reinterpret_cast<const uint4*>(p) + j);
         out.w[4 * j] = v.x;
         out.w[4 * j + 1] = v.y;
@@ -53,11 +53,11 @@ __device__ __forceinline__ Words<kBytes> load_unit(const unsigned char* p, int v
 template <int kBytes>
 __device__ __forceinline__ void store_unit(unsigned char* p, const Words<kBytes>& words, int valid, bool vector) {
   if (vector) {
-    if constexpr (kBytes == 1) {
+    if constexpr (kUnit * kBytes == 8) {
       store_streaming(reinterpret_cast<uint2*>(p), make_uint2(words.w[0], words.w[1]));
     } else {
 #pragma unroll
-      for (int j = 0; j < kBytes / 2; ++j) {
+      for (int j = 0; j < kUnit * kBytes / 16; ++j) {
         store_streaming(reinterpret_cast<uint4*>(p) + j,
                         make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]));
       }
@@ -90,14 +90,14 @@ __device__ __forceinline__ Words<kBytes> pack(const uint32_t (&values)[kUnit]) {
   Words<kBytes> out;
   if constexpr (kBytes == 1) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < kUnit / 4; ++j) {
       const uint32_t low = __byte_perm(values[4 * j], values[4 * j + 1], 0x0040);
       const uint32_t high = __byte_perm(values[4 * j + 2], values[4 * j + 3], 0x0040);
       out.w[j] = __byte_perm(low, high, 0x5410);
     }
   } else if constexpr (kBytes == 2) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) out.w[j] = __byte_perm(values[2 * j], values[2 * j + 1], 0x5410);
+    for (int j = 0; j < kUnit / 2; ++j) out.w[j] = __byte_perm(values[2 * j], values[2 * j + 1], 0x5410);
   } else {
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) out.w[j] = values[j];

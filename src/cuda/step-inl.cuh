@@ -5,7 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "src/cuda/arguments.h"
-#include "src/cuda/fast_unit-inl.cuh"
+#include "src/cuda/hot_unit-inl.cuh"
 #include "src/cuda/states-inl.cuh"
 #include "src/cuda/weights-inl.cuh"
 
@@ -166,39 +166,6 @@ __device__ __forceinline__ void exact_unit(const ChunkContext& context, const Ty
   store_headers<Rule, kCodec>(t, group, active && lane == 0, stored.states);
 }
 
-/// Whether there is a hot path for a configuration.
-template <class Rule, StateCodec kCodec, class Types>
-inline constexpr bool kIsHot = Types::kFixed && kCodec == StateCodec::kDefault && Rule::kStateCount > 0;
-
-/// The unit by the hot path. False, and nothing changed, where it does not hold for these values; a warp agrees.
-template <class Rule, class Types>
-__device__ __forceinline__ bool hot_unit(const ChunkContext& context, const Types& types, int64_t group, int lane) {
-  constexpr StateCodec kCodec = StateCodec::kDefault;
-  using Narrow = std::conditional_t<Types::parameter() == DType::kBFloat16, core::BFloat16, core::Float16>;
-  const TensorEntry& t = context.tensor;
-  const Unit unit{group * kGroupSize, group * kGroupSize + lane, kUnit};
-  StoredUnit<kCodec> stored;
-  load_stored<Rule, kCodec>(t, types, unit, true, stored);
-  load_headers<Rule, kCodec>(t, group, true, stored.states);
-  F g[kUnit];
-  widen(types.gradient(), stored.gradient, g);
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i) g[i] = g[i] * core::splat<F>(context.prepared.gradient_scale);
-  const typename Rule::Hyper& hyper = reinterpret_cast<const typename Rule::Hyper&>(context.prepared.rule);
-  const DitherSource dither = dither_source(context, unit.group_first, lane);
-  if (!step_fast<Rule, Narrow, correction_bits(Types::master())>(g, hyper, dither, stored.weights, stored.states)) return false;
-  asm volatile("" ::: "memory");
-  store_stored<Rule, kCodec>(t, types, unit, true, stored);
-  store_headers<Rule, kCodec>(t, group, lane == 0, stored.states);
-  return true;
-}
-
-/// The way out of the hot path: a function of its own, so that its registers are not the hot path's.
-template <class Rule, StateCodec kCodec, class Types>
-__device__ __noinline__ void exact_unit_apart(const ChunkContext& context, bool aligned, int64_t group, int lane, bool active) {
-  exact_unit<Rule, kCodec>(context, Types(context.tensor), aligned, group, lane, active);
-}
-
 /// Copies a struct to shared memory, a word per thread.
 template <class T>
 __device__ __forceinline__ void copy_to_shared(T* to, const T* from, int first_thread) {
@@ -209,49 +176,117 @@ __device__ __forceinline__ void copy_to_shared(T* to, const T* from, int first_t
   }
 }
 
-template <class Rule, StateCodec kCodec, class Types>
-__device__ __forceinline__ void step_chunk(const StepArguments& args) {
-  __shared__ ChunkContext context;
-  const Chunk chunk = args.chunks[blockIdx.x];
+/// Loads what a chunk's units share; false where there is nothing to do. Every thread of the block calls it.
+__device__ __forceinline__ bool open_chunk(const StepArguments& args, const Chunk& chunk, ChunkContext& context) {
   const TensorEntry* entry = args.tensors + chunk.tensor;
   const PreparedHyper* prepared = (args.hypers != nullptr ? args.hypers : args.inline_hypers) + entry->hyper_index;
   copy_to_shared(&context.tensor, entry, 0);
   copy_to_shared(&context.prepared, prepared, 32);
   if (threadIdx.x == 64) context.nonfinite = args.nonfinite;
   __syncthreads();
-  if (context.tensor.gradient == nullptr || context.prepared.skip) return;
-  const Types types(context.tensor);
-  const bool aligned =
-      (context.tensor.flags & kVectorAligned) && (reinterpret_cast<uintptr_t>(context.tensor.gradient) & 15u) == 0;
+  return context.tensor.gradient != nullptr && !context.prepared.skip;
+}
+
+__device__ __forceinline__ bool all_aligned(const TensorEntry& t) {
+  return (t.flags & kVectorAligned) && (reinterpret_cast<uintptr_t>(t.gradient) & 15u) == 0;
+}
+
+/// Any element types and master weights.
+template <class Rule, StateCodec kCodec>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kernel(const __grid_constant__ StepArguments args) {
+  __shared__ ChunkContext context;
+  const Chunk chunk = args.chunks[blockIdx.x];
+  if (!open_chunk(args, chunk, context)) return;
+  const AnyTypes types(context.tensor);
+  const bool aligned = all_aligned(context.tensor);
   const int lane = static_cast<int>(threadIdx.x % kThreadsPerGroup) * kUnit;
+#pragma unroll 1
+  for (int tile = 0; tile < chunk.groups; tile += kThreads / kThreadsPerGroup) {
+    const int local = tile + static_cast<int>(threadIdx.x / kThreadsPerGroup);
+    exact_unit<Rule, kCodec>(context, types, aligned, chunk.first_group + local, lane, local < chunk.groups);
+  }
+}
+
+/// The way out of the hot path for a warp's 16 groups: a function of its own, so that its registers are not the hot path's.
+template <class Rule>
+__device__ __noinline__ void exact_units_apart(const ChunkContext& context, int64_t first_group, int count) {
+  const AnyTypes types(context.tensor);
+  const bool aligned = all_aligned(context.tensor);
+  const int thread = static_cast<int>(threadIdx.x % 32);
+#pragma unroll 1
+  for (int done = 0; done < 32 / kHotThreadsPerGroup; done += 32 / kThreadsPerGroup) {
+    const int local = done + thread / kThreadsPerGroup;
+    exact_unit<Rule, StateCodec::kDefault>(context, types, aligned, first_group + local, thread % kThreadsPerGroup * kUnit, local < count);
+  }
+}
+
+__device__ __forceinline__ void open_hot(const TensorEntry& t, int64_t first_group, int correction_bytes, HotContext& hot) {
+  const int64_t first = first_group * kGroupSize;
+  hot.parameter = static_cast<unsigned char*>(t.parameter) + first * 2;
+  hot.gradient = static_cast<const unsigned char*>(t.gradient) + first * 2;
+  hot.correction = static_cast<unsigned char*>(t.correction) + first * correction_bytes;
+  for (int k = 0; k < kMaxStates; ++k) {
+    hot.states[k] = static_cast<unsigned char*>(t.states[k]) + first;
+    hot.scales[k] = t.scales[k] + first_group;
+  }
+  hot.first_index = static_cast<uint64_t>(t.first_element + first);
+}
+
+/// 16-bit weights and gradients of one type, dithered corrections, default codec.
+template <class Rule, class Narrow, int kBits>
+__global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_kernel(const __grid_constant__ StepArguments args) {
+  __shared__ ChunkContext context;
+  __shared__ HotContext hot;
+  __shared__ HotStage<Rule, kBits> stages[2];
+  const Chunk chunk = args.chunks[blockIdx.x];
+  if (!open_chunk(args, chunk, context)) return;
+  if (threadIdx.x == 0) open_hot(context.tensor, chunk.first_group, kBits / 8, hot);
+  __syncthreads();
   // Groups before this one are full and lie at 32 times their number.
   int full = chunk.groups;
-  if constexpr (kIsHot<Rule, kCodec, Types>) {
-    const int64_t all_full = context.tensor.numel / kGroupSize - chunk.first_group;
-    if (all_full < full) full = static_cast<int>(all_full);
-    if (!aligned || (context.tensor.flags & kShortRows)) full = 0;
+  const int64_t all_full = context.tensor.numel / kGroupSize - chunk.first_group;
+  if (all_full < full) full = static_cast<int>(all_full);
+  if (!all_aligned(context.tensor) || (context.tensor.flags & kShortRows)) full = 0;
+  const int lane = static_cast<int>(threadIdx.x % kHotThreadsPerGroup) * kHotUnit;
+  const HotDither phases(context.prepared.dither, lane);
+  const int in_warp = static_cast<int>(threadIdx.x % 32) / kHotThreadsPerGroup;
+  constexpr int kWarpGroups = 32 / kHotThreadsPerGroup;
+  constexpr int kBlockGroups = kHotThreads / kHotThreadsPerGroup;
+  int warp_first = static_cast<int>(threadIdx.x / 32) * kWarpGroups;
+  int current = 0;
+  HotHeaders next_headers;
+  if (warp_first + kWarpGroups <= full) {
+    stages[0].fetch(hot, warp_first + in_warp, lane);
+    next_headers = fetch_headers<Rule>(hot, warp_first + in_warp);
   }
+  commit_copies();
 #pragma unroll 1
-  for (int tile = 0; tile < chunk.groups; tile += kTileGroups) {
-    const int local = tile + static_cast<int>(threadIdx.x / kThreadsPerGroup);
-    const int64_t group = chunk.first_group + local;
-    if constexpr (kIsHot<Rule, kCodec, Types>) {
-      if (__all_sync(0xffffffffu, local < full) && hot_unit<Rule>(context, types, group, lane)) continue;
-      exact_unit_apart<Rule, kCodec, Types>(context, aligned, group, lane, local < chunk.groups);
-    } else {
-      exact_unit<Rule, kCodec>(context, types, aligned, group, lane, local < chunk.groups);
+  for (; warp_first < chunk.groups; warp_first += kBlockGroups, current ^= 1) {
+    const HotHeaders headers = next_headers;
+    const int next = warp_first + kBlockGroups;
+    if (next + kWarpGroups <= full) {
+      stages[current ^ 1].fetch(hot, next + in_warp, lane);
+      next_headers = fetch_headers<Rule>(hot, next + in_warp);
     }
+    commit_copies();
+    wait_for_copies();
+    if (warp_first + kWarpGroups <= full &&
+        hot_unit<Rule, Narrow, kBits>(hot, stages[current], headers, context.prepared, phases, warp_first + in_warp, lane)) {
+      continue;
+    }
+    exact_units_apart<Rule>(context, chunk.first_group + warp_first, chunk.groups - warp_first);
   }
 }
 
-template <class Rule, StateCodec kCodec, class Types>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kernel(const __grid_constant__ StepArguments args) {
-  step_chunk<Rule, kCodec, Types>(args);
+template <class Rule, StateCodec kCodec>
+int launch_step(const StepArguments& args, unsigned int blocks, void* stream) {
+  step_kernel<Rule, kCodec><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  return static_cast<int>(cudaGetLastError());
 }
 
-template <class Rule, StateCodec kCodec, class Types = AnyTypes>
-int launch_step(const StepArguments& args, unsigned int blocks, void* stream) {
-  step_kernel<Rule, kCodec, Types><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+template <class Rule, class Narrow, int kBits>
+int launch_hot(const StepArguments& args, unsigned int blocks, void* stream) {
+  hot_kernel<Rule, Narrow, kBits><<<blocks, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -261,10 +296,9 @@ StepLaunches make_step_launches() {
   StepLaunches out{};
   out.codec[static_cast<int>(StateCodec::kFloat32)] = launch_step<Rule, StateCodec::kFloat32>;
   if constexpr (Rule::kStateCount > 0) {
-    using BFloat16Correction8 = FixedTypes<DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8>;
     out.codec[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
     out.codec[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
-    out.hot[kHotBFloat16Correction8] = launch_step<Rule, StateCodec::kDefault, BFloat16Correction8>;
+    out.hot[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, 8>;
   } else {
     out.codec[static_cast<int>(StateCodec::kPaper)] = out.codec[static_cast<int>(StateCodec::kFloat32)];
     out.codec[static_cast<int>(StateCodec::kDefault)] = out.codec[static_cast<int>(StateCodec::kFloat32)];

@@ -3,20 +3,25 @@
 
 namespace flashoptim::cuda {
 
-/// A unit is what one thread updates at a time: 8 elements, so that 4 threads hold a group of 32.
+/// Kernels that take any configuration: a thread updates a unit of 8 elements at a time, 4 threads hold a group of 32.
 inline constexpr int kUnit = 8;
 inline constexpr int kThreadsPerGroup = 4;
+inline constexpr int kThreads = 256;
+inline constexpr int kBlocksPerMultiprocessor = 4;
 
-/// Threads of a block, and blocks that must fit a multiprocessor (caps registers at 64).
-#ifndef FLASHOPTIM_THREADS
-#define FLASHOPTIM_THREADS 256
-#define FLASHOPTIM_BLOCKS 4
+/// Hot kernels: 16 elements a thread, 2 threads a group. With 8 elements the work that is done once per unit (addresses,
+/// hashes, headers) cost 31 of 134 instructions an element; with 16 it costs half, in 128 registers.
+#ifndef FLASHOPTIM_HOT_THREADS
+#define FLASHOPTIM_HOT_THREADS 128
+#define FLASHOPTIM_HOT_BLOCKS 4
 #endif
-inline constexpr int kThreads = FLASHOPTIM_THREADS;
-inline constexpr int kBlocksPerMultiprocessor = FLASHOPTIM_BLOCKS;
+inline constexpr int kHotUnit = 16;
+inline constexpr int kHotThreadsPerGroup = 2;
+inline constexpr int kHotThreads = FLASHOPTIM_HOT_THREADS;
+inline constexpr int kHotBlocksPerMultiprocessor = FLASHOPTIM_HOT_BLOCKS;
 
 /// Groups that one pass of a block covers, and passes of a block over a large tensor.
-inline constexpr int kTileGroups = kThreads / kThreadsPerGroup;
+inline constexpr int kTileGroups = 64;
 inline constexpr int kTilesPerChunk = 4;
 /// Models of fewer tiles than this get one tile per block: work is then cut finely enough for every multiprocessor.
 inline constexpr int kFewTiles = 20000;

@@ -8,19 +8,8 @@
 
 namespace flashoptim::cuda {
 
-/// Element types known when the kernel is compiled: the configurations that deserve a kernel of their own.
-template <DType kParameter, DType kGradient, MasterWeights kMaster>
-struct FixedTypes {
-  static constexpr bool kFixed = true;
-  __device__ explicit FixedTypes(const TensorEntry&) {}
-  static constexpr __device__ DType parameter() { return kParameter; }
-  static constexpr __device__ DType gradient() { return kGradient; }
-  static constexpr __device__ MasterWeights master() { return kMaster; }
-};
-
 /// Any element types.
 struct AnyTypes {
-  static constexpr bool kFixed = false;
   DType parameter_, gradient_;
   MasterWeights master_;
   __device__ explicit AnyTypes(const TensorEntry& t)

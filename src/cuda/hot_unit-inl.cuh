@@ -1,0 +1,422 @@
+// The hot path: 16 elements a thread with 16-bit weights, dithered corrections and the default codec, in about half of
+// the instructions that core's formulas compile to. The same bits: every step is an identity of core's, said beside it,
+// under conditions that are collected and tested before anything is written. Where one fails (zeros, subnormals,
+// infinities, NaN, absurd magnitudes), the warp takes core's formulas instead. tests/cuda compares both with the CPU.
+//
+// What counts on the H100 is instructions: at the speed of memory there are about 110 an element, and half of them may
+// be on the ALU pipe (integers, comparisons, selections). So shifts and additions become IMAD, bytes are picked by PRMT,
+// and codes are formed in the top byte of a word, from where the packing takes them.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include "src/cuda/arguments.h"
+#include "src/cuda/states-inl.cuh"
+#include "src/cuda/weights-inl.cuh"
+
+namespace flashoptim::cuda {
+
+/// Where a chunk's arrays begin, and what else its units share: computed once per block, in shared memory, so that
+/// registers are for elements and offsets have 32 bits.
+struct alignas(16) HotContext {
+  unsigned char* parameter;
+  const unsigned char* gradient;
+  unsigned char* correction;
+  unsigned char* states[kMaxStates];
+  uint16_t* scales[kMaxStates];
+  uint64_t first_index;  ///< of the chunk in the whole tensor, for the dither
+};
+
+/// 16 codes, corrections or halves of them.
+template <int kWords>
+struct HotWords {
+  uint32_t w[kWords];
+};
+
+template <int kWords>
+__device__ __forceinline__ void hot_store(unsigned char* p, const HotWords<kWords>& words) {
+#pragma unroll
+  for (int j = 0; j < kWords / 4; ++j) {
+    store_streaming(reinterpret_cast<uint4*>(p) + j,
+                    make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]));
+  }
+}
+
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+/// The top bytes of 16 words.
+__device__ __forceinline__ HotWords<4> pack_top_bytes(const uint32_t (&t)[kHotUnit]) {
+  HotWords<4> out;
+#pragma unroll
+  for (int j = 0; j < kHotUnit / 4; ++j) {
+    out.w[j] = permute(permute(t[4 * j], t[4 * j + 1], 0x0073u), permute(t[4 * j + 2], t[4 * j + 3], 0x0073u), 0x5410u);
+  }
+  return out;
+}
+
+/// The top halves of 16 words.
+__device__ __forceinline__ HotWords<8> pack_top_halves(const uint32_t (&t)[kHotUnit]) {
+  HotWords<8> out;
+#pragma unroll
+  for (int j = 0; j < kHotUnit / 2; ++j) out.w[j] = permute(t[2 * j], t[2 * j + 1], 0x7632u);
+  return out;
+}
+
+/// Pairs of narrow values in a word. round_pair is core's round for everything but NaN.
+template <class Narrow>
+struct NarrowPair;
+
+template <>
+struct NarrowPair<core::BFloat16> {
+  static __device__ __forceinline__ float low(uint32_t w) { return core::from_bits(w << 16); }
+  static __device__ __forceinline__ float high(uint32_t w) { return core::from_bits(w & 0xffff0000u); }
+  static __device__ __forceinline__ uint32_t round_pair(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(b), "f"(a));
+    return out;
+#else
+    return core::BFloat16::round<float>(a) | core::BFloat16::round<float>(b) << 16;
+#endif
+  }
+};
+
+template <>
+struct NarrowPair<core::Float16> {
+  static __device__ __forceinline__ float low(uint32_t w) { return __low2float(reinterpret_cast<const __half2&>(w)); }
+  static __device__ __forceinline__ float high(uint32_t w) { return __high2float(reinterpret_cast<const __half2&>(w)); }
+  static __device__ __forceinline__ uint32_t round_pair(float a, float b) {
+    const __half2 pair = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+template <class Narrow, int kWords>
+__device__ __forceinline__ float narrow_element(const HotWords<kWords>& words, int i) {
+  return i % 2 == 0 ? NarrowPair<Narrow>::low(words.w[i / 2]) : NarrowPair<Narrow>::high(words.w[i / 2]);
+}
+
+/// Weights with a correction of kBits.
+template <class Narrow, int kBits>
+struct HotWeights {
+  static constexpr int kCorrectionBytes = kBits / 8;
+  HotWords<8> parameter;
+  HotWords<4 * kCorrectionBytes> correction;
+
+  /// core::correction_value for a finite narrow value n, without conversions: a byte or half under the exponent of 2^23
+  /// becomes a float by one subtraction. c * high is exact, so an fma rounds as the sum does; half an ULP of 1 is a power
+  /// of two and scales both factors.
+  __device__ __forceinline__ float correction_value(float n, int i) const {
+    using C = core::Correction<kBits>;
+    constexpr float kHalfUlp = core::half_ulp_of_unit_scale<Narrow>();
+    float c;
+    if constexpr (kBits == 8) {
+      c = core::from_bits(permute(correction.w[i / 4] ^ 0x80808080u, 0x4b000000u, 0x7540u + i % 4)) - (0x1p23f + 128.0f);
+    } else {
+      c = core::from_bits(permute(correction.w[i / 2] ^ 0x80008000u, 0x4b000000u, i % 2 == 0 ? 0x7410u : 0x7432u)) -
+          (0x1p23f + 32768.0f);
+    }
+    const float fraction = __fmaf_rn(c, C::kInverseHigh * kHalfUlp, c * (C::kInverseLow * kHalfUlp));
+    return fraction * core::from_bits(core::scale_bits<Narrow, float>(n));
+  }
+
+  /// core::split_update_dithered of 16 weights: `value` is their correction_value, delta is finite and not 0.
+  __device__ __forceinline__ void update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t dither_start) {
+    using Pair = NarrowPair<Narrow>;
+    constexpr auto kStream = core::DitherStream::kWeight;
+    constexpr float kMax = core::Correction<kBits>::kMax;
+    constexpr int kFraction = kBits == 8 ? 23 : 15;
+    constexpr float kOne = static_cast<float>(1 << kFraction);
+    constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax * kOne;
+    constexpr uint32_t kSmallestScale = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
+    uint32_t top[kHotUnit];
+#pragma unroll
+    for (int j = 0; j < kHotUnit; j += 2) {
+      const uint32_t old = parameter.w[j / 2];
+      const float n[2] = {Pair::low(old), Pair::high(old)};
+      const float rest[2] = {value[j] - delta[j], value[j + 1] - delta[j + 1]};
+      const uint32_t rounded = Pair::round_pair(n[0] + rest[0], n[1] + rest[1]);
+      parameter.w[j / 2] = rounded;
+      const float n_new[2] = {Pair::low(rounded), Pair::high(rounded)};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float new_rest = (n[k] - n_new[k]) + rest[k];
+        // twice_inverse_scale(max(E, S)): 255 - E is E's complement.
+        const uint32_t inverse = core::int_min(~core::to_bits(n_new[k]) & 0x7f800000u, 0x7f800000u - kSmallestScale);
+        const float x = (new_rest * core::from_bits(inverse)) * kUnits;
+        const float clamped = fminf(fmaxf(x, -kMax * kOne), kMax * kOne);
+        const uint32_t fixed = static_cast<uint32_t>(__float2int_rz(clamped));
+        const uint32_t word = DitherSource::word<kStream>(dither_start, j + k);
+        // (fixed + (word >> 32 - F)) >> F, one digit to the left: the dither's digit below the last place cannot carry.
+        top[j + k] = fixed * 2u + (word >> (kBits == 8 ? 8 : 16));
+      }
+    }
+    if constexpr (kBits == 8) {
+      correction = pack_top_bytes(top);
+    } else {
+      correction = pack_top_halves(top);
+    }
+  }
+};
+
+/// Whether a word of codes has a byte 0.
+__device__ __forceinline__ bool has_zero_byte(uint32_t w) { return ((w - 0x01010101u) & ~w & 0x80808080u) != 0u; }
+
+/// States of the default codec.
+template <class Rule>
+struct HotStates {
+  static constexpr bool kHasVariance = Rule::kStateCount > 1;
+  static constexpr uint32_t kExponentMask = 0x7f800000u;
+  using MuLaw = core::MuLawCodec<Rule::kStates[0].mantissa_bits>;
+
+  HotWords<4> codes[kMaxStates];
+  uint32_t header[kMaxStates];
+
+  /// Codec::decode where no variance is 0; false where one is.
+  __device__ __forceinline__ bool decode(float (&m)[kHotUnit], float (&v)[kHotUnit]) const {
+    const uint32_t scale = core::to_bits(MuLaw::template scale<float>(header[0]));
+    core::WindowCodec::Window<uint32_t> window{};
+    if constexpr (kHasVariance) window = core::WindowCodec::window<float>(header[1]);
+    const uint32_t factor = 1u << window.shift;
+    const uint32_t base = window.base_minus_one << window.shift;
+    const uint32_t root_base = base + (127u << 23);
+    bool ok = true;
+#pragma unroll
+    for (int i = 0; i < kHotUnit; ++i) {
+      const uint32_t word = codes[0].w[i / 4];
+      // The code's 7 bits at 16 ... 22, then in place.
+      const uint32_t a = permute(word & 0x7f7f7f7fu, 0u, 0x4044u + ((i % 4) << 8));
+      const float magnitude = core::from_bits(a * (1u << (MuLaw::kShift - 16)) + MuLaw::kTwoBits) - 2.0f;
+      const uint32_t sign = (word << (24 - 8 * (i % 4))) & 0x80000000u;
+      m[i] = magnitude * core::from_bits(scale ^ sign);
+      if constexpr (kHasVariance) {
+        const uint32_t code = permute(codes[1].w[i / 4], 0u, 0x4440u + i % 4);
+        v[i] = core::from_bits(code * factor + base);
+        // root_scale, its sum with the multiplication's.
+        m[i] = m[i] * core::from_bits(((code * factor + root_base) >> 1) & kExponentMask);
+        if (i % 4 == 0) ok = ok && !has_zero_byte(codes[1].w[i / 4]);
+      }
+    }
+    return ok;
+  }
+
+  /// Codec::encode for finite m and positive normal v; `smallest` and `largest` are patterns over the whole group.
+  /// Leaves momentum relative to the stored variance in m.
+  __device__ __forceinline__ void encode_variance(float (&m)[kHotUnit], const float (&v)[kHotUnit], uint32_t largest,
+                                                  uint32_t smallest, uint32_t dither_start) {
+    constexpr auto kStream = core::DitherStream::kVariance;
+    // inverse_root_scale(x) = (kTop - (x >> 1)) & mask = ~((x - 2 kTop - 2) >> 1) & mask, and depends on the exponent
+    // alone, which the stored value shares with the sum before it is cut.
+    constexpr uint32_t kTop = (255u << 23) - 1u - (127u << 22);
+    constexpr uint32_t kShifted = 0u - 2u * (kTop + 1u);
+    header[1] = core::WindowCodec::header<float>(largest, smallest - 1u);
+    const auto window = core::WindowCodec::window<float>(header[1]);
+    const uint32_t factor = 1u << (24u - window.shift);
+    const uint32_t offset = 0u - (window.base_minus_one << 24) - kShifted * factor;
+    const uint32_t right = 32u - window.shift;
+    uint32_t top[kHotUnit];
+#pragma unroll
+    for (int i = 0; i < kHotUnit; ++i) {
+      const uint32_t sum = core::to_bits(v[i]) + (DitherSource::word<kStream>(dither_start, i) >> right) + kShifted;
+      top[i] = sum * factor + offset;
+      m[i] = m[i] * core::from_bits(~(sum >> 1) & kExponentMask);
+    }
+    codes[1] = pack_top_bytes(top);
+  }
+
+  __device__ __forceinline__ void encode_momentum(const float (&m)[kHotUnit], uint32_t dither_start) {
+    constexpr auto kStream = core::DitherStream::kMomentum;
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHotUnit; ++i) largest = fmaxf(largest, fabsf(m[i]));
+    header[0] = MuLaw::template header<float>(core::from_bits(group_int_max<kHotThreadsPerGroup>(core::to_bits(largest))));
+    const float inverse = MuLaw::template inverse_scale<float>(header[0]);
+    // (bits(y) + (word >> 32 - shift)) >> shift in the top byte, where the bits of 2.0 are shifted out; the dither's other
+    // digits cannot carry.
+    constexpr uint32_t kFactor = 1u << (24 - MuLaw::kShift);
+    static_assert(MuLaw::kTwoBits * kFactor == 0u);
+    uint32_t top[kHotUnit];
+#pragma unroll
+    for (int i = 0; i < kHotUnit; ++i) {
+      const float y = fabsf(m[i]) * inverse + 2.0f;
+      const uint32_t code = core::to_bits(y) * kFactor + (DitherSource::word<kStream>(dither_start, i) >> 8);
+      top[i] = (core::to_bits(m[i]) & 0x80000000u) | (code & 0x7fffffffu);
+    }
+    codes[0] = pack_top_bytes(top);
+  }
+};
+
+/// The three streams' starts for a thread, but for the group's hash.
+struct HotDither {
+  uint32_t seed;
+  uint32_t variance, momentum, weight;
+
+  __device__ __forceinline__ HotDither(const core::DitherKey& key, int lane) : seed(key.seed) {
+    const uint32_t l = static_cast<uint32_t>(lane);
+    variance = core::dither_group_start<core::DitherStream::kVariance, float>(key, 0u) + l * core::kDitherLaneStep<core::DitherStream::kVariance>;
+    momentum = core::dither_group_start<core::DitherStream::kMomentum, float>(key, 0u) + l * core::kDitherLaneStep<core::DitherStream::kMomentum>;
+    weight = core::dither_group_start<core::DitherStream::kWeight, float>(key, 0u) + l * core::kDitherLaneStep<core::DitherStream::kWeight>;
+  }
+  template <core::DitherStream kStream>
+  static __device__ __forceinline__ uint32_t start(uint32_t phase, uint32_t hash) {
+    return core::dither_group_start<kStream, float>(core::DitherKey{0u, 0u}, hash) + phase;
+  }
+};
+
+/// 16 bytes from device to shared memory, in the background where the hardware can.
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+#else
+  *static_cast<uint4*>(to) = __ldcs(static_cast<const uint4*>(from));
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+/// Waits for all but the last commit_copies().
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+#endif
+}
+
+/// The stored form of a block's units, on its way: each thread fetches its own while it computes the ones before. Loads
+/// into registers would be moved down to their uses by the compiler, which waits three times for memory.
+template <class Rule, int kBits>
+struct HotStage {
+  static constexpr int kCorrections = kBits / 8;
+  uint4 parameter[2][kHotThreads];
+  uint4 gradient[2][kHotThreads];
+  uint4 correction[kCorrections][kHotThreads];
+  uint4 states[Rule::kStateCount][kHotThreads];
+
+  __device__ __forceinline__ void fetch(const HotContext& context, int local, int lane) {
+    const uint32_t first = static_cast<uint32_t>(local * static_cast<int>(kGroupSize) + lane);
+    const unsigned char* p = context.parameter + static_cast<uint64_t>(first) * 2u;
+    const unsigned char* g = context.gradient + static_cast<uint64_t>(first) * 2u;
+    const unsigned char* c = context.correction + static_cast<uint64_t>(first) * kCorrections;
+#pragma unroll
+    for (int k = 0; k < Rule::kStateCount; ++k) copy_16(&states[k][threadIdx.x], context.states[k] + first);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) copy_16(&parameter[j][threadIdx.x], p + 16 * j);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) copy_16(&gradient[j][threadIdx.x], g + 16 * j);
+#pragma unroll
+    for (int j = 0; j < kCorrections; ++j) copy_16(&correction[j][threadIdx.x], c + 16 * j);
+  }
+};
+
+template <int kQuads>
+__device__ __forceinline__ HotWords<4 * kQuads> fetched(const uint4 (&from)[kQuads][kHotThreads]) {
+  HotWords<4 * kQuads> out;
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) {
+    const uint4 v = from[j][threadIdx.x];
+    out.w[4 * j] = v.x;
+    out.w[4 * j + 1] = v.y;
+    out.w[4 * j + 2] = v.z;
+    out.w[4 * j + 3] = v.w;
+  }
+  return out;
+}
+__device__ __forceinline__ HotWords<4> fetched(const uint4 (&from)[kHotThreads]) {
+  const uint4 v = from[threadIdx.x];
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+/// A group's headers, one unit ahead like the rest.
+struct HotHeaders {
+  uint32_t of[kMaxStates] = {0u, 0u};
+};
+template <class Rule>
+__device__ __forceinline__ HotHeaders fetch_headers(const HotContext& context, int local) {
+  HotHeaders out;
+#pragma unroll
+  for (int k = 0; k < Rule::kStateCount; ++k) out.of[k] = __ldcs(context.scales[k] + static_cast<uint32_t>(local));
+  return out;
+}
+
+/// One unit: group `local` of the chunk, elements lane ... lane + 15 of it. False, and nothing written, where the hot path
+/// does not hold for these values; a warp agrees.
+template <class Rule, class Narrow, int kBits>
+__device__ __forceinline__ bool hot_unit(const HotContext& context, const HotStage<Rule, kBits>& stage, const HotHeaders& headers,
+                                         const PreparedHyper& prepared, const HotDither& phases, int local, int lane) {
+  using Weights = HotWeights<Narrow, kBits>;
+  using Hyper = typename Rule::Hyper;
+  HotStates<Rule> states;
+  Weights weights;
+  const uint32_t first = static_cast<uint32_t>(local * static_cast<int>(kGroupSize) + lane);
+#pragma unroll
+  for (int k = 0; k < Rule::kStateCount; ++k) {
+    states.codes[k] = fetched(stage.states[k]);
+    states.header[k] = headers.of[k];
+  }
+  weights.parameter = fetched(stage.parameter);
+  const HotWords<8> gradient = fetched(stage.gradient);
+  weights.correction = fetched(stage.correction);
+
+  float value[kHotUnit], m[kHotUnit], v[kHotUnit], delta[kHotUnit];
+  bool ok = states.decode(m, v);
+  const Hyper& hyper = reinterpret_cast<const Hyper&>(prepared.rule);
+  const float gradient_scale = prepared.gradient_scale;
+  UpdateGuard guard;
+  float poison = 0.0f;  // NaN once something is not finite
+  uint32_t largest = 0u, smallest = 0xffffffffu;
+#pragma unroll
+  for (int i = 0; i < kHotUnit; ++i) {
+    const float n = narrow_element<Narrow>(weights.parameter, i);
+    const float g = narrow_element<Narrow>(gradient, i) * gradient_scale;
+    value[i] = weights.correction_value(n, i);
+    const float w = n + value[i];
+    UpdateLane s[kMaxStates] = {{m[i], &guard}, {v[i], &guard}};
+    const UpdateLane d = Rule::update(UpdateLane(w, &guard), UpdateLane(g, &guard), s, hyper);
+    m[i] = s[0].v;
+    v[i] = s[1].v;
+    delta[i] = d.v;
+    // Rules let a weight or gradient that is not finite through to delta or to the states; a delta of 0 changes nothing.
+    poison = __fmaf_rn(delta[i], 0.0f, poison);
+    ok = ok && delta[i] != 0.0f;
+    if constexpr (HotStates<Rule>::kHasVariance) {
+      largest = core::int_max(largest, core::to_bits(v[i]));
+      smallest = core::unsigned_min(smallest, core::to_bits(v[i]));
+    } else {
+      poison = __fmaf_rn(m[i], 0.0f, poison);
+    }
+  }
+  ok = ok && guard.holds() && poison == 0.0f;
+  if constexpr (HotStates<Rule>::kHasVariance) {
+    constexpr uint32_t kLargestVariance = (127u + 124u) << 23;  // far below where storable() saturates
+    ok = ok && smallest >= 0x00800000u && largest <= kLargestVariance;
+  }
+  if (!__all_sync(0xffffffffu, ok)) return false;
+
+  const uint64_t index = context.first_index + static_cast<uint32_t>(local * static_cast<int>(kGroupSize));
+  const uint32_t hash = core::dither_group_hash<float>(core::DitherKey{0u, phases.seed}, static_cast<uint32_t>(index),
+                                                       static_cast<uint32_t>(index >> 32));
+  weights.update(value, delta, HotDither::start<core::DitherStream::kWeight>(phases.weight, hash));
+  if constexpr (HotStates<Rule>::kHasVariance) {
+    states.encode_variance(m, v, group_int_max<kHotThreadsPerGroup>(largest), group_unsigned_min<kHotThreadsPerGroup>(smallest),
+                           HotDither::start<core::DitherStream::kVariance>(phases.variance, hash));
+  }
+  states.encode_momentum(m, HotDither::start<core::DitherStream::kMomentum>(phases.momentum, hash));
+
+  // Read the addresses again rather than keep them.
+  asm volatile("" ::: "memory");
+  hot_store(context.parameter + static_cast<uint64_t>(first) * 2u, weights.parameter);
+  hot_store(context.correction + static_cast<uint64_t>(first) * Weights::kCorrectionBytes, weights.correction);
+#pragma unroll
+  for (int k = 0; k < Rule::kStateCount; ++k) hot_store(context.states[k] + first, states.codes[k]);
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < Rule::kStateCount; ++k) {
+      __stcs(context.scales[k] + static_cast<uint32_t>(local), static_cast<unsigned short>(states.header[k]));
+    }
+  }
+  return true;
+}
+
+}  // namespace flashoptim::cuda

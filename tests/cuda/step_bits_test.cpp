@@ -1,0 +1,154 @@
+// CUDA's bytes against the CPU's, for every configuration.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+
+#include "tests/cuda/device_tensors.h"
+
+namespace flashoptim::cuda_test {
+namespace {
+
+const std::vector<GroupLayout>& layouts() {
+  static const std::vector<GroupLayout> kLayouts = {
+      {1, 1},  {1, 31},  {1, 32},  {1, 33},  {1, 63},   {1, 511},  {1, 513},  {1, 4097}, {1, 100007}, {0, 0},
+      {3, 32}, {7, 96},  {64, 33}, {5, 100}, {40, 147}, {129, 40}, {3, 2056}, {257, 64},
+  };
+  return kLayouts;
+}
+
+void add_all_layouts(PlanPair& pair, size_t offset) {
+  int64_t first = 0;
+  for (const GroupLayout& layout : layouts()) {
+    pair.add(layout, offset, first);
+    first = first == 0 ? 32 : first * 64 + 7;
+    if (first > (int64_t{1} << 40)) first = 0;
+  }
+}
+
+TEST(CudaStepBits, EveryConfiguration) {
+  for (const Config& config : all_configs()) {
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    add_all_layouts(pair, 0);
+    ASSERT_OK(pair.make());
+    for (int64_t step = 1; step <= 3; ++step) {
+      pair.new_gradients({step == 3, 1e-3f});
+      const Hyperparameters hyper = test_hyper(config, step);
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+      ASSERT_CUDA(cudaDeviceSynchronize());
+      const std::string difference = pair.difference();
+      ASSERT_EQ(difference, "") << "step " << step;
+    }
+  }
+}
+
+TEST(CudaStepBits, EveryConfigurationMisaligned) {
+  size_t turn = 0;
+  for (const Config& config : all_configs()) {
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    static constexpr size_t kOffsets[] = {2, 4, 8, 1, 6};
+    const size_t offset = kOffsets[turn++ % 5];
+    SCOPED_TRACE(offset);
+    for (const GroupLayout layout : {GroupLayout{1, 4097}, GroupLayout{33, 100}, GroupLayout{9, 64}, GroupLayout{1, 7}}) pair.add(layout, offset);
+    ASSERT_OK(pair.make());
+    for (int64_t step = 1; step <= 2; ++step) {
+      pair.new_gradients({step == 2, 1e-3f});
+      const Hyperparameters hyper = test_hyper(config, step);
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+      const std::string difference = pair.difference();
+      ASSERT_EQ(difference, "") << "step " << step;
+    }
+  }
+}
+
+TEST(CudaStepBits, HundredSteps) {
+  for (const Config& config : all_configs()) {
+    const bool usual = config.gradient_dtype == config.parameter_dtype &&
+                       (config.master == MasterWeights::kCorrection8 || config.master == MasterWeights::kNone);
+    if (!usual) continue;
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    pair.add({1, 4097});
+    pair.add({31, 147});
+    ASSERT_OK(pair.make());
+    for (int64_t step = 1; step <= 100; ++step) {
+      pair.new_gradients({false, step % 10 == 0 ? 1e2f : 1e-4f});
+      Hyperparameters hyper = test_hyper(config, step);
+      hyper.nesterov = step % 2 == 0;
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+    }
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    EXPECT_EQ(pair.difference(), "");
+  }
+}
+
+/// Gradients of every magnitude there is, and states that grow from them.
+TEST(CudaStepBits, ExtremeMagnitudes) {
+  for (const Config& config : all_configs()) {
+    if (config.gradient_dtype != DType::kFloat32 || config.master == MasterWeights::kCorrection16Nearest) continue;
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    pair.add({1, 6000});
+    ASSERT_OK(pair.make());
+    int64_t step = 0;
+    for (const float magnitude : {1e-38f, 1e-44f, 1e-30f, 1e-20f, 1e-12f, 1.0f, 1e10f, 1e19f, 1e30f, 1e38f, 0.0f, 0.0f, 1e-12f}) {
+      pair.new_gradients({magnitude == 1e-20f, magnitude});
+      Hyperparameters hyper = test_hyper(config, ++step);
+      if (magnitude == 1e-12f) hyper.eps = 0.0;
+      if (magnitude == 1e-44f) hyper.weight_decay = 0.0;
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+      ASSERT_EQ(pair.difference(), "") << "step " << step << " gradients of " << magnitude;
+    }
+  }
+}
+
+/// States from elsewhere: any bytes at all.
+TEST(CudaStepBits, AnyStoredBytes) {
+  for (const Config& config : all_configs()) {
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    pair.add({1, 8195});
+    ASSERT_OK(pair.make());
+    pair.new_gradients({true, 1e-3f});
+    const ParameterTensors& host = pair.tensor(0).host();
+    const ParameterTensors& device = pair.tensor(0).device();
+    const auto scramble = [&pair](void* on_host, void* on_device, size_t bytes) {
+      if (on_host == nullptr) return;
+      for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(on_host)[i] = static_cast<unsigned char>(pair.random()());
+      cudaMemcpy(on_device, on_host, bytes, cudaMemcpyHostToDevice);
+    };
+    const size_t count = 8195, groups = static_cast<size_t>(host.layout.groups());
+    for (int k = 0; k < state_count(config.optimizer, config.has_momentum); ++k) {
+      scramble(host.states[k], device.states[k], count * (config.codec == StateCodec::kFloat32 ? 4 : 1));
+      if (config.codec != StateCodec::kFloat32) scramble(host.scales[k], device.scales[k], groups * 2);
+      if (config.codec == StateCodec::kDefault && state_slot(config.optimizer, k).is_signed) {
+        // A scale is never infinite or NaN; beside a finite variance, what comes of one depends on the hardware's NaN.
+        for (size_t i = 0; i < groups; ++i) {
+          unsigned char& high = static_cast<unsigned char*>(host.scales[k])[2 * i + 1];
+          if (high == 0xff) high = 0x7f;
+        }
+        cudaMemcpy(device.scales[k], host.scales[k], groups * 2, cudaMemcpyHostToDevice);
+      }
+      // Variances are not negative.
+      if (config.codec == StateCodec::kFloat32 && !state_slot(config.optimizer, k).is_signed) {
+        for (size_t i = 0; i < count; ++i) static_cast<unsigned char*>(host.states[k])[4 * i + 3] &= 0x7f;
+        cudaMemcpy(device.states[k], host.states[k], count * 4, cudaMemcpyHostToDevice);
+      }
+    }
+    scramble(host.parameter, device.parameter, count * (config.parameter_dtype == DType::kFloat32 ? 4 : 2));
+    scramble(host.correction, device.correction,
+             count * (config.master == MasterWeights::kCorrection8 || config.master == MasterWeights::kCorrection8Nearest ? 1 : 2));
+    const Hyperparameters hyper = test_hyper(config, 7);
+    ASSERT_OK(pair.cpu().step(&hyper, 1));
+    ASSERT_OK(pair.cuda().step(&hyper, 1));
+    EXPECT_EQ(pair.difference(), "");
+  }
+}
+
+}  // namespace
+}  // namespace flashoptim::cuda_test
