@@ -1,0 +1,29 @@
+# `make demo` and `make test` are all that a reader of the README needs; both install what they lack.
+.PHONY: help demo test test-all setup build bench format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo:  ## train a GPT on real text with FlashAdamW and with torch's fp32 AdamW, and compare (10 minutes)
+	tools/demo.sh
+
+test:  ## build everything and run the tests (20 minutes)
+	tools/test.sh
+
+test-all:  ## the tests with the long sweeps
+	tools/test.sh --all
+
+setup:  ## install what is missing: apt packages, .venv
+	tools/setup.sh
+
+build:  ## build everything into build/dev
+	tools/build.sh
+
+bench:  ## time the CPU step beside torch's AdamW; writes benchmarks/results/<machine>.md
+	tools/bench_cpu.sh
+
+format:  ## clang-format over the C++ sources
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build demo_out

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Uses flashoptim from another project, in an empty folder.
+# usage: consumer.sh KIND SOURCE_DIR BUILD_DIR WORK_DIR
+#   find_package        installs BUILD_DIR's library, then builds examples/cmake_consumer and examples/plain_cpp against it
+#   find_package_torch  the same for examples/cpp_quickstart with COMPONENTS torch (Torch_DIR)
+#   add_subdirectory    builds examples/cmake_consumer with SOURCE_DIR as a part of it
+#   pip                 builds a wheel, installs it into a virtual environment over PYTHON's, takes a step
+set -euo pipefail
+kind=$1 source=$2 build=$3 work=$4
+rm -rf "$work"
+mkdir -p "$work"
+
+install() { cmake --install "$build" --prefix "$work/prefix" --component flashoptim_development >"$work/install.log"; }
+
+# project DIRECTORY OPTIONS...: configures and builds it into $work/<its name>
+project() {
+  local name
+  name=$(basename "$1")
+  echo "-- $name $kind"
+  cmake -S "$source/examples/$1" -B "$work/$name" -DCMAKE_BUILD_TYPE=Release "${@:2}"
+  cmake --build "$work/$name"
+}
+
+case $kind in
+  find_package)
+    install
+    project cmake_consumer -DCMAKE_PREFIX_PATH="$work/prefix"
+    "$work/cmake_consumer/one_step"
+    project plain_cpp -DCMAKE_PREFIX_PATH="$work/prefix"
+    "$work/plain_cpp/plain_cpp" 100
+    ;;
+  find_package_torch)
+    install
+    project cpp_quickstart -DCMAKE_PREFIX_PATH="$work/prefix" -DTorch_DIR="$Torch_DIR"
+    (cd "$work" && cpp_quickstart/cpp_quickstart)
+    ;;
+  add_subdirectory)
+    project cmake_consumer -DFLASHOPTIM_SOURCE_DIR="$source" -DFLASHOPTIM_CUDA=OFF
+    "$work/cmake_consumer/one_step"
+    ;;
+  pip)
+    # A copy without build folders: a wheel is built from what is in the repository.
+    mkdir "$work/source"
+    tar -C "$source" --exclude='./build*' --exclude=./.venv --exclude=./.git --exclude=./demo_out -c . | tar -C "$work/source" -x
+    "$PYTHON" -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir "$work/wheels" \
+      -C cmake.define.FLASHOPTIM_CUDA=OFF "$work/source"
+    ls -l "$work/wheels"
+    "$PYTHON" -m venv --without-pip "$work/venv"
+    # The new environment sees the packages of PYTHON's (torch), which --system-site-packages would not give it.
+    "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$("$work/venv/bin/python" -c \
+      'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_build.pth"
+    "$PYTHON" -m pip --python "$work/venv/bin/python" install --disable-pip-version-check --no-deps --no-index \
+      --ignore-installed "$work"/wheels/flashoptim-*.whl
+    cd "$work"
+    "$work/venv/bin/python" "$source/tests/consumer/one_step.py"
+    "$work/venv/bin/python" "$source/examples/readme/train.py"
+    ;;
+  *)
+    echo "consumer.sh: no kind '$kind'" >&2
+    exit 2
+    ;;
+esac
