@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <sstream>
 
 extern "C" int flashoptim_ops_version();
@@ -31,6 +32,8 @@ auto call(const c10::TypedOperatorHandle<Signature>& op, Args&&... args) {
     TORCH_CHECK(false, error.what());
   }
 }
+
+constexpr size_t kOptimizers = static_cast<size_t>(OptimizerKind::kLion) + 1;
 
 using OptionalTensor = std::optional<at::Tensor>;
 
@@ -92,17 +95,23 @@ std::vector<int64_t> group_layout(at::IntArrayRef sizes) {
   return call(op, sizes);
 }
 
-std::vector<std::string> state_names(OptimizerKind kind, bool has_momentum) {
-  static const auto op = find<std::string(std::string_view, bool)>("flashoptim::state_names");
-  std::istringstream joined(call(op, name_of(kind), has_momentum));
-  std::vector<std::string> names;
-  for (std::string name; std::getline(joined, name, ',');) names.push_back(name);
-  return names;
+const std::vector<std::string>& state_names(OptimizerKind kind) {
+  // Asked once, because torch (2.13) leaks the strings that operators of the stable ABI return.
+  static const auto all = [] {
+    const auto op = find<std::string(std::string_view, bool)>("flashoptim::state_names");
+    std::array<std::vector<std::string>, kOptimizers> names;
+    for (size_t k = 0; k < names.size(); ++k) {
+      std::istringstream joined(call(op, name_of(static_cast<OptimizerKind>(k)), true));
+      for (std::string name; std::getline(joined, name, ',');) names[k].push_back(name);
+    }
+    return names;
+  }();
+  return all[static_cast<size_t>(kind)];
 }
 
-std::vector<int64_t> state_signs(OptimizerKind kind, bool has_momentum) {
+std::vector<int64_t> state_signs(OptimizerKind kind) {
   static const auto op = find<std::vector<int64_t>(std::string_view, bool)>("flashoptim::state_signs");
-  return call(op, name_of(kind), has_momentum);
+  return call(op, name_of(kind), true);
 }
 
 }  // namespace flashoptim::torch::operators

@@ -30,8 +30,9 @@ std::vector<at::Tensor> decode_states(OptimizerKind kind, const std::vector<at::
                                       const std::vector<at::Tensor>& scales, StateCodec codec, int64_t rows);
 /// [rows, row_size, groups_per_row]
 std::vector<int64_t> group_layout(at::IntArrayRef sizes);
-std::vector<std::string> state_names(OptimizerKind kind, bool has_momentum);
+/// Names of all slots, those that only momentum needs included.
+const std::vector<std::string>& state_names(OptimizerKind kind);
 /// Per slot: 1 where it takes both signs, else 0.
-std::vector<int64_t> state_signs(OptimizerKind kind, bool has_momentum);
+std::vector<int64_t> state_signs(OptimizerKind kind);
 
 }  // namespace flashoptim::torch::operators

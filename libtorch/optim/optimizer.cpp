@@ -239,7 +239,7 @@ const FlashParamState* FlashOptimizer::param_state(const at::Tensor& param) cons
   ::torch::OrderedDict<std::string, at::Tensor> result;
   const FlashParamState* state = find_state(param);
   if (state == nullptr || state->states.empty()) return result;
-  const std::vector<std::string> names = operators::state_names(kind_, /*has_momentum=*/true);
+  const std::vector<std::string>& names = operators::state_names(kind_);
   std::vector<at::Tensor> values =
       operators::decode_states(kind_, state->states, state->scales, state->state_codec, state->rows);
   for (size_t k = 0; k < names.size(); ++k) result.insert(names[k], std::move(values[k]));

@@ -115,7 +115,7 @@ void add_slots(const at::Tensor& param, OptimizerKind kind, FlashParamState* sta
   const bool is_quantized = state->state_codec != StateCodec::kFloat32;
   const int64_t groups_per_row = operators::group_layout(memory_order_sizes(param))[2];
   const at::TensorOptions on_device = at::TensorOptions().device(param.device());
-  for (const int64_t is_signed : operators::state_signs(kind, /*has_momentum=*/true)) {
+  for (const int64_t is_signed : operators::state_signs(kind)) {
     const at::ScalarType codes = is_paper && is_signed != 0 ? at::kChar : at::kByte;
     state->states.push_back(at::zeros_like(param, on_device.dtype(is_quantized ? codes : at::kFloat)));
     const at::ScalarType headers = is_paper ? at::kHalf : at::kShort;

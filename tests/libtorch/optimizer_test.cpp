@@ -14,6 +14,7 @@ torch::nn::Sequential small_net() {
 /// Trains on a fixed regression and returns the mean of the last 20 losses over the first loss.
 template <class Step>
 double train(torch::nn::Sequential& net, torch::Dtype dtype, int steps, Step step) {
+  at::set_num_threads(1);  // too small for threads, which only wait for each other on a busy machine
   at::manual_seed(9);
   const Tensor x = torch::randn({64, 16}), y = torch::sin(x.sum(1, true));
   double first = 0, last = 0;
