@@ -12,10 +12,7 @@ namespace {
 OptionValues default_values(OptimizerKind kind) {
   OptionValues values;
   if (kind == OptimizerKind::kAdamW) values.weight_decay = 1e-2;
-  if (kind == OptimizerKind::kLion) {
-    values.lr = 1e-4;
-    values.betas = {0.9, 0.99};
-  }
+  if (kind == OptimizerKind::kLion) values.betas = {0.9, 0.99};
   return values;
 }
 

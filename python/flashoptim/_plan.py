@@ -86,6 +86,9 @@ class Call:
             found_inf,
             nonfinite,
         )
+        if found_inf is None:
+            # The operators write behind autograd's back: a graph that saved a parameter must be told that it changed.
+            torch.autograd.graph.increment_version(self.params)
 
     def commit(self, state: dict[Tensor, dict[str, Any]]) -> None:
         for view, stepped in self.copies:

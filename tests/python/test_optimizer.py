@@ -485,3 +485,13 @@ def test_import_is_quick_and_needs_no_cuda():
     )
     seconds = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert seconds < 2.0
+
+
+def test_step_tells_autograd_that_parameters_changed():
+    param = torch.nn.Parameter(torch.ones(8))
+    opt = flashoptim.FlashAdamW([param])
+    loss = (param * param).sum()
+    param.grad = torch.ones(8)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -157,7 +157,7 @@ struct FlashSGDWOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, initial_lr)
 };
 
-/// Defaults: lr 1e-4, betas (0.9, 0.99), weight_decay 0 (decoupled).
+/// Defaults: betas (0.9, 0.99), weight_decay 0 (decoupled).
 struct FlashLionOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kLion;
   FLASHOPTIM_COMMON_OPTIONS(FlashLionOptions)
