@@ -29,22 +29,21 @@ struct Options {
 };
 
 bool matches(const std::string& name, const std::vector<std::string>& filters) {
-  return filters.empty() ||
-         std::any_of(filters.begin(), filters.end(), [&](const std::string& f) { return name.find(f) != std::string::npos; });
+  return filters.empty() || std::any_of(filters.begin(), filters.end(),
+                                        [&](const std::string& f) { return name.find(f) != std::string::npos; });
 }
 
 /// A line on stderr that says what is done, what is running and how long the rest will take.
 class Progress {
  public:
   explicit Progress(double total) : total_(total), begin_(std::chrono::steady_clock::now()) {}
-  double seconds() const {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
-  }
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
   void advance(double work, const std::string& name) {
     const std::lock_guard lock(mutex_);
     done_ += work;
     const double left = seconds() / done_ * (total_ - done_);
-    std::fprintf(stderr, "\r\033[K%3.0f %%  %4.0f s  %4.0f s left  %s", 100.0 * done_ / total_, seconds(), left, name.c_str());
+    std::fprintf(stderr, "\r\033[K%3.0f %%  %4.0f s  %4.0f s left  %s", 100.0 * done_ / total_, seconds(), left,
+                 name.c_str());
     if (done_ >= total_ * 0.999999) std::fputc('\n', stderr);
     std::fflush(stderr);
   }
@@ -58,11 +57,14 @@ class Progress {
 std::vector<OptimizerReport> select(const Options& options) {
   std::vector<OptimizerReport> reports;
   for (const OptimizerKind kind : {OptimizerKind::kAdamW, OptimizerKind::kSgd, OptimizerKind::kLion}) {
-    if (std::find(options.optimizers.begin(), options.optimizers.end(), optimizer_name(kind)) == options.optimizers.end()) continue;
+    if (std::find(options.optimizers.begin(), options.optimizers.end(), optimizer_name(kind)) ==
+        options.optimizers.end())
+      continue;
     OptimizerReport report;
     report.optimizer = kind;
     for (CandidateInfo& candidate : make_candidates(kind)) {
-      const bool named = std::find(options.codecs.begin(), options.codecs.end(), candidate.name) != options.codecs.end();
+      const bool named =
+          std::find(options.codecs.begin(), options.codecs.end(), candidate.name) != options.codecs.end();
       if (options.codecs.empty() ? candidate.by_default || options.all_codecs : named) {
         report.candidates.push_back(std::move(candidate));
       }
@@ -83,7 +85,8 @@ std::vector<OptimizerReport> select(const Options& options) {
   return reports;
 }
 
-void run_case(const Options& options, const OptimizerReport& report, CaseReport& entry, Progress& progress, double unit) {
+void run_case(const Options& options, const OptimizerReport& report, CaseReport& entry, Progress& progress,
+              double unit) {
   const CaseData data = make_data(entry.c, options.seed);
   const Reference reference = run_reference(entry.c, data);
   entry.exact_largest_update = reference.largest_update;
@@ -111,8 +114,8 @@ int run(const Options& options) {
   }
   std::vector<StallReport> stalls;
   if (!options.no_stall) {
-    for (const StallCase& c : make_stall_cases({MasterWeights::kCorrection8, MasterWeights::kCorrection8Nearest,
-                                                MasterWeights::kCorrection16})) {
+    for (const StallCase& c : make_stall_cases(
+             {MasterWeights::kCorrection8, MasterWeights::kCorrection8Nearest, MasterWeights::kCorrection16})) {
       if (!matches("corrections", options.cases)) break;
       stalls.push_back({c, {}});
       if (options.quick) stalls.back().c.elements /= 4;
@@ -159,7 +162,8 @@ int run(const Options& options) {
   for (std::thread& thread : threads) thread.join();
 
   const int missed = print_tables(reports) + print_stalls(stalls);
-  std::printf("%zu cases in %.0f s. Figures that the default codec misses: %d.\n", jobs.size(), progress.seconds(), missed);
+  std::printf("%zu cases in %.0f s. Figures that the default codec misses: %d.\n", jobs.size(), progress.seconds(),
+              missed);
   if (!options.out.empty()) write_json(options.out, reports, stalls, options.seed, progress.seconds());
   return 0;
 }
@@ -169,12 +173,17 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   Options options;
   CLI::App app{"Every state codec and correction against float64, on every case (docs/numerics.md)"};
-  app.add_option("--optimizer", options.optimizers, "adamw, sgd, lion")->delimiter(',')->check(CLI::IsMember({"adamw", "sgd", "lion"}));
-  app.add_option("--case", options.cases, "only cases whose names contain one of these (`corrections`: the stall cases)")->delimiter(',');
+  app.add_option("--optimizer", options.optimizers, "adamw, sgd, lion")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"adamw", "sgd", "lion"}));
+  app.add_option("--case", options.cases,
+                 "only cases whose names contain one of these (`corrections`: the stall cases)")
+      ->delimiter(',');
   app.add_option("--codec", options.codecs, "only these rows")->delimiter(',');
   app.add_flag("--all-codecs", options.all_codecs, "also the rows that show where the error comes from");
   app.add_option("--steps", options.steps, "steps of every case instead of its own")->check(CLI::PositiveNumber);
-  app.add_flag("--quick", options.quick, "1,024 elements and at most 3,000 steps: noisier figures in a quarter of the time");
+  app.add_flag("--quick", options.quick,
+               "1,024 elements and at most 3,000 steps: noisier figures in a quarter of the time");
   app.add_flag("--no-corrections", options.no_stall, "without the stall cases");
   app.add_option("--seed", options.seed, "of gradients and dither");
   app.add_option("--threads", options.threads, "one case each")->check(CLI::PositiveNumber);

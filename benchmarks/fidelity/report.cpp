@@ -100,8 +100,10 @@ double allowed_update(const CaseReport& report) { return 1.1 * std::max(1.0, rep
 int print_tables(const std::vector<OptimizerReport>& reports) {
   const char* isa = "?";
   (void)cpu_isa(&isa);
-  std::printf("Error: |w - w64| / |w64 - w0| after the last step. *: above issue 4's figure. !: an update more than 10 %% "
-              "above exact Adam's bound. Kernels: %s.\n\n", isa);
+  std::printf(
+      "Error: |w - w64| / |w64 - w0| after the last step. *: above issue 4's figure. !: an update more than 10 %% "
+      "above exact Adam's bound. Kernels: %s.\n\n",
+      isa);
   int missed = 0;
   for (const OptimizerReport& report : reports) missed += print_optimizer(report);
   return missed;
@@ -109,7 +111,9 @@ int print_tables(const std::vector<OptimizerReport>& reports) {
 
 int print_stalls(const std::vector<StallReport>& stalls) {
   if (stalls.empty()) return 0;
-  std::printf("### Corrections: way gone by 1,000 updates of lr over 1,000 lr (random: by updates lr (1/2 + N(0, 1)), lr = 1e-6 w)\n\n");
+  std::printf(
+      "### Corrections: way gone by 1,000 updates of lr over 1,000 lr (random: by updates lr (1/2 + N(0, 1)), lr = "
+      "1e-6 w)\n\n");
   std::vector<std::vector<std::string>> rows(1, {"weight"});
   int missed = 0;
   std::string row;
@@ -119,7 +123,8 @@ int print_stalls(const std::vector<StallReport>& stalls) {
     row = name;
     if (rows.size() == 2) rows[0].push_back(s.c.random_updates ? "random" : "lr " + number_short(s.c.lr));
     const bool off = !(std::fabs(s.result.moved - 1.0) <= 0.02);
-    const bool dithered = s.c.master_weights == MasterWeights::kCorrection8 || s.c.master_weights == MasterWeights::kCorrection16;
+    const bool dithered =
+        s.c.master_weights == MasterWeights::kCorrection8 || s.c.master_weights == MasterWeights::kCorrection16;
     missed += off && dithered ? 1 : 0;
     char cell[32];
     std::snprintf(cell, sizeof cell, "%.4f%s", s.result.moved, off ? "*" : "");
@@ -135,12 +140,15 @@ void write_json(const std::string& path, const std::vector<OptimizerReport>& rep
   const auto finite = [](double x) { return std::isfinite(x) ? json(x) : json(nullptr); };
   const char* isa = "?";
   (void)cpu_isa(&isa);
-  json out = {{"seed", seed}, {"isa", isa}, {"seconds", seconds},
+  json out = {{"seed", seed},
+              {"isa", isa},
+              {"seconds", seconds},
               {"ratio_bins", {{"first", kRatioFirst}, {"width", kRatioWidth}, {"count", kRatioBins}}}};
   for (const OptimizerReport& report : reports) {
     json rows = json::array();
     for (const CandidateInfo& c : report.candidates) {
-      rows.push_back({{"name", c.name}, {"what", c.what}, {"in_library", c.in_library}, {"state_bytes", c.state_bytes}});
+      rows.push_back(
+          {{"name", c.name}, {"what", c.what}, {"in_library", c.in_library}, {"state_bytes", c.state_bytes}});
     }
     json cases = json::array();
     for (const CaseReport& c : report.cases) {
@@ -168,7 +176,8 @@ void write_json(const std::string& path, const std::vector<OptimizerReport>& rep
     out["optimizers"][optimizer_name(report.optimizer)] = {{"codecs", rows}, {"cases", cases}};
   }
   for (const StallReport& s : stalls) {
-    out["corrections"].push_back({{"name", s.c.name()}, {"moved", s.result.moved}, {"worst_steps", s.result.worst_steps}});
+    out["corrections"].push_back(
+        {{"name", s.c.name()}, {"moved", s.result.moved}, {"worst_steps", s.result.worst_steps}});
   }
   std::ofstream(path) << out.dump(1) << '\n';
 }

@@ -47,8 +47,7 @@ class Recompute : public torch::autograd::Function<Recompute> {
 
 torch::Tensor checkpoint(Segment segment, const torch::Tensor& input, const std::vector<torch::Tensor>& parameters) {
   if (!torch::GradMode::is_enabled()) return segment(input);
-  return Recompute::apply(c10::make_intrusive<SegmentHolder>(std::move(segment)), input,
-                          torch::TensorList(parameters));
+  return Recompute::apply(c10::make_intrusive<SegmentHolder>(std::move(segment)), input, torch::TensorList(parameters));
 }
 
 }  // namespace train_gpt

@@ -55,9 +55,10 @@ void report(Trainer& trainer) {
               summary.at("val_bits_per_byte").get<double>(), summary.at("unigram_loss").get<double>(),
               summary.at("unigram_bits_per_byte").get<double>());
   const auto& memory = summary.at("memory");
-  std::printf("%.3f bytes a parameter (parameters, gradients, optimizer), checkpoint %.2f MB, optimizer %.2f ms a step\n",
-              memory.at("bytes_per_parameter").get<double>(), summary.at("checkpoint_bytes").get<double>() / 1e6,
-              summary.at("optimizer_ms").get<double>());
+  std::printf(
+      "%.3f bytes a parameter (parameters, gradients, optimizer), checkpoint %.2f MB, optimizer %.2f ms a step\n",
+      memory.at("bytes_per_parameter").get<double>(), summary.at("checkpoint_bytes").get<double>() / 1e6,
+      summary.at("optimizer_ms").get<double>());
 }
 
 void write_sample(Trainer& trainer) {

@@ -85,8 +85,9 @@ torch::Tensor BlockImpl::forward(const torch::Tensor& stream) {
 
 torch::Tensor BlockImpl::attention(const torch::Tensor& x) {
   const std::int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
-  const torch::Tensor qkv =
-      cast_linear(x, qkv_, qkv_bias_).view({batch, length, 3, config_.heads, width / config_.heads}).permute({2, 0, 3, 1, 4});
+  const torch::Tensor qkv = cast_linear(x, qkv_, qkv_bias_)
+                                .view({batch, length, 3, config_.heads, width / config_.heads})
+                                .permute({2, 0, 3, 1, 4});
   const torch::Tensor mixed = torch::scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], /*attn_mask=*/{},
                                                                   /*dropout_p=*/0.0, /*is_causal=*/true);
   return cast_linear(mixed.transpose(1, 2).reshape({batch, length, width}), projection_, projection_bias_);

@@ -28,8 +28,8 @@ Defaults defaults_of(const TrainOptions& options) {
   if (name == "flash-sgd") return {0.3, 0.0};
   if (name == "flash-sgdw") return {0.3, 1e-4};
   // Steps of Adam and Lion have a size of their own, and wider layers add up more of them.
-  const double scale = static_cast<double>(model_preset("tiny").width) /
-                       static_cast<double>(model_preset(options.model).width);
+  const double scale =
+      static_cast<double>(model_preset("tiny").width) / static_cast<double>(model_preset(options.model).width);
   if (name == "torch-adamw" || name == "flash-adamw") return {4e-3 * scale, 0.1};
   if (name == "flash-adam") return {4e-3 * scale, 0.0};
   if (name == "flash-lion") return {5e-4 * scale, 0.5};
@@ -98,8 +98,7 @@ OptimizerPtr make_optimizer(torch::nn::Module& model, const TrainOptions& option
 #ifndef FLASHOPTIM_EXAMPLE_TORCH_ONLY
   if (is_flash(options.optimizer)) return make_flash(model, options, lr, weight_decay);
 #endif
-  return make<torch::optim::AdamW>(model,
-                                   torch::optim::AdamWOptions(lr).betas(kAdamBetas).weight_decay(weight_decay));
+  return make<torch::optim::AdamW>(model, torch::optim::AdamWOptions(lr).betas(kAdamBetas).weight_decay(weight_decay));
 }
 
 std::vector<torch::Tensor> optimizer_tensors(torch::optim::Optimizer& optimizer) {

@@ -11,8 +11,9 @@ namespace {
 
 // Single quotes where a shell would need them, so that the printed resume command can be pasted.
 std::string shell_quote(const std::string& word) {
-  const bool plain = !word.empty() && word.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-                                                             "0123456789-_=+./:,@%") == std::string::npos;
+  const bool plain = !word.empty() && word.find_first_not_of(
+                                          "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                          "0123456789-_=+./:,@%") == std::string::npos;
   if (plain) return word;
   std::string quoted = "'";
   for (char c : word) quoted += c == '\'' ? std::string("'\\''") : std::string(1, c);
@@ -47,63 +48,56 @@ void add_options(CLI::App& app, Options& options) {
   RunOptions& run = options.run;
   const CLI::Validator positive = at_least(1), not_negative = at_least(0);
 
+  app.option_defaults()->group("Data");
   app.add_option("--data", train.data, "Text to learn from: a file, or a folder whose text files are joined")
-      ->type_name("FILE|DIR")->group("Data");
+      ->type_name("FILE|DIR");
   app.add_option("--validation-fraction", train.validation_fraction, "Share of the text, at its end, held out")
-      ->check(between(0.001, 0.9))->group("Data")->capture_default_str();
+      ->check(between(0.001, 0.9));
   app.add_option("--tokenizer", train.tokenizer, "bytes, or bpe trained on the training split")
-      ->check(CLI::IsMember({"bytes", "bpe"}))->group("Data")->capture_default_str();
-  app.add_option("--vocab-size", train.vocab_size, "Vocabulary of --tokenizer bpe")
-      ->check(between(256, 65536))->group("Data")->capture_default_str();
+      ->check(CLI::IsMember({"bytes", "bpe"}));
+  app.add_option("--vocab-size", train.vocab_size, "Vocabulary of --tokenizer bpe")->check(between(256, 65536));
 
+  app.option_defaults()->group("Model");
   app.add_option("--model", train.model, "tiny (4 layers of width 128), small (6 of 384) or gpt2 (12 of 768)")
-      ->check(CLI::IsMember({"tiny", "small", "gpt2"}))->group("Model")->capture_default_str();
+      ->check(CLI::IsMember({"tiny", "small", "gpt2"}));
   app.add_option("--context", train.context, "Tokens the model sees at once; 0: 64 (tiny), 256 (small), 1024 (gpt2)")
-      ->check(not_negative)->group("Model")->capture_default_str();
+      ->check(not_negative);
   app.add_flag("--activation-checkpointing", train.activation_checkpointing,
-               "Keep only each block's input and recompute the rest in the backward pass")->group("Model");
+               "Keep only each block's input and recompute the rest in the backward pass");
   app.add_option("--compute-dtype", train.compute_dtype,
                  "Type of activations; auto: bf16 with bf16 parameters on hardware that multiplies it, else fp32")
-      ->check(CLI::IsMember({"auto", "fp32", "bf16"}))->group("Model")->capture_default_str();
+      ->check(CLI::IsMember({"auto", "fp32", "bf16"}));
 
+  app.option_defaults()->group("Optimization");
   app.add_option("--optimizer", train.optimizer, "Optimizer; the flash ones keep bf16 parameters and gradients")
-      ->check(CLI::IsMember(optimizer_names()))->group("Optimization")->capture_default_str();
+      ->check(CLI::IsMember(optimizer_names()));
   app.add_option("--master-weight-bits", train.master_weight_bits, "Flash: 24, 32, or 0 for plain bf16 weights")
-      ->check(CLI::IsMember({0, 24, 32}))->group("Optimization")->capture_default_str();
+      ->check(CLI::IsMember({0, 24, 32}));
   app.add_option("--state-codec", train.state_codec, "Flash: how 8-bit states are coded")
-      ->check(CLI::IsMember({"default", "paper"}))->group("Optimization")->capture_default_str();
-  app.add_option("--lr", train.lr, "Peak learning rate; 0: what suits optimizer and width")
-      ->check(between(0.0, 1e3))->group("Optimization")->capture_default_str();
+      ->check(CLI::IsMember({"default", "paper"}));
+  app.add_option("--lr", train.lr, "Peak learning rate; 0: what suits optimizer and width")->check(between(0.0, 1e3));
   app.add_option("--weight-decay", train.weight_decay, "For matrices; negative: what suits the optimizer")
-      ->check(between(-1.0, 1e3))->group("Optimization")->capture_default_str();
+      ->check(between(-1.0, 1e3));
   app.add_option("--warmup", train.warmup, "Steps in which the learning rate rises; a cosine to a tenth follows")
-      ->check(not_negative)->group("Optimization")->capture_default_str();
-  app.add_option("--clip", train.clip, "Largest norm of the whole gradient; 0: no clipping")
-      ->check(between(0.0, 1e9))->group("Optimization")->capture_default_str();
-  app.add_option("--steps", train.steps, "Optimizer steps")->check(positive)->group("Optimization")
-      ->capture_default_str();
-  app.add_option("--batch", train.batch, "Windows of text in a step")->check(positive)->group("Optimization")
-      ->capture_default_str();
-  app.add_option("--seed", train.seed, "Decides the initial weights, the batches and the sample")
-      ->check(not_negative)->group("Optimization")->capture_default_str();
+      ->check(not_negative);
+  app.add_option("--clip", train.clip, "Largest norm of the whole gradient; 0: no clipping")->check(between(0.0, 1e9));
+  app.add_option("--steps", train.steps, "Optimizer steps")->check(positive);
+  app.add_option("--batch", train.batch, "Windows of text in a step")->check(positive);
+  app.add_option("--seed", train.seed, "Decides the initial weights, the batches and the sample")->check(not_negative);
 
-  app.add_option("--device", train.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->group("Run")
-      ->capture_default_str();
-  app.add_option("--threads", train.threads, "CPU threads; 0: LibTorch's choice. Another number rounds some sums differently")->check(not_negative)->group("Run")
-      ->capture_default_str();
+  app.option_defaults()->group("Run");
+  app.add_option("--device", train.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--threads", train.threads, "CPU threads; 0: LibTorch's choice. Another number changes some roundings")
+      ->check(not_negative);
   app.add_option("--out", run.out, "Folder for checkpoint.pt, metrics.jsonl, summary.json and sample.txt")
-      ->type_name("DIR")->group("Run")->capture_default_str();
-  app.add_flag("--resume", run.resume, "Continue the run in --out, bit for bit; its options need not be repeated")
-      ->group("Run");
-  app.add_flag("--overwrite", run.overwrite, "Replace the run that --out already holds")->group("Run")->excludes("--resume");
-  app.add_option("--eval-every", run.eval_every, "Steps between validations; 0: only at the end")
-      ->check(not_negative)->group("Run")->capture_default_str();
+      ->type_name("DIR");
+  app.add_flag("--resume", run.resume, "Continue the run in --out, bit for bit; its options need not be repeated");
+  app.add_flag("--overwrite", run.overwrite, "Replace the run that --out already holds")->excludes("--resume");
+  app.add_option("--eval-every", run.eval_every, "Steps between validations; 0: only at the end")->check(not_negative);
   app.add_option("--save-every", run.save_every, "Steps between checkpoints; 0: at the end and when interrupted")
-      ->check(not_negative)->group("Run")->capture_default_str();
-  app.add_option("--stop-after", run.stop_after, "Stop at this step as Ctrl-C would; 0: never")
-      ->check(not_negative)->group("Run")->capture_default_str();
-  app.add_option("--sample", run.sample, "Tokens of text to write at the end")->check(not_negative)->group("Run")
-      ->capture_default_str();
+      ->check(not_negative);
+  app.add_option("--stop-after", run.stop_after, "Stop at this step as Ctrl-C would; 0: never")->check(not_negative);
+  app.add_option("--sample", run.sample, "Tokens of text to write at the end")->check(not_negative);
 }
 
 // The checkpoint knows the training options; only what it does not hold has to be said again.
@@ -144,10 +138,12 @@ void check_unchanged(const TrainOptions& given, const TrainOptions& stored) {
 ParseResult parse_once(int argc, const char* const* argv, Options options) {
   ParseResult result;
   result.options = std::move(options);
-  CLI::App app("Trains a small GPT on text, in C++ on LibTorch, with flashoptim's or torch's optimizers.\n"
-               "Ctrl-C saves a checkpoint; the same command with --resume continues bit for bit.\n",
-               "train_gpt");
+  CLI::App app(
+      "Trains a small GPT on text, in C++ on LibTorch, with flashoptim's or torch's optimizers.\n"
+      "Ctrl-C saves a checkpoint; the same command with --resume continues bit for bit.\n",
+      "train_gpt");
   app.get_formatter()->column_width(34);
+  app.option_defaults()->always_capture_default();
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);  // scripts append to given options
   add_options(app, result.options);
   try {

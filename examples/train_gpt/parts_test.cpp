@@ -45,7 +45,8 @@ std::vector<torch::Tensor> loss_and_gradients(const GptConfig& config, torch::Dt
 
 std::string sample_words() {
   std::string text;
-  for (int i = 0; i < 200; ++i) text += "the theory of these " + std::to_string(i % 7) + " others, \xc3\xa9t\xc3\xa9\n\n  x";
+  for (int i = 0; i < 200; ++i)
+    text += "the theory of these " + std::to_string(i % 7) + " others, \xc3\xa9t\xc3\xa9\n\n  x";
   return text;
 }
 
@@ -117,7 +118,8 @@ TEST(Data, SplitsDoNotOverlapAndEvaluationCoversItsSplit) {
   EXPECT_EQ(dataset.size(Dataset::Split::kTrain), 700);
   EXPECT_EQ(dataset.size(Dataset::Split::kValidation), 300);
   std::int64_t windows = 0;
-  for (const auto& batch : dataset.evaluation_batches(Dataset::Split::kValidation, 1000, 4)) windows += batch.inputs.size(0);
+  for (const auto& batch : dataset.evaluation_batches(Dataset::Split::kValidation, 1000, 4))
+    windows += batch.inputs.size(0);
   EXPECT_EQ(windows, (300 - 1) / 9);
   EXPECT_NEAR(dataset.unigram_loss(), -std::log(701.0 / 956.0), 1e-12);
   EXPECT_THROW(Dataset(text, Tokenizer(), 0.3, 300), UserError);

@@ -50,8 +50,7 @@ std::string Progress::describe(std::int64_t step, double tokens_per_second) {
   return text;
 }
 
-void Progress::update(std::int64_t step, double loss, std::optional<double> validation_loss,
-                      double tokens_per_second) {
+void Progress::update(std::int64_t step, double loss, std::optional<double> validation_loss, double tokens_per_second) {
   const bool first = step == start_ + 1;
   smooth_loss_ = first ? loss : smooth_loss_ + kSmoothing * (loss - smooth_loss_);
   smooth_speed_ = first ? tokens_per_second : smooth_speed_ + kSmoothing * (tokens_per_second - smooth_speed_);

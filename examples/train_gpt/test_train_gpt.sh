@@ -9,6 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 checks=0
+export PYTHONDONTWRITEBYTECODE=1
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # spinning threads crawl where other tests run beside this one
 
 fail() {
@@ -79,9 +80,10 @@ same_run "$work/whole" "$work/parts" "stopped after 20 steps and resumed equals 
 
 for signal in INT TERM; do
   run=$work/signal_$signal
-  # Job control off makes a background child ignore SIGINT; python starts it with the default handling.
+  # A script's background processes ignore SIGINT; python starts the program with the default handling.
   code=0
-  python3 - "$signal" "$run/metrics.jsonl" "$program" "${common[@]}" "${full[@]}" --out "$run" >"$work/$signal.log" <<'PY' || code=$?
+  command=("$program" "${common[@]}" "${full[@]}" --out "$run")
+  python3 - "$signal" "$run/metrics.jsonl" "${command[@]}" >"$work/$signal.log" <<'PY' || code=$?
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 child = subprocess.Popen(sys.argv[3:])
@@ -94,8 +96,7 @@ child.send_signal(getattr(signal, "SIG" + sys.argv[1]))
 sys.exit(child.wait())
 PY
   [[ $code -gt 128 ]] || fail "SIG$signal: exit code $code"
-  command=$(sed -n 's/^to resume: *//p' "$work/$signal.log")
-  eval "$command" >/dev/null
+  eval "$(sed -n 's/^to resume: *//p' "$work/$signal.log")" >/dev/null
   same_run "$work/whole" "$run" "SIG$signal, then the printed command, equals uninterrupted"
 done
 

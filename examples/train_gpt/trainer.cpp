@@ -12,7 +12,7 @@
 namespace train_gpt {
 namespace {
 
-constexpr std::int64_t kEvaluationWindows = 256;
+constexpr std::int64_t kEvaluationWindows = 512;
 constexpr std::int64_t kEvaluationBatch = 16;
 constexpr double kTemperature = 0.8;
 
@@ -220,8 +220,7 @@ std::string Trainer::describe() const {
                 static_cast<long long>(config.vocab_size), train.model.c_str(),
                 static_cast<double>(model_->parameter_count()) / 1e6, static_cast<long long>(config.layers),
                 static_cast<long long>(config.width), static_cast<long long>(config.context), train.optimizer.c_str(),
-                parameter_dtype.c_str(), train.compute_dtype.c_str(),
-                static_cast<long long>(train.threads));
+                parameter_dtype.c_str(), train.compute_dtype.c_str(), static_cast<long long>(train.threads));
   return text;
 }
 

@@ -42,6 +42,21 @@ struct alignas(16) Chunk {
   int32_t groups;
 };
 
+/// The same for the hot kernels, whose offsets have 32 bits: `first` counts from the segment's first group.
+struct alignas(16) HotChunk {
+  uint32_t first;
+  int32_t groups;
+  int32_t tensor;
+  uint32_t segment;
+};
+static_assert(sizeof(HotChunk) == sizeof(Chunk));
+
+/// Which work of a hot launch is taken: both 0 between launches.
+struct alignas(8) WorkCounter {
+  uint32_t taken;
+  uint32_t finished;
+};
+
 /// One hyperparameter set, ready for the kernels.
 struct alignas(16) PreparedHyper {
   HyperStorage rule;
@@ -52,9 +67,12 @@ struct alignas(16) PreparedHyper {
 
 struct StepArguments {
   const TensorEntry* tensors;
-  const Chunk* chunks;
+  const Chunk* chunks;  ///< HotChunk for the hot kernels
+  WorkCounter* work;
   const PreparedHyper* hypers;  ///< null: inline_hypers
   unsigned long long* nonfinite;
+  uint32_t chunk_count;
+  uint32_t multiprocessors;
   PreparedHyper inline_hypers[kInlineHypers];
 };
 
@@ -97,8 +115,8 @@ struct NormArguments {
   float epsilon;
 };
 
-/// Everything a kernel needs to be launched; `stream` is a cudaStream_t. They return cudaError_t as int.
-using StepLaunch = int (*)(const StepArguments& arguments, unsigned int blocks, void* stream);
+/// Launches a step over `chunk_count` chunks; `stream` is a cudaStream_t. Returns cudaError_t as int.
+using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
 /// Configurations with a kernel of their own, beside the one per codec that branches on element types.
 enum HotKind : int { kHotNone = -1, kHotBFloat16Correction8 = 0, kHotKinds = 1 };

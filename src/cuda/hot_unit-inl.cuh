@@ -16,15 +16,58 @@
 
 namespace flashoptim::cuda {
 
-/// Where a chunk's arrays begin, and what else its units share: computed once per block, in shared memory, so that
-/// registers are for elements and offsets have 32 bits.
+/// What the tiles of one tensor share, in shared memory: registers are for elements. Addresses are those of a segment of
+/// 2^kSegmentBits groups, so that offsets have 32 bits.
 struct alignas(16) HotContext {
   unsigned char* parameter;
   const unsigned char* gradient;
   unsigned char* correction;
   unsigned char* states[kMaxStates];
   uint16_t* scales[kMaxStates];
-  uint64_t first_index;  ///< of the chunk in the whole tensor, for the dither
+  uint64_t first_index;  ///< of the segment in the whole tensor, for the dither
+  PreparedHyper prepared;
+  /// Starts of the dither's streams, but for the group's hash.
+  uint32_t phase_variance, phase_momentum, phase_weight;
+  uint32_t full;  ///< groups before this one are full and lie at 32 times their number, on addresses for vectors
+  bool active;
+
+  /// Every thread of the warp calls it.
+  template <int kBits>
+  __device__ __forceinline__ void open(const StepArguments& args, int32_t tensor, uint32_t segment, int thread) {
+    const TensorEntry& t = args.tensors[tensor];
+    const PreparedHyper* hyper = (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
+    __syncwarp();
+    if (thread < static_cast<int>(sizeof(PreparedHyper) / 4)) {
+      reinterpret_cast<uint32_t*>(&prepared)[thread] = reinterpret_cast<const uint32_t*>(hyper)[thread];
+    }
+    if (thread == 0) {
+      const int64_t first_group = static_cast<int64_t>(segment) << kSegmentBits;
+      const int64_t first = first_group * kGroupSize;
+      parameter = static_cast<unsigned char*>(t.parameter) + first * 2;
+      gradient = static_cast<const unsigned char*>(t.gradient) + first * 2;
+      correction = static_cast<unsigned char*>(t.correction) + first * (kBits / 8);
+      for (int k = 0; k < kMaxStates; ++k) {
+        states[k] = static_cast<unsigned char*>(t.states[k]) + first;
+        scales[k] = t.scales[k] + first_group;
+      }
+      first_index = static_cast<uint64_t>(t.first_element + first);
+      const core::DitherKey key = hyper->dither;
+      phase_variance = core::dither_group_start<core::DitherStream::kVariance, float>(key, 0u);
+      phase_momentum = core::dither_group_start<core::DitherStream::kMomentum, float>(key, 0u);
+      phase_weight = core::dither_group_start<core::DitherStream::kWeight, float>(key, 0u);
+      active = t.gradient != nullptr && !hyper->skip;
+      const int64_t left = t.numel / kGroupSize - first_group;
+      const bool vectors = active && (t.flags & kVectorAligned) && !(t.flags & kShortRows) &&
+                           (reinterpret_cast<uintptr_t>(t.gradient) & 15u) == 0;
+      full = !vectors ? 0u : left >= int64_t{1} << kSegmentBits ? 1u << kSegmentBits : static_cast<uint32_t>(left);
+    }
+    __syncwarp();
+  }
+
+  /// Whether the hot path may take a tile.
+  __device__ __forceinline__ bool takes(uint32_t first, int count) const {
+    return count >= kWarpGroups && first + kWarpGroups <= full;
+  }
 };
 
 /// 16 codes, corrections or halves of them.
@@ -246,22 +289,11 @@ struct HotStates {
   }
 };
 
-/// The three streams' starts for a thread, but for the group's hash.
-struct HotDither {
-  uint32_t seed;
-  uint32_t variance, momentum, weight;
-
-  __device__ __forceinline__ HotDither(const core::DitherKey& key, int lane) : seed(key.seed) {
-    const uint32_t l = static_cast<uint32_t>(lane);
-    variance = core::dither_group_start<core::DitherStream::kVariance, float>(key, 0u) + l * core::kDitherLaneStep<core::DitherStream::kVariance>;
-    momentum = core::dither_group_start<core::DitherStream::kMomentum, float>(key, 0u) + l * core::kDitherLaneStep<core::DitherStream::kMomentum>;
-    weight = core::dither_group_start<core::DitherStream::kWeight, float>(key, 0u) + l * core::kDitherLaneStep<core::DitherStream::kWeight>;
-  }
-  template <core::DitherStream kStream>
-  static __device__ __forceinline__ uint32_t start(uint32_t phase, uint32_t hash) {
-    return core::dither_group_start<kStream, float>(core::DitherKey{0u, 0u}, hash) + phase;
-  }
-};
+/// Start of a thread's dither.
+template <core::DitherStream kStream>
+__device__ __forceinline__ uint32_t stream_start(uint32_t phase, uint32_t hash, uint32_t lane) {
+  return core::dither_group_start<kStream, float>(core::DitherKey{0u, 0u}, hash) + phase + lane * core::kDitherLaneStep<kStream>;
+}
 
 /// 16 bytes from device to shared memory, in the background where the hardware can.
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
@@ -284,85 +316,106 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-/// The stored form of a block's units, on its way: each thread fetches its own while it computes the ones before. Loads
-/// into registers would be moved down to their uses by the compiler, which waits three times for memory.
-template <class Rule, int kBits>
-struct HotStage {
-  static constexpr int kCorrections = kBits / 8;
-  uint4 parameter[2][kHotThreads];
-  uint4 gradient[2][kHotThreads];
-  uint4 correction[kCorrections][kHotThreads];
-  uint4 states[Rule::kStateCount][kHotThreads];
-
-  __device__ __forceinline__ void fetch(const HotContext& context, int local, int lane) {
-    const uint32_t first = static_cast<uint32_t>(local * static_cast<int>(kGroupSize) + lane);
-    const unsigned char* p = context.parameter + static_cast<uint64_t>(first) * 2u;
-    const unsigned char* g = context.gradient + static_cast<uint64_t>(first) * 2u;
-    const unsigned char* c = context.correction + static_cast<uint64_t>(first) * kCorrections;
-#pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) copy_16(&states[k][threadIdx.x], context.states[k] + first);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) copy_16(&parameter[j][threadIdx.x], p + 16 * j);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) copy_16(&gradient[j][threadIdx.x], g + 16 * j);
-#pragma unroll
-    for (int j = 0; j < kCorrections; ++j) copy_16(&correction[j][threadIdx.x], c + 16 * j);
-  }
-};
-
-template <int kQuads>
-__device__ __forceinline__ HotWords<4 * kQuads> fetched(const uint4 (&from)[kQuads][kHotThreads]) {
-  HotWords<4 * kQuads> out;
-#pragma unroll
-  for (int j = 0; j < kQuads; ++j) {
-    const uint4 v = from[j][threadIdx.x];
-    out.w[4 * j] = v.x;
-    out.w[4 * j + 1] = v.y;
-    out.w[4 * j + 2] = v.z;
-    out.w[4 * j + 3] = v.w;
-  }
-  return out;
-}
-__device__ __forceinline__ HotWords<4> fetched(const uint4 (&from)[kHotThreads]) {
-  const uint4 v = from[threadIdx.x];
-  return {{v.x, v.y, v.z, v.w}};
-}
-
-/// A group's headers, one unit ahead like the rest.
+/// A group's headers, one tile ahead like the rest.
 struct HotHeaders {
   uint32_t of[kMaxStates] = {0u, 0u};
 };
-template <class Rule>
-__device__ __forceinline__ HotHeaders fetch_headers(const HotContext& context, int local) {
-  HotHeaders out;
+
+/// The stored form of a warp's tile, on its way while the warp computes the tile before. (Loads into registers would be
+/// moved down to their uses by the compiler, which waits three times for memory.)
+template <class Rule, int kBits>
+struct HotStage {
+  static constexpr int kCorrectionQuads = kBits / 8;
+  uint4 parameter[64];
+  uint4 gradient[64];
+  uint4 correction[32 * kCorrectionQuads];
+  uint4 states[Rule::kStateCount][32];
+
+  /// Where the q-th 16 bytes of a tile stand, if a thread takes two in a row: so that neither way of access has conflicts.
+  static __device__ __forceinline__ int place(int q) { return q ^ (q >> 3 & 1); }
+
+  __device__ __forceinline__ HotHeaders fetch(const HotContext& context, uint32_t first_group, int thread) {
+    const uint32_t first = first_group * static_cast<uint32_t>(kGroupSize) + static_cast<uint32_t>(thread) * 8u;
+    const uint32_t first_code = first_group * static_cast<uint32_t>(kGroupSize) + static_cast<uint32_t>(thread) * 16u;
+    const unsigned char* p = context.parameter + static_cast<uint64_t>(first) * 2u;
+    const unsigned char* g = context.gradient + static_cast<uint64_t>(first) * 2u;
+    HotHeaders headers;
+    const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) out.of[k] = __ldcs(context.scales[k] + static_cast<uint32_t>(local));
-  return out;
+    for (int k = 0; k < Rule::kStateCount; ++k) {
+      headers.of[k] = __ldcs(context.scales[k] + group);
+      copy_16(&states[k][thread], context.states[k] + first_code);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      copy_16(&parameter[place(32 * j + thread)], p + 512 * j);
+      copy_16(&gradient[place(32 * j + thread)], g + 512 * j);
+    }
+    if constexpr (kCorrectionQuads == 1) {
+      copy_16(&correction[thread], context.correction + first_code);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        copy_16(&correction[place(32 * j + thread)], context.correction + static_cast<uint64_t>(first) * 2u + 512 * j);
+      }
+    }
+    return headers;
+  }
+
+  /// A thread's one or two of them.
+  template <int kQuads>
+  static __device__ __forceinline__ HotWords<4 * kQuads> take(const uint4* from, int thread) {
+    HotWords<4 * kQuads> out;
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+      const uint4 v = from[kQuads == 1 ? thread : place(2 * thread + j)];
+      out.w[4 * j] = v.x;
+      out.w[4 * j + 1] = v.y;
+      out.w[4 * j + 2] = v.z;
+      out.w[4 * j + 3] = v.w;
+    }
+    return out;
+  }
+};
+
+/// Stores two quads a thread so that the warp writes whole sectors: through the stage that they came from.
+__device__ __forceinline__ void store_pairs(unsigned char* p, const HotWords<8>& words, uint4* through, int thread) {
+  const int at = 2 * thread;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    through[(at + j) ^ ((at + j) >> 3 & 1)] = make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int q = 32 * j + thread;
+    store_streaming(reinterpret_cast<uint4*>(p) + q, through[q ^ (q >> 3 & 1)]);
+  }
 }
 
-/// One unit: group `local` of the chunk, elements lane ... lane + 15 of it. False, and nothing written, where the hot path
-/// does not hold for these values; a warp agrees.
+/// One tile, 16 elements a thread. False, and nothing written, where the hot path does not hold for these values.
 template <class Rule, class Narrow, int kBits>
-__device__ __forceinline__ bool hot_unit(const HotContext& context, const HotStage<Rule, kBits>& stage, const HotHeaders& headers,
-                                         const PreparedHyper& prepared, const HotDither& phases, int local, int lane) {
+__device__ __forceinline__ bool hot_unit(const HotContext& context, HotStage<Rule, kBits>& stage, const HotHeaders& headers,
+                                         uint32_t first_group, int thread) {
   using Weights = HotWeights<Narrow, kBits>;
+  using Stage = HotStage<Rule, kBits>;
   using Hyper = typename Rule::Hyper;
   HotStates<Rule> states;
   Weights weights;
-  const uint32_t first = static_cast<uint32_t>(local * static_cast<int>(kGroupSize) + lane);
+  __syncwarp();  // every thread's copies have come
 #pragma unroll
   for (int k = 0; k < Rule::kStateCount; ++k) {
-    states.codes[k] = fetched(stage.states[k]);
+    states.codes[k] = Stage::template take<1>(stage.states[k], thread);
     states.header[k] = headers.of[k];
   }
-  weights.parameter = fetched(stage.parameter);
-  const HotWords<8> gradient = fetched(stage.gradient);
-  weights.correction = fetched(stage.correction);
+  weights.parameter = Stage::template take<2>(stage.parameter, thread);
+  const HotWords<8> gradient = Stage::template take<2>(stage.gradient, thread);
+  weights.correction = Stage::template take<Stage::kCorrectionQuads>(stage.correction, thread);
 
   float value[kHotUnit], m[kHotUnit], v[kHotUnit], delta[kHotUnit];
   bool ok = states.decode(m, v);
-  const Hyper& hyper = reinterpret_cast<const Hyper&>(prepared.rule);
-  const float gradient_scale = prepared.gradient_scale;
+  const Hyper& hyper = reinterpret_cast<const Hyper&>(context.prepared.rule);
+  const float gradient_scale = context.prepared.gradient_scale;
   UpdateGuard guard;
   float poison = 0.0f;  // NaN once something is not finite
   uint32_t largest = 0u, smallest = 0xffffffffu;
@@ -394,27 +447,33 @@ __device__ __forceinline__ bool hot_unit(const HotContext& context, const HotSta
   }
   if (!__all_sync(0xffffffffu, ok)) return false;
 
-  const uint64_t index = context.first_index + static_cast<uint32_t>(local * static_cast<int>(kGroupSize));
-  const uint32_t hash = core::dither_group_hash<float>(core::DitherKey{0u, phases.seed}, static_cast<uint32_t>(index),
-                                                       static_cast<uint32_t>(index >> 32));
-  weights.update(value, delta, HotDither::start<core::DitherStream::kWeight>(phases.weight, hash));
+  const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
+  const uint32_t lane = static_cast<uint32_t>(thread % kHotThreadsPerGroup * kHotUnit);
+  const uint64_t index = context.first_index + static_cast<uint64_t>(group) * static_cast<uint32_t>(kGroupSize);
+  const core::DitherKey hash_key{0u, context.prepared.dither.seed};
+  const uint32_t hash = core::dither_group_hash<float>(hash_key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));
+  weights.update(value, delta, stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane));
   if constexpr (HotStates<Rule>::kHasVariance) {
     states.encode_variance(m, v, group_int_max<kHotThreadsPerGroup>(largest), group_unsigned_min<kHotThreadsPerGroup>(smallest),
-                           HotDither::start<core::DitherStream::kVariance>(phases.variance, hash));
+                           stream_start<core::DitherStream::kVariance>(context.phase_variance, hash, lane));
   }
-  states.encode_momentum(m, HotDither::start<core::DitherStream::kMomentum>(phases.momentum, hash));
+  states.encode_momentum(m, stream_start<core::DitherStream::kMomentum>(context.phase_momentum, hash, lane));
 
   // Read the addresses again rather than keep them.
   asm volatile("" ::: "memory");
-  hot_store(context.parameter + static_cast<uint64_t>(first) * 2u, weights.parameter);
-  hot_store(context.correction + static_cast<uint64_t>(first) * Weights::kCorrectionBytes, weights.correction);
+  const uint32_t first = first_group * static_cast<uint32_t>(kGroupSize);
+  const uint32_t first_code = first + static_cast<uint32_t>(thread) * 16u;
+  store_pairs(context.parameter + static_cast<uint64_t>(first) * 2u, weights.parameter, stage.parameter, thread);
+  if constexpr (Stage::kCorrectionQuads == 1) {
+    hot_store(context.correction + first_code, weights.correction);
+  } else {
+    store_pairs(context.correction + static_cast<uint64_t>(first) * 2u, weights.correction, stage.correction, thread);
+  }
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) hot_store(context.states[k] + first, states.codes[k]);
+  for (int k = 0; k < Rule::kStateCount; ++k) hot_store(context.states[k] + first_code, states.codes[k]);
   if (lane == 0) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) {
-      __stcs(context.scales[k] + static_cast<uint32_t>(local), static_cast<unsigned short>(states.header[k]));
-    }
+    for (int k = 0; k < Rule::kStateCount; ++k) __stcs(context.scales[k] + group, static_cast<unsigned short>(states.header[k]));
   }
   return true;
 }

@@ -1,7 +1,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -102,6 +103,17 @@ void add_chunks(int32_t tensor, int64_t groups, int64_t groups_per_chunk, std::v
   }
 }
 
+/// Chunks in the hot kernels' form; a chunk lies in one segment, whose size is a multiple of a chunk's.
+void make_hot(Chunk* begin, Chunk* end) {
+  static_assert((int64_t{1} << kSegmentBits) % kHotChunkGroups == 0);
+  for (Chunk* chunk = begin; chunk != end; ++chunk) {
+    constexpr int64_t kMask = (int64_t{1} << kSegmentBits) - 1;
+    const HotChunk hot{static_cast<uint32_t>(chunk->first_group & kMask), chunk->groups, chunk->tensor,
+                       static_cast<uint32_t>(chunk->first_group >> kSegmentBits)};
+    std::memcpy(static_cast<void*>(chunk), &hot, sizeof hot);
+  }
+}
+
 }  // namespace
 
 struct Plan::Impl {
@@ -110,11 +122,13 @@ struct Plan::Impl {
     StepLaunch function;
     int64_t first_chunk;
     int64_t chunks;
+    int64_t work_counter;
   };
 
   flashoptim::Plan tensors;  // checks and keeps the host's copy
   RuleKind rule;
   int32_t device = 0;
+  int multiprocessors = 0;
   int states = 0;
   int32_t hyper_capacity = 0;
   std::vector<Launch> launches;
@@ -127,6 +141,7 @@ struct Plan::Impl {
   int64_t norm_chunk_count = 0;
   double* partial = nullptr;
   unsigned int* finished = nullptr;
+  WorkCounter* work = nullptr;
 
   // Entries [dirty_begin, dirty_end) differ from the device's.
   int64_t dirty_begin = 0, dirty_end = 0;
@@ -179,10 +194,7 @@ Status Plan::Impl::upload() {
     tiles += (tensors.tensor(i).layout.groups() + kTileGroups - 1) / kTileGroups;
     add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups, &norm_table);
   }
-  int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
-#ifdef FLASHOPTIM_CUDA_EXPERIMENT
-  if (const char* e = std::getenv("FLASHOPTIM_TILES")) chunk_groups = kTileGroups * std::atoi(e);
-#endif
+  const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
   // One launch per kernel: the hot ones first, then one per codec.
   const StepLaunches& functions = step_launches(rule);
   std::vector<StepLaunch> kernels(functions.hot, functions.hot + kHotKinds);
@@ -194,22 +206,24 @@ Status Plan::Impl::upload() {
     kernel_of[static_cast<size_t>(i)] =
         static_cast<size_t>(hot != kHotNone ? static_cast<int>(hot) : kHotKinds + static_cast<int>(t.state_codec));
   }
-  // A grid has at most 2^31 - 1 blocks.
-  constexpr int64_t kLargestGrid = (int64_t{1} << 31) - 1;
+  // Blocks of a grid, and shares of a hot launch, are counted in 32 bits.
+  constexpr int64_t kLargestLaunch = int64_t{1} << 26;
   for (size_t kernel = 0; kernel < kernels.size(); ++kernel) {
+    const bool hot = kernel < kHotKinds;
     const int64_t first = static_cast<int64_t>(chunk_table.size());
     for (int64_t i = 0; i < count; ++i) {
-      if (kernel_of[static_cast<size_t>(i)] == kernel) {
-        add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), chunk_groups, &chunk_table);
-      }
+      if (kernel_of[static_cast<size_t>(i)] != kernel) continue;
+      add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), hot ? int64_t{kHotChunkGroups} : chunk_groups,
+                 &chunk_table);
     }
     const int64_t end = static_cast<int64_t>(chunk_table.size());
-    for (int64_t begin = first; begin < end; begin += kLargestGrid) {
-      launches.push_back({kernels[kernel], begin, std::min(kLargestGrid, end - begin)});
+    if (hot) make_hot(chunk_table.data() + first, chunk_table.data() + end);
+    for (int64_t begin = first; begin < end; begin += kLargestLaunch) {
+      launches.push_back({kernels[kernel], begin, std::min(kLargestLaunch, end - begin), static_cast<int64_t>(launches.size())});
     }
   }
   norm_chunk_count = static_cast<int64_t>(norm_table.size());
-  if (norm_chunk_count > kLargestGrid) return Status::unsupported("the plan has more than 2^47 elements");
+  if (norm_chunk_count > std::numeric_limits<int32_t>::max()) return Status::unsupported("the plan has more than 2^47 elements");
 
   Arena arena;
   const int64_t entries_at = arena.add<TensorEntry>(count);
@@ -218,7 +232,9 @@ Status Plan::Impl::upload() {
   const int64_t uploaded = arena.size();
   const int64_t hypers_at = arena.add<PreparedHyper>(hyper_capacity);
   const int64_t partial_at = arena.add<double>(norm_chunk_count);
+  const int64_t zeroed = arena.size();
   const int64_t finished_at = arena.add<unsigned int>(1);
+  const int64_t work_at = arena.add<WorkCounter>(static_cast<int64_t>(launches.size()));
 
   std::vector<unsigned char> image(static_cast<size_t>(uploaded));
   std::copy_n(reinterpret_cast<const unsigned char*>(entry_table.data()), entry_table.size() * sizeof(TensorEntry), image.data() + entries_at);
@@ -227,6 +243,9 @@ Status Plan::Impl::upload() {
 
   DeviceGuard guard(device);
   Status status = device_status(guard.error(), "cannot use the device of the plan");
+  if (status.is_ok()) {
+    status = device_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  }
   if (status.is_ok()) status = device_status(cudaMalloc(reinterpret_cast<void**>(&memory), static_cast<size_t>(arena.size())), "cudaMalloc for the plan");
   if (!status.is_ok()) return status;
   entries = reinterpret_cast<TensorEntry*>(memory + entries_at);
@@ -235,8 +254,9 @@ Status Plan::Impl::upload() {
   hypers = reinterpret_cast<PreparedHyper*>(memory + hypers_at);
   partial = reinterpret_cast<double*>(memory + partial_at);
   finished = reinterpret_cast<unsigned int*>(memory + finished_at);
+  work = reinterpret_cast<WorkCounter*>(memory + work_at);
   status = device_status(cudaMemcpy(memory, image.data(), image.size(), cudaMemcpyHostToDevice), "uploading the plan");
-  if (status.is_ok()) status = device_status(cudaMemset(finished, 0, sizeof *finished), "uploading the plan");
+  if (status.is_ok()) status = device_status(cudaMemset(memory + zeroed, 0, static_cast<size_t>(arena.size() - zeroed)), "uploading the plan");
   // The legacy stream's work above must be seen by every later one.
   if (status.is_ok()) status = device_status(cudaStreamSynchronize(nullptr), "uploading the plan");
   return status;
@@ -380,6 +400,7 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
   if (status.is_ok()) status = impl_->upload_changes(options.stream);
   StepArguments args;
   args.tensors = impl_->entries;
+  args.multiprocessors = static_cast<uint32_t>(impl_->multiprocessors);
   args.hypers = on_device ? impl_->hypers : nullptr;
   args.nonfinite = reinterpret_cast<unsigned long long*>(options.nonfinite_gradients);
   if (status.is_ok()) {
@@ -388,8 +409,9 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
   for (const Impl::Launch& launch : impl_->launches) {
     if (!status.is_ok()) return status;
     args.chunks = impl_->chunks + launch.first_chunk;
-    status = device_status(static_cast<cudaError_t>(launch.function(args, static_cast<unsigned int>(launch.chunks), options.stream)),
-                           "launching the step");
+    args.chunk_count = static_cast<uint32_t>(launch.chunks);
+    args.work = impl_->work + launch.work_counter;
+    status = device_status(static_cast<cudaError_t>(launch.function(args, options.stream)), "launching the step");
   }
   return status;
 }

@@ -51,10 +51,10 @@ __device__ __forceinline__ int count_nonfinite(const F (&g)[kUnit], int valid) {
   return count;
 }
 
-/// What all units of a chunk share, in shared memory: registers are for the elements.
-struct ChunkContext {
-  TensorEntry tensor;
-  PreparedHyper prepared;
+/// What the units of a tensor share.
+struct TensorContext {
+  const TensorEntry& tensor;
+  const PreparedHyper& prepared;
   unsigned long long* nonfinite;
 };
 
@@ -109,7 +109,7 @@ __device__ __forceinline__ void store_headers(const TensorEntry& t, int64_t grou
 
 /// fp32 gradients, scaled; the ones that are not finite are counted if someone wants to know.
 template <class Types>
-__device__ __forceinline__ void scaled_gradients(const ChunkContext& context, const Types& types, const Words<4>& words, int valid,
+__device__ __forceinline__ void scaled_gradients(const TensorContext& context, const Types& types, const Words<4>& words, int valid,
                                                  F (&g)[kUnit]) {
   widen(types.gradient(), words, g);
 #pragma unroll
@@ -120,7 +120,7 @@ __device__ __forceinline__ void scaled_gradients(const ChunkContext& context, co
   }
 }
 
-__device__ __forceinline__ DitherSource dither_source(const ChunkContext& context, int64_t group_first, int lane) {
+__device__ __forceinline__ DitherSource dither_source(const TensorContext& context, int64_t group_first, int lane) {
   const core::DitherKey key = context.prepared.dither;
   const uint64_t index = static_cast<uint64_t>(context.tensor.first_element + group_first);
   return {key, core::dither_group_hash<F>(key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32)), lane};
@@ -128,7 +128,7 @@ __device__ __forceinline__ DitherSource dither_source(const ChunkContext& contex
 
 /// One unit by core's formulas: any values, any alignment, short groups.
 template <class Rule, StateCodec kCodec, class Types>
-__device__ __forceinline__ void exact_unit(const ChunkContext& context, const Types& types, bool aligned, int64_t group, int lane,
+__device__ __forceinline__ void exact_unit(const TensorContext& context, const Types& types, bool aligned, int64_t group, int lane,
                                            bool active) {
   const TensorEntry& t = context.tensor;
   Unit unit = locate_unit(t, group, lane);
@@ -168,37 +168,36 @@ __device__ __forceinline__ void exact_unit(const ChunkContext& context, const Ty
 
 /// Copies a struct to shared memory, a word per thread.
 template <class T>
-__device__ __forceinline__ void copy_to_shared(T* to, const T* from, int first_thread) {
+__device__ __forceinline__ void copy_to_shared(T* to, const T* from, int thread) {
   static_assert(sizeof(T) % 4 == 0 && sizeof(T) / 4 <= 32);
-  const int i = static_cast<int>(threadIdx.x) - first_thread;
-  if (i >= 0 && i < static_cast<int>(sizeof(T) / 4)) {
-    reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
+  if (thread >= 0 && thread < static_cast<int>(sizeof(T) / 4)) {
+    reinterpret_cast<uint32_t*>(to)[thread] = reinterpret_cast<const uint32_t*>(from)[thread];
   }
 }
 
-/// Loads what a chunk's units share; false where there is nothing to do. Every thread of the block calls it.
-__device__ __forceinline__ bool open_chunk(const StepArguments& args, const Chunk& chunk, ChunkContext& context) {
-  const TensorEntry* entry = args.tensors + chunk.tensor;
-  const PreparedHyper* prepared = (args.hypers != nullptr ? args.hypers : args.inline_hypers) + entry->hyper_index;
-  copy_to_shared(&context.tensor, entry, 0);
-  copy_to_shared(&context.prepared, prepared, 32);
-  if (threadIdx.x == 64) context.nonfinite = args.nonfinite;
-  __syncthreads();
-  return context.tensor.gradient != nullptr && !context.prepared.skip;
+__device__ __forceinline__ const PreparedHyper* hyper_of(const StepArguments& args, const TensorEntry& t) {
+  return (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
 }
 
 __device__ __forceinline__ bool all_aligned(const TensorEntry& t) {
   return (t.flags & kVectorAligned) && (reinterpret_cast<uintptr_t>(t.gradient) & 15u) == 0;
 }
 
-/// Any element types and master weights.
+/// Any element types and master weights: a block per chunk.
 template <class Rule, StateCodec kCodec>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kernel(const __grid_constant__ StepArguments args) {
-  __shared__ ChunkContext context;
+  // In shared memory: registers are for the elements.
+  __shared__ TensorEntry tensor;
+  __shared__ PreparedHyper prepared;
   const Chunk chunk = args.chunks[blockIdx.x];
-  if (!open_chunk(args, chunk, context)) return;
-  const AnyTypes types(context.tensor);
-  const bool aligned = all_aligned(context.tensor);
+  const TensorEntry* entry = args.tensors + chunk.tensor;
+  copy_to_shared(&tensor, entry, static_cast<int>(threadIdx.x));
+  copy_to_shared(&prepared, hyper_of(args, *entry), static_cast<int>(threadIdx.x) - 32);
+  __syncthreads();
+  if (tensor.gradient == nullptr || prepared.skip) return;
+  const TensorContext context{tensor, prepared, args.nonfinite};
+  const AnyTypes types(tensor);
+  const bool aligned = all_aligned(tensor);
   const int lane = static_cast<int>(threadIdx.x % kThreadsPerGroup) * kUnit;
 #pragma unroll 1
   for (int tile = 0; tile < chunk.groups; tile += kThreads / kThreadsPerGroup) {
@@ -207,86 +206,124 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kerne
   }
 }
 
-/// The way out of the hot path for a warp's 16 groups: a function of its own, so that its registers are not the hot path's.
+/// The way out of the hot path, for `count` groups of a warp: a function of its own, so that its registers are not the hot
+/// path's.
 template <class Rule>
-__device__ __noinline__ void exact_units_apart(const ChunkContext& context, int64_t first_group, int count) {
-  const AnyTypes types(context.tensor);
-  const bool aligned = all_aligned(context.tensor);
+__device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const PreparedHyper& prepared, unsigned long long* nonfinite,
+                                               int64_t first_group, int count) {
+  const TensorContext context{tensor, prepared, nonfinite};
+  const AnyTypes types(tensor);
+  const bool aligned = all_aligned(tensor);
   const int thread = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
-  for (int done = 0; done < 32 / kHotThreadsPerGroup; done += 32 / kThreadsPerGroup) {
+  for (int done = 0; done < count; done += 32 / kThreadsPerGroup) {
     const int local = done + thread / kThreadsPerGroup;
     exact_unit<Rule, StateCodec::kDefault>(context, types, aligned, first_group + local, thread % kThreadsPerGroup * kUnit, local < count);
   }
 }
 
-__device__ __forceinline__ void open_hot(const TensorEntry& t, int64_t first_group, int correction_bytes, HotContext& hot) {
-  const int64_t first = first_group * kGroupSize;
-  hot.parameter = static_cast<unsigned char*>(t.parameter) + first * 2;
-  hot.gradient = static_cast<const unsigned char*>(t.gradient) + first * 2;
-  hot.correction = static_cast<unsigned char*>(t.correction) + first * correction_bytes;
-  for (int k = 0; k < kMaxStates; ++k) {
-    hot.states[k] = static_cast<unsigned char*>(t.states[k]) + first;
-    hot.scales[k] = t.scales[k] + first_group;
-  }
-  hot.first_index = static_cast<uint64_t>(t.first_element + first);
-}
-
-/// 16-bit weights and gradients of one type, dithered corrections, default codec.
+/// 16-bit weights and gradients of one type, dithered corrections, default codec. Every warp works on its own and takes
+/// tiles of 16 groups as they come, so that all warps together sweep through memory.
 template <class Rule, class Narrow, int kBits>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_kernel(const __grid_constant__ StepArguments args) {
-  __shared__ ChunkContext context;
-  __shared__ HotContext hot;
-  __shared__ HotStage<Rule, kBits> stages[2];
-  const Chunk chunk = args.chunks[blockIdx.x];
-  if (!open_chunk(args, chunk, context)) return;
-  if (threadIdx.x == 0) open_hot(context.tensor, chunk.first_group, kBits / 8, hot);
-  __syncthreads();
-  // Groups before this one are full and lie at 32 times their number.
-  int full = chunk.groups;
-  const int64_t all_full = context.tensor.numel / kGroupSize - chunk.first_group;
-  if (all_full < full) full = static_cast<int>(all_full);
-  if (!all_aligned(context.tensor) || (context.tensor.flags & kShortRows)) full = 0;
-  const int lane = static_cast<int>(threadIdx.x % kHotThreadsPerGroup) * kHotUnit;
-  const HotDither phases(context.prepared.dither, lane);
-  const int in_warp = static_cast<int>(threadIdx.x % 32) / kHotThreadsPerGroup;
-  constexpr int kWarpGroups = 32 / kHotThreadsPerGroup;
-  constexpr int kBlockGroups = kHotThreads / kHotThreadsPerGroup;
-  int warp_first = static_cast<int>(threadIdx.x / 32) * kWarpGroups;
-  int current = 0;
+  constexpr uint32_t kWarps = kHotThreads / 32;
+  constexpr uint32_t kSharesPerChunk = kWarpTilesPerChunk / kTilesTaken;
+  __shared__ HotContext contexts[kWarps][2];
+  __shared__ HotStage<Rule, kBits> stages[kWarps][2];
+  const int thread = static_cast<int>(threadIdx.x % 32);
+  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t warps = gridDim.x * kWarps;
+  const uint32_t shares = args.chunk_count * kSharesPerChunk;
+  const HotChunk* chunks = reinterpret_cast<const HotChunk*>(args.chunks);
+  // What is left of the chunk from a share's first tile on.
+  const auto load_share = [chunks](uint32_t share) {
+    HotChunk chunk = chunks[share / kSharesPerChunk];
+    const uint32_t offset = share % kSharesPerChunk * (kTilesTaken * kWarpGroups);
+    chunk.first += offset;
+    chunk.groups -= static_cast<int32_t>(offset);
+    return chunk;
+  };
+  const auto take_share = [&args, thread, warps] { return thread == 0 ? warps + atomicAdd(&args.work->taken, 1u) : 0u; };
+
+  // One tile is computed while the next one's memory is on its way, the share after is looked up, and the one after taken.
+  const uint32_t first_share = blockIdx.x * kWarps + warp;
+  HotChunk share{}, next_share{};
+  if (first_share < shares) share = load_share(first_share);
+  uint32_t taken = take_share();
+  int slot = 0, stage = 0;
   HotHeaders next_headers;
-  if (warp_first + kWarpGroups <= full) {
-    stages[0].fetch(hot, warp_first + in_warp, lane);
-    next_headers = fetch_headers<Rule>(hot, warp_first + in_warp);
+  bool more = first_share < shares;
+  if (more) {
+    contexts[warp][0].template open<kBits>(args, share.tensor, share.segment, thread);
+    if (contexts[warp][0].takes(share.first, share.groups)) next_headers = stages[warp][0].fetch(contexts[warp][0], share.first, thread);
   }
   commit_copies();
 #pragma unroll 1
-  for (; warp_first < chunk.groups; warp_first += kBlockGroups, current ^= 1) {
-    const HotHeaders headers = next_headers;
-    const int next = warp_first + kBlockGroups;
-    if (next + kWarpGroups <= full) {
-      stages[current ^ 1].fetch(hot, next + in_warp, lane);
-      next_headers = fetch_headers<Rule>(hot, next + in_warp);
+  while (more) {
+    bool next_exists = false;
+#pragma unroll 1
+    for (int tile = 0; tile < kTilesTaken; ++tile) {
+      const HotContext& context = contexts[warp][slot];
+      const HotHeaders headers = next_headers;
+      int next_slot = slot;
+      HotChunk next = share;
+      if (tile == 0) {
+        const uint32_t next_number = __shfl_sync(0xffffffffu, taken, 0);
+        next_exists = next_number < shares;
+        if (next_exists) {
+          next_share = load_share(next_number);
+          taken = take_share();
+        }
+      }
+      if (tile + 1 < kTilesTaken) {
+        next.first += kWarpGroups;
+        next.groups -= kWarpGroups;
+      } else if (next_exists) {
+        next = next_share;
+        if (next.tensor != share.tensor || next.segment != share.segment) {
+          next_slot = slot ^ 1;
+          contexts[warp][next_slot].template open<kBits>(args, next.tensor, next.segment, thread);
+        }
+      } else {
+        next.groups = 0;
+      }
+      if (contexts[warp][next_slot].takes(next.first, next.groups)) {
+        next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
+      }
+      commit_copies();
+      wait_for_copies();
+      if (!(context.takes(share.first, share.groups) &&
+            hot_unit<Rule, Narrow, kBits>(context, stages[warp][stage], headers, share.first, thread))) {
+        if (context.active && share.groups > 0) {
+          exact_units_apart<Rule>(args.tensors[share.tensor], context.prepared, args.nonfinite,
+                                  (static_cast<int64_t>(share.segment) << kSegmentBits) + share.first,
+                                  share.groups < kWarpGroups ? share.groups : kWarpGroups);
+        }
+      }
+      share = next;
+      slot = next_slot;
+      stage ^= 1;
     }
-    commit_copies();
-    wait_for_copies();
-    if (warp_first + kWarpGroups <= full &&
-        hot_unit<Rule, Narrow, kBits>(hot, stages[current], headers, context.prepared, phases, warp_first + in_warp, lane)) {
-      continue;
-    }
-    exact_units_apart<Rule>(context, chunk.first_group + warp_first, chunk.groups - warp_first);
+    more = next_exists;
   }
+  // The last warp leaves the counters as it found them.
+  if (thread == 0 && atomicAdd(&args.work->finished, 1u) + 1u == warps) *args.work = WorkCounter{0u, 0u};
 }
 
 template <class Rule, StateCodec kCodec>
-int launch_step(const StepArguments& args, unsigned int blocks, void* stream) {
-  step_kernel<Rule, kCodec><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+int launch_step(const StepArguments& args, void* stream) {
+  step_kernel<Rule, kCodec><<<args.chunk_count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return static_cast<int>(cudaGetLastError());
 }
 
 template <class Rule, class Narrow, int kBits>
-int launch_hot(const StepArguments& args, unsigned int blocks, void* stream) {
-  hot_kernel<Rule, Narrow, kBits><<<blocks, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+int launch_hot(const StepArguments& args, void* stream) {
+  // As many blocks as fit the device at a time.
+  constexpr unsigned int kWarps = kHotThreads / 32;
+  const uint64_t needed = (uint64_t{args.chunk_count} * (kWarpTilesPerChunk / kTilesTaken) + kWarps - 1) / kWarps;
+  const unsigned int resident = args.multiprocessors * kHotBlocksPerMultiprocessor;
+  const unsigned int grid = needed < resident ? static_cast<unsigned int>(needed) : resident;
+  hot_kernel<Rule, Narrow, kBits><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return static_cast<int>(cudaGetLastError());
 }
 

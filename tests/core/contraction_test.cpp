@@ -18,7 +18,9 @@ TEST(Contraction, ThisTranslationUnitDoesNotContract) {
 
 #if defined(__x86_64__)
 // The same with fma instructions at the compiler's disposal, as in the AVX-512 kernels.
-__attribute__((target("fma"), noinline)) float multiply_add_with_fma_allowed(float a, float b, float c) { return a * b + c; }
+__attribute__((target("fma"), noinline)) float multiply_add_with_fma_allowed(float a, float b, float c) {
+  return a * b + c;
+}
 
 TEST(Contraction, NotEvenWhereTheCompilerMayUseFma) {
   if (!__builtin_cpu_supports("fma")) GTEST_SKIP() << "this processor has no fma";

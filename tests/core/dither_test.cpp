@@ -1,5 +1,5 @@
-// The dither words: evenly spread over time, lanes and groups, uncorrelated between streams, never depending on anything
-// but (seed, step, element, stream).
+// The dither words: evenly spread over time, lanes and groups, uncorrelated between streams, never depending on
+// anything but (seed, step, element, stream).
 #include "flashoptim/core/dither.h"
 
 #include <gtest/gtest.h>
@@ -18,7 +18,8 @@ using core::DitherStream;
 template <DitherStream kStream>
 uint32_t word(uint64_t seed, uint64_t step, uint64_t first, uint32_t lane) {
   const core::DitherKey key = core::make_dither_key(seed, step);
-  const uint32_t hash = core::dither_group_hash<float>(key, static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32));
+  const uint32_t hash =
+      core::dither_group_hash<float>(key, static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32));
   return core::dither_group_start<kStream, float>(key, hash) + lane * core::kDitherLaneStep<kStream>;
 }
 
@@ -46,7 +47,8 @@ void expect_evenly_spread() {
     }
     for (uint64_t g = 0; g < 6400; ++g) over_groups[word<kStream>(seed, 5, 32 * g, 0) >> 26] += 1.0;
     // Rows of 33 start groups at odd places too.
-    for (uint64_t g = 0; g < 6400; ++g) over_neighbours[word<kStream>(seed, 5, 33 * (g / 2) + 32 * (g % 2), 0) >> 26] += 1.0;
+    for (uint64_t g = 0; g < 6400; ++g)
+      over_neighbours[word<kStream>(seed, 5, 33 * (g / 2) + 32 * (g % 2), 0) >> 26] += 1.0;
     EXPECT_LT(chi_square(over_time), kQuantile);
     EXPECT_LT(chi_square(over_lanes), kQuantile);
     EXPECT_LT(chi_square(over_groups), kQuantile);
@@ -60,9 +62,9 @@ TEST(Dither, IsEvenlySpreadOverTimeLanesAndGroups) {
   expect_evenly_spread<DitherStream::kWeight>();
 }
 
-// What makes it better than independent numbers: in any T steps an event of probability p happens p T times within a few,
-// where independent numbers would scatter by sqrt(p (1 - p) T) = 16 for T = 1000. A quadratic irrational's discrepancy is at
-// most C log T with C near 1: within 4 of p T at T = 1000 with room.
+// What makes it better than independent numbers: in any T steps an event of probability p happens p T times within a
+// few, where independent numbers would scatter by sqrt(p (1 - p) T) = 16 for T = 1000. A quadratic irrational's
+// discrepancy is at most C log T with C near 1: within 4 of p T at T = 1000 with room.
 template <DitherStream kStream>
 void expect_low_discrepancy() {
   for (double p : {0.001, 0.01, 0.1, 0.25, 0.5, 0.9}) {
@@ -101,17 +103,29 @@ TEST(Dither, StreamsSeedsAndGroupsAreUncorrelated) {
   expect_uncorrelated(v, w, "variance and weight");
   expect_uncorrelated(m, w, "momentum and weight");
   expect_uncorrelated(v, [&](int i) { return word<DitherStream::kVariance>(1, 9, at(i), 3); }, "seeds 0 and 1");
-  expect_uncorrelated(v, [&](int i) { return word<DitherStream::kVariance>(uint64_t{1} << 40, 9, at(i), 3); }, "high bits of the seed");
-  expect_uncorrelated(v, [&](int i) { return word<DitherStream::kVariance>(0, 9, at(i + 1), 3); }, "neighbouring groups");
-  expect_uncorrelated(v, [&](int i) { return word<DitherStream::kVariance>(0, 9, at(i) + (uint64_t{1} << 32), 3); }, "2^32 elements apart");
+  expect_uncorrelated(
+      v, [&](int i) { return word<DitherStream::kVariance>(uint64_t{1} << 40, 9, at(i), 3); }, "high bits of the seed");
+  expect_uncorrelated(
+      v, [&](int i) { return word<DitherStream::kVariance>(0, 9, at(i + 1), 3); }, "neighbouring groups");
+  expect_uncorrelated(
+      v, [&](int i) { return word<DitherStream::kVariance>(0, 9, at(i) + (uint64_t{1} << 32), 3); },
+      "2^32 elements apart");
   // Over time, for one element.
   expect_uncorrelated([](int i) { return word<DitherStream::kVariance>(0, static_cast<uint64_t>(i) + 1, 96, 3); },
-                      [](int i) { return word<DitherStream::kMomentum>(0, static_cast<uint64_t>(i) + 1, 96, 3); }, "variance and momentum over time");
-  // Streams that share a time step keep a constant phase between them, which differs from group to group: over groups and
-  // time together they are uncorrelated.
-  expect_uncorrelated([](int i) { return word<DitherStream::kVariance>(0, static_cast<uint64_t>(i % 100) + 1, 32 * static_cast<uint64_t>(i / 100), 3); },
-                      [](int i) { return word<DitherStream::kWeight>(0, static_cast<uint64_t>(i % 100) + 1, 32 * static_cast<uint64_t>(i / 100), 3); },
-                      "variance and weight over time and groups");
+                      [](int i) { return word<DitherStream::kMomentum>(0, static_cast<uint64_t>(i) + 1, 96, 3); },
+                      "variance and momentum over time");
+  // Streams that share a time step keep a constant phase between them, which differs from group to group: over groups
+  // and time together they are uncorrelated.
+  expect_uncorrelated(
+      [](int i) {
+        return word<DitherStream::kVariance>(0, static_cast<uint64_t>(i % 100) + 1, 32 * static_cast<uint64_t>(i / 100),
+                                             3);
+      },
+      [](int i) {
+        return word<DitherStream::kWeight>(0, static_cast<uint64_t>(i % 100) + 1, 32 * static_cast<uint64_t>(i / 100),
+                                           3);
+      },
+      "variance and weight over time and groups");
 }
 
 TEST(Dither, TimeStepsAreOddOrLongEnoughThatAStreamDoesNotRepeatInAMillionSteps) {

@@ -73,9 +73,11 @@ void expect_unbiased() {
   for (int g = 0; g < (kSanitized ? 200 : 20000); ++g) {
     const float absmax = random_absmax<K>(random);
     const Scale<K> scale(absmax);
-    const float x = static_cast<float>((2.0 * random.uniform() - 1.0) * absmax * (g % 2 == 0 ? 1.0 : std::exp2(-10.0 * random.uniform())));
+    const float x = static_cast<float>((2.0 * random.uniform() - 1.0) * absmax *
+                                       (g % 2 == 0 ? 1.0 : std::exp2(-10.0 * random.uniform())));
     double sum = 0.0;
-    for (uint32_t k = 0; k < kWords; ++k) sum += scale.decode(scale.encode(x, k * (0xffffffffu / kWords + 1u))) / static_cast<double>(kWords);
+    for (uint32_t k = 0; k < kWords; ++k)
+      sum += scale.decode(scale.encode(x, k * (0xffffffffu / kWords + 1u))) / static_cast<double>(kWords);
     const double g_value = scale.value, y = 2.0 + std::fabs(x) / g_value;
     ASSERT_NEAR(sum, x, scale.step_at(x) * 2.0 / kWords + 3 * 0x1p-24 * y * g_value) << "absmax " << absmax;
   }
@@ -83,8 +85,8 @@ void expect_unbiased() {
 
 template <int K>
 void expect_grid_is_exact() {
-  // On the grid y is a code's lower end but for its three roundings, up to two of the 2^(23 - K) parts of a step: a dither
-  // within three parts of either end may round to a neighbour. All others must not move a value.
+  // On the grid y is a code's lower end but for its three roundings, up to two of the 2^(23 - K) parts of a step: a
+  // dither within three parts of either end may round to a neighbour. All others must not move a value.
   Random random(13);
   for (int g = 0; g < (kSanitized ? 50 : 3000); ++g) {
     const Scale<K> scale(random_absmax<K>(random));

@@ -1,5 +1,5 @@
-// Every rule in core/optimizer_list.h has what a rule must have: an oracle, a place in the tests' list, a frozen state format,
-// and a mention in the documentation. See docs/adding_an_optimizer.md.
+// Every rule in core/optimizer_list.h has what a rule must have: an oracle, a place in the tests' list, a frozen state
+// format, and a mention in the documentation. See docs/adding_an_optimizer.md.
 #include "flashoptim/core/optimizer_list.h"
 
 #include <gtest/gtest.h>
@@ -38,7 +38,8 @@ TEST(OptimizerList, EveryRuleHasAnOracle) {
 
 TEST(OptimizerList, EveryRuleIsSteppedByTheKernelTests) {
   for (const std::string& name : rules()) {
-    const auto* found = std::find_if(std::begin(kOptimizers), std::end(kOptimizers), [&](const OptimizerChoice& o) { return o.name == name; });
+    const auto* found = std::find_if(std::begin(kOptimizers), std::end(kOptimizers),
+                                     [&](const OptimizerChoice& o) { return o.name == name; });
     ASSERT_NE(found, std::end(kOptimizers)) << name << " is missing from kOptimizers in tests/kernels/test_tensors.h";
     EXPECT_EQ(state_count(found->kind, found->has_momentum), found->states) << name;
   }

@@ -56,11 +56,11 @@ struct MomentumVector {
 
 // Made with exact rational arithmetic from floor(127 * 2 m / (1 + |m|) + 1/2); frozen.
 const MomentumVector kMomentumVectors[] = {
-    {0.0f, 0, 0},       // zero has a code, for both signs of zero
-    {1.0f, 127, -127},  // the largest element takes the last code; -128 is never used
-    {0.5f, 85, -85},    // y = 2/3: 84.67 rounds up
+    {0.0f, 0, 0},        // zero has a code, for both signs of zero
+    {1.0f, 127, -127},   // the largest element takes the last code; -128 is never used
+    {0.5f, 85, -85},     // y = 2/3: 84.67 rounds up
     {0.75f, 109, -109},  // y = 6/7: 108.86
-    {0.25f, 51, -51},   // y = 0.4: 50.8 rounds up; negative: floor(-50.3) = -51
+    {0.25f, 51, -51},    // y = 0.4: 50.8 rounds up; negative: floor(-50.3) = -51
     // Each side of a code's lower end, 2^-14 of a code away. floor(x + 1/2) keeps halves up on both signs, so
     // beside a tie the negative code is the mirrored one.
     {0x1.027e38p-9f, 0, 0},
@@ -115,8 +115,8 @@ TEST(PaperCodec, VarianceCodesAreTheGoldenOnes) {
   EXPECT_EQ(encode_variance(254.5f, 255.0f), 255u) << "a tie below the last code goes up";
 }
 
-// 127 y in fp32: the denominator, the quotient and the product round by u each, relative, to at most 127; adding 128 1/2
-// rounds by half an ULP of numbers below 256, 2^-17. Closer to a half than that, either neighbour is right.
+// 127 y in fp32: the denominator, the quotient and the product round by u each, relative, to at most 127; adding 128
+// 1/2 rounds by half an ULP of numbers below 256, 2^-17. Closer to a half than that, either neighbour is right.
 TEST(PaperCodec, MomentumCodesFollowTheFormulaInDoubleExceptBesideTies) {
   constexpr double kSlack = 3 * 127 * kUnit + 0x1p-17;
   Random random(4);
@@ -124,7 +124,9 @@ TEST(PaperCodec, MomentumCodesFollowTheFormulaInDoubleExceptBesideTies) {
   const int count = kSanitized ? 100000 : 4000000;
   for (int i = 0; i < count; ++i) {
     const float absmax = float_of(0x2c000000u + static_cast<uint32_t>(random.below(0x40000000u)));  // 1.8e-12 to 2e27
-    const float m = static_cast<float>((2.0 * random.uniform() - 1.0) * (i % 2 == 0 ? 1.0 : std::pow(10.0, -6.0 * random.uniform()))) * absmax;
+    const float m = static_cast<float>((2.0 * random.uniform() - 1.0) *
+                                       (i % 2 == 0 ? 1.0 : std::pow(10.0, -6.0 * random.uniform()))) *
+                    absmax;
     const double x = static_cast<double>(m) / absmax, scaled = 127.0 * (2.0 * x / (1.0 + std::fabs(x))) + 0.5;
     const int code = encode_momentum(m, absmax);
     if (std::fabs(scaled - std::nearbyint(scaled)) <= kSlack) {
@@ -172,9 +174,9 @@ TEST(PaperCodec, ScalesAreFloat16RoundedToNearestAndSaturateInsteadOfOverflowing
   EXPECT_EQ(core::paper_header<float>(65519.0f), 0x7bffu);  // nearest would still be 65504
   EXPECT_EQ(core::paper_header<float>(65520.0f), 0x7bffu);  // nearest would be infinity, and NaN on the way back
   EXPECT_EQ(core::paper_header<float>(1e30f), 0x7bffu);
-  EXPECT_EQ(core::paper_header<float>(1e-12f), 0u);         // the smallest absmax is no float16: such a group reads as 0
-  EXPECT_EQ(core::paper_header<float>(0x1p-24f), 1u);       // smallest subnormal
-  EXPECT_EQ(core::paper_header<float>(0x1p-25f), 0u);       // half of it: tie to even
+  EXPECT_EQ(core::paper_header<float>(1e-12f), 0u);    // the smallest absmax is no float16: such a group reads as 0
+  EXPECT_EQ(core::paper_header<float>(0x1p-24f), 1u);  // smallest subnormal
+  EXPECT_EQ(core::paper_header<float>(0x1p-25f), 0u);  // half of it: tie to even
   EXPECT_EQ(core::paper_header<float>(1.0f + 0x1p-11f), 0x3c00u);  // tie to even
   EXPECT_EQ(core::paper_header<float>(1.0f + 3 * 0x1p-11f), 0x3c02u);
 }

@@ -60,21 +60,25 @@ struct SweepCounts {
   uint64_t nan = 0, infinite = 0, overflow = 0, checked = 0, twice_rounded = 0, violations = 0;
   uint32_t example = 0;
   void operator+=(const SweepCounts& o) {
-    nan += o.nan, infinite += o.infinite, overflow += o.overflow, checked += o.checked, twice_rounded += o.twice_rounded;
+    nan += o.nan, infinite += o.infinite, overflow += o.overflow, checked += o.checked,
+        twice_rounded += o.twice_rounded;
     if (violations == 0) example = o.example;
     violations += o.violations;
   }
 };
 
 /// The contract over a sweep of fp32 patterns:
-///   finite w whose narrow value is finite:  |merge(split(w)) - w| <= h / (2N) + half an fp32 ULP of the larger of the two
-///   |w| < h, that is n = 0:  one more half ULP, for w then has 24 bits below h and both x and c / N round; counted
-///   exceptions: NaN reads back as NaN; infinities, and finite w that round to infinity, as that infinity, correction 0.
+///   finite w whose narrow value is finite:  |merge(split(w)) - w| <= h / (2N) + half an fp32 ULP of the larger of the
+///   two |w| < h, that is n = 0:  one more half ULP, for w then has 24 bits below h and both x and c / N round; counted
+///   exceptions: NaN reads back as NaN; infinities, and finite w that round to infinity, as that infinity, correction
+///   0.
 SweepCounts sweep_split(const cpu::KernelTable& table, const SplitFormat& format) {
   // Bounds by narrow pattern and by fp32 exponent, so that the loop only looks up.
   std::vector<double> bound(0x10000), half_fp32_ulp(256);
   for (uint32_t n = 0; n < 0x10000u; ++n) {
-    bound[n] = format.narrow.is_nan(n) || format.narrow.is_infinite(n) ? 0.0 : format.narrow.half_ulp(n) / (2.0 * format.largest());
+    bound[n] = format.narrow.is_nan(n) || format.narrow.is_infinite(n)
+                   ? 0.0
+                   : format.narrow.half_ulp(n) / (2.0 * format.largest());
   }
   for (int e = 0; e < 256; ++e) half_fp32_ulp[static_cast<size_t>(e)] = std::ldexp(1.0, (e == 0 ? 1 : e) - 127 - 24);
   const PatternSweep sweep;
@@ -125,11 +129,12 @@ TEST(WeightSplit, EveryFp32InputReadsBackWithinTheBoundAndTheExceptionsAreTheseA
   const PatternSweep sweep;
   for (const SplitFormat& format : kFormats) {
     const SweepCounts counts = sweep_split(*machine_tables().back(), format);
-    std::printf("  %s + %2d bits: %llu within the bound, %llu of them rounded twice; %llu NaN, %llu infinities, %llu round to infinity\n",
-                format.narrow.name, format.bits, static_cast<unsigned long long>(counts.checked),
-                static_cast<unsigned long long>(counts.twice_rounded),
-                static_cast<unsigned long long>(counts.nan), static_cast<unsigned long long>(counts.infinite),
-                static_cast<unsigned long long>(counts.overflow));
+    std::printf(
+        "  %s + %2d bits: %llu within the bound, %llu of them rounded twice; %llu NaN, %llu infinities, %llu round to "
+        "infinity\n",
+        format.narrow.name, format.bits, static_cast<unsigned long long>(counts.checked),
+        static_cast<unsigned long long>(counts.twice_rounded), static_cast<unsigned long long>(counts.nan),
+        static_cast<unsigned long long>(counts.infinite), static_cast<unsigned long long>(counts.overflow));
     EXPECT_EQ(counts.violations, 0u) << format.narrow.name << " + " << format.bits << " bits, for instance fp32 bits "
                                      << std::hex << counts.example;
     if (format.dtype == DType::kBFloat16) {
@@ -168,13 +173,15 @@ TEST(WeightSplit, InfinitiesAndNanReadBackAsThemselvesWithEveryCorrection) {
   }
 }
 
-/// The pairs that split(merge(n, c)) does not bring back: the last value of a binade with |c| = N merges to an exact tie,
-/// which rounding to even gives to the next power of two, where the same weight is c = -+N / 2, no integer. Rounding n
-/// to nearest even, |error| <= h / (2N) and idempotence cannot all hold there (split makes the pair from weights just
-/// inside the tie), so the exception is listed; the weight then moves by at most half a step of the new correction, once.
+/// The pairs that split(merge(n, c)) does not bring back: the last value of a binade with |c| = N merges to an exact
+/// tie, which rounding to even gives to the next power of two, where the same weight is c = -+N / 2, no integer.
+/// Rounding n to nearest even, |error| <= h / (2N) and idempotence cannot all hold there (split makes the pair from
+/// weights just inside the tie), so the exception is listed; the weight then moves by at most half a step of the new
+/// correction, once.
 bool is_last_of_binade_at_full_correction(const SplitFormat& format, uint32_t n, int c) {
   const uint32_t mantissa = (1u << format.narrow.mantissa_bits) - 1u;
-  return (n & mantissa) == mantissa && (n & 0x7fffu) > mantissa && c == ((n & 0x8000u) != 0 ? -1 : 1) * format.largest();
+  return (n & mantissa) == mantissa && (n & 0x7fffu) > mantissa &&
+         c == ((n & 0x8000u) != 0 ? -1 : 1) * format.largest();
 }
 
 /// Every pair of a finite narrow value and a correction (16 bit: of every `stride`th correction): merge is the
@@ -217,7 +224,8 @@ void expect_pairs_hold(const cpu::KernelTable& table, const SplitFormat& format,
           // The largest narrow value plus almost h rounds to infinity: split cannot have produced that pair.
           if (format.narrow.is_infinite(format.narrow.encode(merged[i]))) continue;
           if (is_last_of_binade_at_full_correction(format, n, c)) {
-            const double moved_by = std::fabs(static_cast<double>(block.weights()[i]) - static_cast<double>(float_of(merged[i])));
+            const double moved_by =
+                std::fabs(static_cast<double>(block.weights()[i]) - static_cast<double>(float_of(merged[i])));
             if (moved_by > format.narrow.half_ulp(block.narrow[i]) * 0.501 / largest) ++bad_moved;
             listed_moved += moved_by > 0.0;
             continue;
@@ -231,13 +239,17 @@ void expect_pairs_hold(const cpu::KernelTable& table, const SplitFormat& format,
     listed += listed_moved;
     pairs += seen;
   });
-  EXPECT_EQ(far, 0u) << format.narrow.name << ' ' << format.bits << " bits: merge is off, e.g. narrow " << std::hex << example;
-  EXPECT_EQ(moved, 0u) << format.narrow.name << ' ' << format.bits << " bits: not idempotent, e.g. narrow " << std::hex << example;
-  // Two of every binade but the last, whose tie overflows; with 16 bits over binary16 the half step is below an fp32 ULP.
+  EXPECT_EQ(far, 0u) << format.narrow.name << ' ' << format.bits << " bits: merge is off, e.g. narrow " << std::hex
+                     << example;
+  EXPECT_EQ(moved, 0u) << format.narrow.name << ' ' << format.bits << " bits: not idempotent, e.g. narrow " << std::hex
+                       << example;
+  // Two of every binade but the last, whose tie overflows; with 16 bits over binary16 the half step is below an fp32
+  // ULP.
   const bool visible = format.bits == 8 || format.dtype == DType::kBFloat16;
   EXPECT_EQ(listed, visible ? 2u * (format.narrow.largest_exponent() - 2u) : 0u);
-  std::printf("  %s %s + %2d bits: %llu pairs, %llu of the listed exception moved\n", table.isa, format.narrow.name, format.bits,
-              static_cast<unsigned long long>(pairs.load()), static_cast<unsigned long long>(listed.load()));
+  std::printf("  %s %s + %2d bits: %llu pairs, %llu of the listed exception moved\n", table.isa, format.narrow.name,
+              format.bits, static_cast<unsigned long long>(pairs.load()),
+              static_cast<unsigned long long>(listed.load()));
 }
 
 TEST(WeightSplit, EveryPairOf8BitsMergesAsDefinedAndSurvivesSplitAndMergeBitForBit) {
@@ -265,8 +277,12 @@ void expect_fraction_is_correctly_rounded() {
   }
 }
 
-TEST(WeightSplit, CorrectionOverNIsCorrectlyRoundedForEvery8BitCorrection) { expect_fraction_is_correctly_rounded<8>(); }
-TEST(WeightSplit, CorrectionOverNIsCorrectlyRoundedForEvery16BitCorrection) { expect_fraction_is_correctly_rounded<16>(); }
+TEST(WeightSplit, CorrectionOverNIsCorrectlyRoundedForEvery8BitCorrection) {
+  expect_fraction_is_correctly_rounded<8>();
+}
+TEST(WeightSplit, CorrectionOverNIsCorrectlyRoundedForEvery16BitCorrection) {
+  expect_fraction_is_correctly_rounded<16>();
+}
 
 }  // namespace
 }  // namespace flashoptim::test

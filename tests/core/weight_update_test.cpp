@@ -32,7 +32,8 @@ double value_of(uint32_t n, int c) {
 
 template <class Narrow, int kBits>
 core::SplitWeight<float> update(uint32_t n, int c, float delta, uint32_t dither) {
-  const float value = core::correction_value<Narrow, kBits, float>(Narrow::template widen<float>(n), static_cast<uint32_t>(c));
+  const float value =
+      core::correction_value<Narrow, kBits, float>(Narrow::template widen<float>(n), static_cast<uint32_t>(c));
   return core::split_update_dithered<Narrow, kBits, float>(n, static_cast<uint32_t>(c), value, delta, dither);
 }
 
@@ -66,7 +67,8 @@ TEST(WeightUpdate, AStepThatChangesNothingChangesNoBitOfAnyKindOfWeight) {
   for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     const ReferenceFormat& format = dtype == DType::kBFloat16 ? kReferenceBFloat16 : kReferenceFloat16;
     for (int master = 0; master < 6; ++master) {
-      const bool wide = master == static_cast<int>(MasterWeights::kCorrection16) || master == static_cast<int>(MasterWeights::kCorrection16Nearest);
+      const bool wide = master == static_cast<int>(MasterWeights::kCorrection16) ||
+                        master == static_cast<int>(MasterWeights::kCorrection16Nearest);
       std::vector<uint16_t> parameter(static_cast<size_t>(count)), correction16(static_cast<size_t>(count));
       std::vector<int8_t> correction8(static_cast<size_t>(count));
       for (int64_t i = 0; i < count; ++i) {
@@ -126,18 +128,21 @@ void expect_unbiased(uint32_t n, int c, float delta) {
   const double h = format.half_ulp(n), from = format.decode(n);
   if (format.is_infinite(n_new)) {
     const double largest = format.decode(format.infinity() - 1u);
-    ASSERT_GE(std::fabs(exact), largest + format.half_ulp(format.infinity() - 1u) * (1.0 - 2.0 / kLargest<kBits>) - kUnit * largest);
+    ASSERT_GE(std::fabs(exact),
+              largest + format.half_ulp(format.infinity() - 1u) * (1.0 - 2.0 / kLargest<kBits>)-kUnit * largest);
     return;
   }
   const double h_new = format.half_ulp(n_new), to = format.decode(n_new);
   const double beyond = std::fabs(exact - to) - h_new;
-  ASSERT_LE(beyond, 2 * kUnit * (std::fabs(exact) + std::fabs(delta) + h)) << "n " << n << " c " << c << " delta " << delta;
+  ASSERT_LE(beyond, 2 * kUnit * (std::fabs(exact) + std::fabs(delta) + h))
+      << "n " << n << " c " << c << " delta " << delta;
   const double expected = beyond <= 0.0 ? exact : to + std::copysign(h_new, exact - to);
-  const double tolerance = kUnit * (2 * h + (h + std::fabs(static_cast<double>(delta))) + std::fabs(from - to) + 2 * h_new) +
-                           0x1p-149 + h_new / kLargest<kBits> * (kFraction + 1.0 / kWords);
-  ASSERT_LE(std::fabs(sum - expected), tolerance) << format.name << ' ' << kBits << " bits, n 0x" << std::hex << n << std::dec
-                                                  << " c " << c << " delta " << delta << ": off by "
-                                                  << (sum - expected) / (h_new / kLargest<kBits>) << " correction steps";
+  const double tolerance =
+      kUnit * (2 * h + (h + std::fabs(static_cast<double>(delta))) + std::fabs(from - to) + 2 * h_new) + 0x1p-149 +
+      h_new / kLargest<kBits> * (kFraction + 1.0 / kWords);
+  ASSERT_LE(std::fabs(sum - expected), tolerance)
+      << format.name << ' ' << kBits << " bits, n 0x" << std::hex << n << std::dec << " c " << c << " delta " << delta
+      << ": off by " << (sum - expected) / (h_new / kLargest<kBits>) << " correction steps";
 }
 
 template <class Narrow, int kBits>
@@ -147,8 +152,8 @@ void expect_unbiased_everywhere() {
   const int count = kSanitized ? 300 : test_all() ? 100000 : 6000;
   for (int i = 0; i < count; ++i) {
     uint32_t n = random.bits() & 0xffffu;
-    if (i % 4 == 1) n &= ~((1u << format.mantissa_bits) - 1u);  // powers of two
-    if (i % 4 == 2) n |= (1u << format.mantissa_bits) - 1u;     // and the values just below one
+    if (i % 4 == 1) n &= ~((1u << format.mantissa_bits) - 1u);            // powers of two
+    if (i % 4 == 2) n |= (1u << format.mantissa_bits) - 1u;               // and the values just below one
     if (i % 16 == 3) n &= 0x8000u | ((1u << format.mantissa_bits) - 1u);  // subnormals
     if (i % 32 == 7) n = 0;
     if (format.is_nan(n) || format.is_infinite(n)) continue;
@@ -157,9 +162,9 @@ void expect_unbiased_everywhere() {
     const double step = format.half_ulp(n) / kLargest<kBits>, w = std::fabs(value_of<Narrow, kBits>(n, c));
     const double sign = random.below(2) == 0 ? 1.0 : -1.0;
     const double deltas[] = {
-        step * std::pow(10.0, -4.0 + 5.0 * random.uniform()),            // far below one step of the correction, and some steps
+        step * std::pow(10.0, -4.0 + 5.0 * random.uniform()),  // far below one step of the correction, and some steps
         std::max(w, step) * std::pow(10.0, -8.0 + 8.0 * random.uniform()),  // parts of the weight
-        std::max(w, step) * std::pow(10.0, 4.0 * random.uniform()),      // more than the weight
+        std::max(w, step) * std::pow(10.0, 4.0 * random.uniform()),         // more than the weight
     };
     for (double delta : deltas) {
       if (delta > 3e38) continue;
@@ -191,7 +196,8 @@ TEST(WeightUpdate, OverflowGivesInfinityWhichStaysAndNanIsCanonical) {
       EXPECT_EQ((update<Narrow, 8>(infinity | 0x8000u, 0, 1.0f, dither).narrow), infinity | 0x8000u);
       EXPECT_EQ((update<Narrow, 8>(0x1234u, 5, INFINITY, dither).narrow), infinity | 0x8000u);
       EXPECT_EQ((update<Narrow, 8>(0x1234u, 5, NAN, dither).narrow), format.canonical_nan());
-      EXPECT_EQ((update<Narrow, 8>(infinity, 0, INFINITY, dither).narrow), format.canonical_nan()) << "infinity - infinity";
+      EXPECT_EQ((update<Narrow, 8>(infinity, 0, INFINITY, dither).narrow), format.canonical_nan())
+          << "infinity - infinity";
       EXPECT_EQ((update<Narrow, 8>(format.canonical_nan(), 0, 1.0f, dither).narrow), format.canonical_nan());
       // A gigantic update that stays in range ends near -delta.
       const auto out = update<Narrow, 8>(0x1234u, 5, far * 0.5f, dither);
@@ -253,8 +259,10 @@ TEST(WeightUpdate, ThousandEqualUpdatesMoveBySumWhereNearestRoundingStalls) {
         for (double lr : {1e-3, 1.5e-5, 1e-5, 1e-6, 1e-7}) {
           std::vector<float> weights(kCount, start), gradient(kCount, 1.0f);
           std::vector<uint16_t> parameter(kCount), correction(kCount);
-          ASSERT_TRUE(split_weights(dtype, master, weights.data(), parameter.data(), correction.data(), kCount).is_ok());
-          ASSERT_TRUE(merge_weights(dtype, master, parameter.data(), correction.data(), weights.data(), kCount).is_ok());
+          ASSERT_TRUE(
+              split_weights(dtype, master, weights.data(), parameter.data(), correction.data(), kCount).is_ok());
+          ASSERT_TRUE(
+              merge_weights(dtype, master, parameter.data(), correction.data(), weights.data(), kCount).is_ok());
           const double from = weights[0];
           ParameterTensors t;
           t.parameter = parameter.data();
@@ -268,13 +276,15 @@ TEST(WeightUpdate, ThousandEqualUpdatesMoveBySumWhereNearestRoundingStalls) {
           Hyperparameters hyper;
           hyper.lr = lr;
           for (hyper.step = 1; hyper.step <= 1000; ++hyper.step) ASSERT_TRUE(plan.step(&hyper, 1).is_ok());
-          ASSERT_TRUE(merge_weights(dtype, master, parameter.data(), correction.data(), weights.data(), kCount).is_ok());
+          ASSERT_TRUE(
+              merge_weights(dtype, master, parameter.data(), correction.data(), weights.data(), kCount).is_ok());
           double mean = 0.0;
           for (float w : weights) mean += w / static_cast<double>(kCount);
           // Exported weights round to fp32, which at 30 is more than 2 % of 1,000 * 1e-7.
           const double exported = kUnit * std::max(std::fabs(from), std::fabs(mean));
           EXPECT_NEAR(from - mean, 1000 * lr, 0.02 * 1000 * lr + exported)
-              << "w " << start << " lr " << lr << " dtype " << static_cast<int>(dtype) << " master " << static_cast<int>(master);
+              << "w " << start << " lr " << lr << " dtype " << static_cast<int>(dtype) << " master "
+              << static_cast<int>(master);
         }
       }
     }

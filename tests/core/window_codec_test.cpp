@@ -70,7 +70,8 @@ TEST(WindowCodec, APositiveValueNeverGetsCodeZeroAndNoCodeLeavesEightBits) {
           ASSERT_EQ(out.code, 0u);
           ASSERT_EQ(group.decode(out.code), 0.0f);
         }
-        ASSERT_EQ(out.stored, bits_of(group.decode(out.code))) << "what momentum is made relative to is what is read back";
+        ASSERT_EQ(out.stored, bits_of(group.decode(out.code)))
+            << "what momentum is made relative to is what is read back";
       }
     }
   }
@@ -95,7 +96,8 @@ TEST(WindowCodec, AnySpreadKeepsEveryElementWithinAFactorOfTwo) {
     const Group group(values);
     for (size_t i = 0; i < values.size(); ++i) {
       if (values[i] < WindowCodec::kSmallestNormal) continue;
-      const double ratio = static_cast<double>(group.decode(group.encode(i, random.bits()))) / static_cast<double>(values[i]);
+      const double ratio =
+          static_cast<double>(group.decode(group.encode(i, random.bits()))) / static_cast<double>(values[i]);
       ASSERT_GT(ratio, 0.5);
       ASSERT_LT(ratio, 2.0);
     }
@@ -105,19 +107,23 @@ TEST(WindowCodec, AnySpreadKeepsEveryElementWithinAFactorOfTwo) {
 TEST(WindowCodec, NarrowGroupsGetFinerStepsThanWideOnes) {
   const auto worst = [](double octaves) {
     std::vector<float> values(32);
-    for (int i = 0; i < 32; ++i) values[static_cast<size_t>(i)] = static_cast<float>(std::exp2(-10.0 + octaves * i / 31.0));
+    for (int i = 0; i < 32; ++i)
+      values[static_cast<size_t>(i)] = static_cast<float>(std::exp2(-10.0 + octaves * i / 31.0));
     const Group group(values);
     double error = 0.0;
     for (size_t i = 0; i < 32; ++i) {
       for (uint32_t dither : {0u, 0xffffffffu}) {
-        error = std::max(error, std::fabs(static_cast<double>(group.decode(group.encode(i, dither))) / static_cast<double>(values[i]) - 1.0));
+        error = std::max(error, std::fabs(static_cast<double>(group.decode(group.encode(i, dither))) /
+                                              static_cast<double>(values[i]) -
+                                          1.0));
       }
     }
     return error;
   };
   // 254 codes over k octaves: a step is k / 254 of an octave in the pattern, at most twice that for shifts are whole,
   // and of a value at most twice that again (an octave's mantissa is linear). The base grid costs up to 1/16 octave.
-  for (double octaves : {0.5, 1.0, 3.0, 10.0, 50.0, 100.0}) EXPECT_LE(worst(octaves), 2.0 * (octaves + 1.0 / 16) / 254.0) << octaves;
+  for (double octaves : {0.5, 1.0, 3.0, 10.0, 50.0, 100.0})
+    EXPECT_LE(worst(octaves), 2.0 * (octaves + 1.0 / 16) / 254.0) << octaves;
 }
 
 TEST(WindowCodec, DecodedGroupsEncodeToThemselvesWithAnyDither) {
@@ -146,7 +152,8 @@ TEST(WindowCodec, EveryCodeOfEveryWindowIsExactUnderEveryDither) {
       // Headers that no group makes may start at 0 or reach past the largest float.
       if (!(v >= WindowCodec::kSmallestNormal && v <= kLargestVariance) || window.base_minus_one == 0) continue;
       for (uint32_t dither : {0u, 0xffffffffu}) {
-        ASSERT_EQ(WindowCodec::encode<float>(WindowCodec::storable<float>(v), window, dither).code, code) << "header " << header;
+        ASSERT_EQ(WindowCodec::encode<float>(WindowCodec::storable<float>(v), window, dither).code, code)
+            << "header " << header;
       }
     }
   }

@@ -33,7 +33,8 @@ Stored first_state(const std::vector<float>& weights) {
     s.headers[k].assign(kRows * 4, 0);
   }
   EXPECT_TRUE(split_weights(DType::kBFloat16, MasterWeights::kCorrection8, weights.data(), s.parameter.data(),
-                            s.correction.data(), kNumel).is_ok());
+                            s.correction.data(), kNumel)
+                  .is_ok());
   return s;
 }
 

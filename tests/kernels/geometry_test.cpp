@@ -21,7 +21,8 @@ void run_on_threads(void* user, int64_t count, void (*body)(void*, int64_t, int6
   std::vector<std::thread> running;
   int64_t begin = 0;
   for (int i = 1; i <= threads.count; ++i) {
-    const int64_t end = i == threads.count ? count : std::min(count, count * i * i / (threads.count * threads.count) + 1);
+    const int64_t end =
+        i == threads.count ? count : std::min(count, count * i * i / (threads.count * threads.count) + 1);
     if (end > begin) running.emplace_back(body, context, begin, end);
     begin = std::max(begin, end);
   }
@@ -47,10 +48,12 @@ void for_each_configuration(Body body) {
   }
 }
 
-std::vector<std::unique_ptr<TestTensor>> several(const OptimizerChoice& optimizer, StateCodec codec, const Storage& storage, int64_t shift) {
+std::vector<std::unique_ptr<TestTensor>> several(const OptimizerChoice& optimizer, StateCodec codec,
+                                                 const Storage& storage, int64_t shift) {
   std::vector<std::unique_ptr<TestTensor>> tensors;
   const std::vector<std::vector<int64_t>> shapes{{kSanitized ? 2003 : 100003}, {7, 33}, {0}, {513}, {3, 1000}, {1}};
-  for (size_t i = 0; i < shapes.size(); ++i) tensors.push_back(std::make_unique<TestTensor>(optimizer, codec, storage, shapes[i], 7 + i, shift));
+  for (size_t i = 0; i < shapes.size(); ++i)
+    tensors.push_back(std::make_unique<TestTensor>(optimizer, codec, storage, shapes[i], 7 + i, shift));
   return tensors;
 }
 
@@ -84,7 +87,8 @@ TEST(Geometry, MisalignedStorageGivesTheSameBytesAndNothingOutsideIsWritten) {
     std::vector<unsigned char> expected;
     for (int64_t shift : {0, 1, 3}) {
       std::vector<std::unique_ptr<TestTensor>> tensors;
-      for (int64_t n : {1, 31, 33, 512, 545, 1000}) tensors.push_back(std::make_unique<TestTensor>(optimizer, codec, storage, std::vector<int64_t>{n}, 3, shift));
+      for (int64_t n : {1, 31, 33, 512, 545, 1000})
+        tensors.push_back(std::make_unique<TestTensor>(optimizer, codec, storage, std::vector<int64_t>{n}, 3, shift));
       tensors.push_back(std::make_unique<TestTensor>(optimizer, codec, storage, std::vector<int64_t>{7, 33}, 4, shift));
       ASSERT_TRUE(run_steps(optimizer, tensors, 1, 3).is_ok());
       for (const auto& t : tensors) ASSERT_TRUE(t->guards_intact()) << t->numel() << " elements, " << shift << " off";
@@ -95,8 +99,8 @@ TEST(Geometry, MisalignedStorageGivesTheSameBytesAndNothingOutsideIsWritten) {
 }
 
 /// Steps a whole tensor and the same cut into shards along dimension 0, and compares every array.
-void expect_shards_equal_whole(const OptimizerChoice& optimizer, StateCodec codec, const Storage& storage, const std::vector<int64_t>& sizes,
-                               const std::vector<int64_t>& cut, int64_t origin) {
+void expect_shards_equal_whole(const OptimizerChoice& optimizer, StateCodec codec, const Storage& storage,
+                               const std::vector<int64_t>& sizes, const std::vector<int64_t>& cut, int64_t origin) {
   TestTensor whole(optimizer, codec, storage, sizes, 5), parts(optimizer, codec, storage, sizes, 5);
   whole.tensors().first_element = origin;
   const ElementSizesOf size = element_sizes_of(whole.tensors());
@@ -112,7 +116,8 @@ void expect_shards_equal_whole(const OptimizerChoice& optimizer, StateCodec code
     s.first_element = origin + first;
     s.parameter = static_cast<unsigned char*>(s.parameter) + first * size.parameter;
     if (s.correction != nullptr) s.correction = static_cast<unsigned char*>(s.correction) + first * size.correction;
-    const int64_t groups = whole.tensors().layout.rows == 1 ? first / kGroupSize : begin * whole.tensors().layout.groups_per_row();
+    const int64_t groups =
+        whole.tensors().layout.rows == 1 ? first / kGroupSize : begin * whole.tensors().layout.groups_per_row();
     for (int k = 0; k < optimizer.states; ++k) {
       s.states[k] = static_cast<unsigned char*>(s.states[k]) + first * size.state;
       if (s.scales[k] != nullptr) s.scales[k] = static_cast<uint16_t*>(s.scales[k]) + groups;
@@ -123,14 +128,17 @@ void expect_shards_equal_whole(const OptimizerChoice& optimizer, StateCodec code
   ASSERT_EQ(begin, sizes[0]);
   Plan whole_plan, shard_plan;
   ASSERT_TRUE(Plan::make(optimizer.kind, optimizer.has_momentum, &whole.tensors(), 1, &whole_plan).is_ok());
-  ASSERT_TRUE(Plan::make(optimizer.kind, optimizer.has_momentum, shards.data(), static_cast<int64_t>(shards.size()), &shard_plan).is_ok());
+  ASSERT_TRUE(Plan::make(optimizer.kind, optimizer.has_momentum, shards.data(), static_cast<int64_t>(shards.size()),
+                         &shard_plan)
+                  .is_ok());
   for (int64_t step = 1; step <= 5; ++step) {
     const Hyperparameters hyper = busy_hyperparameters(step);
     whole.set_step(step);
     parts.set_step(step);
     ASSERT_TRUE(whole_plan.set_gradient(0, whole.tensors().gradient).is_ok());
     for (size_t i = 0; i < shards.size(); ++i) {
-      const auto* gradient = static_cast<const unsigned char*>(parts.tensors().gradient) + (shards[i].first_element - origin) * size.gradient;
+      const auto* gradient = static_cast<const unsigned char*>(parts.tensors().gradient) +
+                             (shards[i].first_element - origin) * size.gradient;
       ASSERT_TRUE(shard_plan.set_gradient(static_cast<int64_t>(i), gradient).is_ok());
     }
     ASSERT_TRUE(whole_plan.step(&hyper, 1).is_ok());
@@ -182,7 +190,9 @@ TEST(Geometry, AResumedRunEqualsTheUninterruptedOne) {
 }
 
 TEST(Geometry, GroupLayoutKeepsGroupsWithinRowsAndGroupsShortRowsFlat) {
-  const auto layout = [](std::vector<int64_t> sizes) { return group_layout(sizes.data(), static_cast<int64_t>(sizes.size())); };
+  const auto layout = [](std::vector<int64_t> sizes) {
+    return group_layout(sizes.data(), static_cast<int64_t>(sizes.size()));
+  };
   const auto is = [](const GroupLayout& l, int64_t rows, int64_t row_size, int64_t groups) {
     return l.rows == rows && l.row_size == row_size && l.groups() == groups;
   };

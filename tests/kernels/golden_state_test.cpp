@@ -1,5 +1,5 @@
-// The bytes of stored states, frozen per optimizer in data/state_format/<rule>.txt: a change of format, dither or rule shows
-// here, and says that flashoptim::kStateFormatVersion has to change with it. After an intended change:
+// The bytes of stored states, frozen per optimizer in data/state_format/<rule>.txt: a change of format, dither or rule
+// shows here, and says that flashoptim::kStateFormatVersion has to change with it. After an intended change:
 //   tests/data/regenerate.sh BUILD_DIR
 #include <gtest/gtest.h>
 
@@ -31,8 +31,9 @@ void expect_file_is(const std::string& path, const std::string& text) {
   std::string expected_line, actual_line;
   for (int line = 1; std::getline(expected, expected_line); ++line) {
     std::getline(actual, actual_line);
-    ASSERT_EQ(actual_line, expected_line) << path << ':' << line << ": the stored format changed; if that is meant, raise "
-                                          << "kStateFormatVersion and run tests/data/regenerate.sh";
+    ASSERT_EQ(actual_line, expected_line)
+        << path << ':' << line << ": the stored format changed; if that is meant, raise "
+        << "kStateFormatVersion and run tests/data/regenerate.sh";
   }
 }
 
@@ -49,7 +50,8 @@ std::string hex(const void* data, int64_t bytes) {
 /// Three steps on two rows of 40: full and short groups, zeros, a spread of ten decades.
 std::string states_after_three_steps(const OptimizerChoice& optimizer) {
   std::ostringstream out;
-  out << "# " << optimizer.name << ": arrays after three steps of tests/kernels/test_tensors.h on shape [2, 40], hexadecimal bytes\n"
+  out << "# " << optimizer.name
+      << ": arrays after three steps of tests/kernels/test_tensors.h on shape [2, 40], hexadecimal bytes\n"
       << "format " << kStateFormatVersion << '\n';
   for (StateCodec codec : {StateCodec::kPaper, StateCodec::kDefault}) {
     const Storage storage{DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8};
@@ -104,12 +106,13 @@ TEST(GoldenState, NearestCodesOfTheDefaultCodecAreTheFrozenOnes) {
   std::ostringstream out;
   out << "# default codec, nearest: six groups, momentum beside variance\n";
   for (size_t g = 0; g < scales_m.size(); ++g) {
-    out << "exp_avg " << hex(&codes_m[32 * g], 32) << ' ' << hex(&scales_m[g], 2) << "\nexp_avg_sq " << hex(&codes_v[32 * g], 32) << ' '
-        << hex(&scales_v[g], 2) << '\n';
+    out << "exp_avg " << hex(&codes_m[32 * g], 32) << ' ' << hex(&scales_m[g], 2) << "\nexp_avg_sq "
+        << hex(&codes_v[32 * g], 32) << ' ' << hex(&scales_v[g], 2) << '\n';
   }
   // Momentum alone.
   ASSERT_TRUE(encode_states(OptimizerKind::kLion, true, t, values).is_ok());
-  for (size_t g = 0; g < scales_m.size(); ++g) out << "lion " << hex(&codes_m[32 * g], 32) << ' ' << hex(&scales_m[g], 2) << '\n';
+  for (size_t g = 0; g < scales_m.size(); ++g)
+    out << "lion " << hex(&codes_m[32 * g], 32) << ' ' << hex(&scales_m[g], 2) << '\n';
   expect_file_is(kFolder + "default_codec.txt", out.str());
 }
 
@@ -120,16 +123,19 @@ TEST(GoldenState, TheFirstDitherWordsAreTheFrozenOnes) {
     for (uint64_t step : {1, 2, 1000000}) {
       for (uint64_t first : {uint64_t{0}, uint64_t{32}, (uint64_t{1} << 32) + 32}) {
         const core::DitherKey key = core::make_dither_key(seed, step);
-        const uint32_t hash = core::dither_group_hash<float>(key, static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32));
+        const uint32_t hash =
+            core::dither_group_hash<float>(key, static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32));
         const uint32_t words[] = {core::dither_group_start<core::DitherStream::kVariance, float>(key, hash),
                                   core::dither_group_start<core::DitherStream::kMomentum, float>(key, hash),
                                   core::dither_group_start<core::DitherStream::kWeight, float>(key, hash)};
-        out << seed << ' ' << step << ' ' << first << ": " << hex(&words[0], 4) << ' ' << hex(&words[1], 4) << ' ' << hex(&words[2], 4) << '\n';
+        out << seed << ' ' << step << ' ' << first << ": " << hex(&words[0], 4) << ' ' << hex(&words[1], 4) << ' '
+            << hex(&words[2], 4) << '\n';
       }
     }
   }
-  out << "lane steps " << core::kDitherLaneStep<core::DitherStream::kVariance> << ' ' << core::kDitherLaneStep<core::DitherStream::kMomentum>
-      << ' ' << core::kDitherLaneStep<core::DitherStream::kWeight> << '\n';
+  out << "lane steps " << core::kDitherLaneStep<core::DitherStream::kVariance> << ' '
+      << core::kDitherLaneStep<core::DitherStream::kMomentum> << ' '
+      << core::kDitherLaneStep<core::DitherStream::kWeight> << '\n';
   expect_file_is(kFolder + "dither.txt", out.str());
 }
 

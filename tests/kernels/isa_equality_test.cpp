@@ -23,7 +23,8 @@ struct Run {
     const bool some = storage.dtype == storage.gradient_dtype &&
                       (storage.master == MasterWeights::kCorrection8 || storage.dtype == DType::kFloat32);
     if (configurations == Configurations::kSome) return some;
-    return some && storage.dtype != DType::kFloat16 && (optimizer.kind == OptimizerKind::kAdamW || optimizer.kind == OptimizerKind::kLion);
+    return some && storage.dtype != DType::kFloat16 &&
+           (optimizer.kind == OptimizerKind::kAdamW || optimizer.kind == OptimizerKind::kLion);
   }
 };
 
@@ -48,8 +49,8 @@ int write_results(std::FILE* file, const char* isa, const Run& run) {
         }
         for (const auto& t : tensors) {
           if (!t->guards_intact()) {
-            std::fprintf(stderr, "%s: wrote outside of an array of %lld elements\n", describe(optimizer, codec, storage).c_str(),
-                         static_cast<long long>(t->numel()));
+            std::fprintf(stderr, "%s: wrote outside of an array of %lld elements\n",
+                         describe(optimizer, codec, storage).c_str(), static_cast<long long>(t->numel()));
             return 12;
           }
           const std::vector<unsigned char> bytes = t->bytes();
@@ -88,10 +89,13 @@ std::string locate(const std::vector<unsigned char>& bytes, size_t offset, const
 
 void expect_all_isas_agree(const Run& run) {
   const std::vector<std::string> isas = machine_isas();
-  if (isas.size() < 3) std::printf("  NOTE: this machine lacks %s; it is not compared\n", isas.size() == 2 ? "AVX-512" : "AVX2 and AVX-512");
+  if (isas.size() < 3)
+    std::printf("  NOTE: this machine lacks %s; it is not compared\n",
+                isas.size() == 2 ? "AVX-512" : "AVX2 and AVX-512");
   std::vector<std::unique_ptr<Child>> children;
   for (const std::string& isa : isas) {
-    children.push_back(std::make_unique<Child>(isa.c_str(), [&](std::FILE* file) { return write_results(file, isa.c_str(), run); }));
+    children.push_back(
+        std::make_unique<Child>(isa.c_str(), [&](std::FILE* file) { return write_results(file, isa.c_str(), run); }));
   }
   std::vector<unsigned char> reference;
   for (size_t i = 0; i < isas.size(); ++i) {
@@ -117,10 +121,12 @@ std::vector<std::vector<int64_t>> flat(std::initializer_list<int64_t> sizes) {
   return shapes;
 }
 
-const std::vector<std::vector<int64_t>> kRows{{7, 33}, {3, 1000}, {100, 31}, {5, 64}, {2, 3, 40}, {1, 31}, {0, 64}, {64, 32}};
+const std::vector<std::vector<int64_t>> kRows{{7, 33},    {3, 1000}, {100, 31}, {5, 64},
+                                              {2, 3, 40}, {1, 31},   {0, 64},   {64, 32}};
 
 TEST(IsaEquality, FlatTensorsOfEverySizeInEveryConfigurationOver100Steps) {
-  expect_all_isas_agree({flat({0, 1, 31, 32, 33, 63, 64, 511, 512, 513, 1000, kSanitized ? 65 : 4097}), kSanitized ? 3 : 100, Gradients::kOrdinary, Configurations::kAll});
+  expect_all_isas_agree({flat({0, 1, 31, 32, 33, 63, 64, 511, 512, 513, 1000, kSanitized ? 65 : 4097}),
+                         kSanitized ? 3 : 100, Gradients::kOrdinary, Configurations::kAll});
 }
 
 TEST(IsaEquality, RowsOfEveryKindInEveryConfiguration) {
@@ -128,7 +134,8 @@ TEST(IsaEquality, RowsOfEveryKindInEveryConfiguration) {
 }
 
 TEST(IsaEquality, HostileGradientsInEveryConfiguration) {
-  expect_all_isas_agree({{{33}, {513}, {7, 33}, {5, 64}, {1000}}, kSanitized ? 3 : 20, Gradients::kHostile, Configurations::kAll});
+  expect_all_isas_agree(
+      {{{33}, {513}, {7, 33}, {5, 64}, {1000}}, kSanitized ? 3 : 20, Gradients::kHostile, Configurations::kAll});
 }
 
 TEST(IsaEquality, AHundredThousandAndThreeElements) {
@@ -138,12 +145,15 @@ TEST(IsaEquality, AHundredThousandAndThreeElements) {
 
 TEST(IsaEquality, AMillionAndSevenElements) {
   if (kSanitized) GTEST_SKIP() << "too slow under sanitizers";
-  expect_all_isas_agree({flat({1000007}), test_all() ? 20 : 2, Gradients::kOrdinary, test_all() ? Configurations::kSome : Configurations::kFew});
+  expect_all_isas_agree({flat({1000007}), test_all() ? 20 : 2, Gradients::kOrdinary,
+                         test_all() ? Configurations::kSome : Configurations::kFew});
 }
 
-// ---- exactness of the compiled kernels (core/contraction_test.cpp) ---------------------------------------------------
+// ---- exactness of the compiled kernels (core/contraction_test.cpp)
+// ---------------------------------------------------
 
-/// SGD's buffer after one step in fp32, momentum * buffer + (1 - dampening) * gradient; exit status 0 if it is `expected`.
+/// SGD's buffer after one step in fp32, momentum * buffer + (1 - dampening) * gradient; exit status 0 if it is
+/// `expected`.
 int buffer_is(double momentum, float buffer, double dampening, float gradient, float expected) {
   std::vector<float> weights(64, 0.0f), buffers(64, buffer), gradients(64, gradient);
   ParameterTensors t;
@@ -165,11 +175,14 @@ int buffer_is(double momentum, float buffer, double dampening, float gradient, f
 
 TEST(IsaExactness, NoKernelContractsItsRule) {
   for (const std::string& isa : machine_isas()) {
-    // (1/2 + 2^-13) (1 + 2^-12) rounds to 1/2 + 2^-12, a tie; an fma would keep 2^-25 of it. Either product may be the fused one.
-    Child first(isa.c_str(), [](std::FILE*) { return buffer_is(0.5 + 0x1p-13, 1.0f + 0x1p-12f, 0.0, -(0.5f + 0x1p-12f), 0.0f); });
+    // (1/2 + 2^-13) (1 + 2^-12) rounds to 1/2 + 2^-12, a tie; an fma would keep 2^-25 of it. Either product may be the
+    // fused one.
+    Child first(isa.c_str(),
+                [](std::FILE*) { return buffer_is(0.5 + 0x1p-13, 1.0f + 0x1p-12f, 0.0, -(0.5f + 0x1p-12f), 0.0f); });
     first.read();
     EXPECT_EQ(first.exit_status(), 0) << isa << ": momentum * buffer";
-    Child second(isa.c_str(), [](std::FILE*) { return buffer_is(0.5, -(1.0f + 0x1p-11f), 0.5 - 0x1p-13, 1.0f + 0x1p-12f, 0.0f); });
+    Child second(isa.c_str(),
+                 [](std::FILE*) { return buffer_is(0.5, -(1.0f + 0x1p-11f), 0.5 - 0x1p-13, 1.0f + 0x1p-12f, 0.0f); });
     second.read();
     EXPECT_EQ(second.exit_status(), 0) << isa << ": share * gradient";
   }
@@ -228,13 +241,17 @@ TEST(IsaChoice, AnInstructionSetThatTheMachineLacksIsAnErrorAndNoFallback) {
 
 TEST(IsaChoice, AWrongVariableFailsPlansAndConversionsAndChangesNothing) {
   Child child("avx1024", [](std::FILE*) {
-    TestTensor t(kOptimizers[0], StateCodec::kDefault, {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8}, {100}, 1);
+    TestTensor t(kOptimizers[0], StateCodec::kDefault,
+                 {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8}, {100}, 1);
     const std::vector<unsigned char> before = t.bytes();
     Plan plan;
     if (Plan::make(OptimizerKind::kAdamW, true, &t.tensors(), 1, &plan).code() != StatusCode::kUnsupported) return 1;
     if (plan.size() != 0) return 2;
     std::vector<float> w(100);
-    if (merge_weights(DType::kBFloat16, MasterWeights::kCorrection8, t.tensors().parameter, t.tensors().correction, w.data(), 100).is_ok()) return 3;
+    if (merge_weights(DType::kBFloat16, MasterWeights::kCorrection8, t.tensors().parameter, t.tensors().correction,
+                      w.data(), 100)
+            .is_ok())
+      return 3;
     return t.bytes() == before ? 0 : 4;
   });
   child.read();

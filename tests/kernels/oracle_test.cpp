@@ -29,7 +29,8 @@ oracle::Settings settings(int variation, int64_t step) {
     s.maximize = true;
     s.step = step + 100;
   }
-  if (variation == 2) {  // Nesterov, smaller eps (much smaller, and the paper codec's zero variances push weights out of fp16)
+  if (variation ==
+      2) {  // Nesterov, smaller eps (much smaller, and the paper codec's zero variances push weights out of fp16)
     s.nesterov = true;
     s.dampening = 0.0;
     s.eps = 1e-4;
@@ -56,13 +57,14 @@ Hyperparameters hyperparameters(const oracle::Settings& s) {
   return h;
 }
 
-/// What storing the weight w - delta may lose, beside the error of delta. With h, h' half a ULP of the narrow value before and
-/// after, N the largest correction and u = 2^-24:
+/// What storing the weight w - delta may lose, beside the error of delta. With h, h' half a ULP of the narrow value
+/// before and after, N the largest correction and u = 2^-24:
 ///   fp32                 u |w'|
 ///   nearest, no correction  h', + u |w'| for the fp32 difference
 ///   stochastic           2 h' + u |w'|
 ///   correction, nearest  h' / 2N; w and w - delta in fp32 round by u |w| + u |w'|, c and c / N by u h' each
-///   correction, dithered h' / N; the terms of core's split_update_dithered: 2 u h + u (h + |delta|) + u |n - n'| + 2 u h'
+///   correction, dithered h' / N; the terms of core's split_update_dithered: 2 u h + u (h + |delta|) + u |n - n'| + 2 u
+///   h'
 ///                        (tests/core/weight_update_test.cpp), and u |w'| where n' is not the nearest
 double storage_bound(const TestTensor& t, int64_t i, double w, double delta, uint32_t narrow_before) {
   const double w_new = std::fabs(w - delta);
@@ -79,7 +81,8 @@ double storage_bound(const TestTensor& t, int64_t i, double w, double delta, uin
     case MasterWeights::kCorrection16Nearest:
       return h_new / (2.0 * t.largest_correction()) + rounded + 2.0 * kUnit * (h + h_new);
     default:
-      return h_new / t.largest_correction() + kUnit * (3.0 * h + std::fabs(delta) + (std::fabs(delta) + h + h_new) + 2.0 * h_new + w_new) + 0x1p-149;
+      return h_new / t.largest_correction() +
+             kUnit * (3.0 * h + std::fabs(delta) + (std::fabs(delta) + h + h_new) + 2.0 * h_new + w_new) + 0x1p-149;
   }
 }
 
@@ -96,28 +99,31 @@ int64_t group_of(const TestTensor& t, int64_t i) {
   return i / l.row_size * l.groups_per_row() + i % l.row_size / kGroupSize;
 }
 
-/// Paper: the code is nearest, half a step of y = q / 127 or r / s = q / 255 (and 10^-4 of a step for the fp32 arithmetic before
-/// it); the scale is a float16, 2^-11 relative or 2^-25. A largest element a gives a <= (s + 2^-25) (1 + 2^-11).
+/// Paper: the code is nearest, half a step of y = q / 127 or r / s = q / 255 (and 10^-4 of a step for the fp32
+/// arithmetic before it); the scale is a float16, 2^-11 relative or 2^-25. A largest element a gives a <= (s + 2^-25)
+/// (1 + 2^-11).
 double paper_bound(const TestTensor& t, int64_t i, int slot, bool is_signed, double exact) {
   const double s = kReferenceFloat16.decode(t.scale_at(slot, group_of(t, i)));
   const double a = std::max((s + 0x1p-25) * (1.0 + 0x1p-10), 1e-12);
   if (is_signed) {
     const double x = std::min(std::fabs(exact) / a, 1.0), step = 0.5001 / 127.0;
     const double y = std::min(2.0 * x / (1.0 + x) + step, 1.0);  // dx/dy = 2 / (2 - y)^2 grows with y
-    return a * step * 2.0 / ((2.0 - y) * (2.0 - y)) + std::fabs(exact) * 0x1p-10 + 0x1p-25 + 8 * kUnit * std::fabs(exact);
+    return a * step * 2.0 / ((2.0 - y) * (2.0 - y)) + std::fabs(exact) * 0x1p-10 + 0x1p-25 +
+           8 * kUnit * std::fabs(exact);
   }
   const double r = std::sqrt(std::max(exact, 0.0)), dr = a * 0.5001 / 255.0 + r * 0x1p-10 + 0x1p-25;
   return 2.0 * r * dr + dr * dr;
 }
 
-/// Default, variance: less than one step of 2^s fp32 patterns, s the header's shift; at least the smallest normal number.
+/// Default, variance: less than one step of 2^s fp32 patterns, s the header's shift; at least the smallest normal
+/// number.
 double window_bound(const TestTensor& t, int64_t i, double exact) {
   const int shift = (t.scale_at(1, group_of(t, i)) & 15) + 8;
   return exact * std::ldexp(1.0, shift - 23) * (1.0 + 1e-6) + 0x1p-126;
 }
 
-/// Default, momentum: less than one step of the mu-law code, 2^-K of (2 + |x| / G) for every octave of it, times G S; S is the
-/// power of two below the root of the variance as stored, or 1; G the header's scale.
+/// Default, momentum: less than one step of the mu-law code, 2^-K of (2 + |x| / G) for every octave of it, times G S; S
+/// is the power of two below the root of the variance as stored, or 1; G the header's scale.
 double mu_law_bound(const TestTensor& t, int64_t i, const OptimizerChoice& o, double exact, double stored_variance) {
   const double g = float_of(static_cast<uint32_t>(t.scale_at(0, group_of(t, i))) << 15);
   // Where v is 0, g^2 was below the smallest float: momentum is dropped.
@@ -128,12 +134,14 @@ double mu_law_bound(const TestTensor& t, int64_t i, const OptimizerChoice& o, do
 }
 
 /// One step at a time, from what is stored: the bound is that of one step.
-void expect_steps_within_bounds(const OptimizerChoice& o, StateCodec codec, const Storage& storage, const std::vector<int64_t>& sizes, int variation) {
+void expect_steps_within_bounds(const OptimizerChoice& o, StateCodec codec, const Storage& storage,
+                                const std::vector<int64_t>& sizes, int variation) {
   TestTensor t(o, codec, storage, sizes, 21);
   const int64_t n = t.numel();
   Plan plan;
   ASSERT_TRUE(Plan::make(o.kind, o.has_momentum, &t.tensors(), 1, &plan).is_ok());
-  std::vector<float> first(static_cast<size_t>(n)), second(static_cast<size_t>(n)), new_first = first, new_second = second;
+  std::vector<float> first(static_cast<size_t>(n)), second(static_cast<size_t>(n)), new_first = first,
+                                                                                    new_second = second;
   std::vector<double> w(static_cast<size_t>(n));
   std::vector<uint32_t> narrow(static_cast<size_t>(n));
   float* before[] = {first.data(), second.data()};
@@ -153,11 +161,15 @@ void expect_steps_within_bounds(const OptimizerChoice& o, StateCodec codec, cons
     for (int64_t i = 0; i < n; ++i) {
       const size_t k = static_cast<size_t>(i);
       // The rule sees the weight as merged to fp32: the sum rounds, and the correction's term.
-      const double merged = storage.dtype == DType::kFloat32 ? 0.0 : kUnit * (std::fabs(w[k]) + 2.0 * t.narrow_format().half_ulp(narrow[k]));
+      const double merged = storage.dtype == DType::kFloat32
+                                ? 0.0
+                                : kUnit * (std::fabs(w[k]) + 2.0 * t.narrow_format().half_ulp(narrow[k]));
       oracle::Element<Bounded> e{{w[k], merged}, {first[k], 0.0}, {second[k], 0.0}};
       const Bounded delta = oracle::step(o.name, e, Bounded(t.gradient_at(i), 0.0), s);
-      ASSERT_LE(std::fabs(t.weight_at(i) - (w[k] - delta.value)), delta.error + storage_bound(t, i, w[k], delta.value, narrow[k]))
-          << "weight " << i << " at step " << step << " was " << w[k] << " exact update " << delta.value << " got " << w[k] - t.weight_at(i);
+      ASSERT_LE(std::fabs(t.weight_at(i) - (w[k] - delta.value)),
+                delta.error + storage_bound(t, i, w[k], delta.value, narrow[k]))
+          << "weight " << i << " at step " << step << " was " << w[k] << " exact update " << delta.value << " got "
+          << w[k] - t.weight_at(i);
       double first_bound = e.first.error, second_bound = e.second.error;
       if (codec == StateCodec::kPaper && o.states > 0) {
         first_bound += paper_bound(t, i, 0, true, e.first.value);
@@ -192,7 +204,8 @@ TEST(Oracle, EveryStepWithFp32StatesIsWithinTheDerivedBound) { expect_codec_with
 TEST(Oracle, EveryStepWithPaperStatesIsWithinOneRoundingOfItsCodes) { expect_codec_within_bounds(StateCodec::kPaper); }
 TEST(Oracle, EveryStepWithDefaultStatesIsWithinOneStepOfItsCodes) { expect_codec_within_bounds(StateCodec::kDefault); }
 
-/// A whole run with fp32 states: the bound follows the oracle through all steps, and stays small enough to mean something.
+/// A whole run with fp32 states: the bound follows the oracle through all steps, and stays small enough to mean
+/// something.
 void expect_run_within_bound(const OptimizerChoice& o, const Storage& storage, int variation) {
   TestTensor t(o, StateCodec::kFloat32, storage, {515}, 22);
   const int64_t n = t.numel();
@@ -209,25 +222,31 @@ void expect_run_within_bound(const OptimizerChoice& o, const Storage& storage, i
     t.set_step(step);
     ASSERT_TRUE(plan.set_gradient(0, t.tensors().gradient).is_ok());
     std::vector<uint32_t> narrow(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) narrow[static_cast<size_t>(i)] = storage.dtype == DType::kFloat32 ? 0 : t.narrow_at(i);
+    for (int64_t i = 0; i < n; ++i)
+      narrow[static_cast<size_t>(i)] = storage.dtype == DType::kFloat32 ? 0 : t.narrow_at(i);
     const oracle::Settings s = settings(variation, step);
     const Hyperparameters hyper = hyperparameters(s);
     ASSERT_TRUE(plan.step(&hyper, 1).is_ok());
     for (int64_t i = 0; i < n; ++i) {
       oracle::Element<Bounded>& e = elements[static_cast<size_t>(i)];
       oracle::Element<Bounded> seen = e;
-      if (storage.dtype != DType::kFloat32) seen.weight.error += kUnit * (std::fabs(e.weight.value) + e.weight.error + 2.0 * t.narrow_format().half_ulp(narrow[static_cast<size_t>(i)]));
+      if (storage.dtype != DType::kFloat32)
+        seen.weight.error += kUnit * (std::fabs(e.weight.value) + e.weight.error +
+                                      2.0 * t.narrow_format().half_ulp(narrow[static_cast<size_t>(i)]));
       const Bounded delta = oracle::step(o.name, seen, Bounded(t.gradient_at(i), 0.0), s);
       const double w = e.weight.value;
       e.first = seen.first;
       e.second = seen.second;
-      e.weight = {w - delta.value, e.weight.error + delta.error + storage_bound(t, i, std::fabs(w) + e.weight.error, delta.value, narrow[static_cast<size_t>(i)]) + kUnit * e.weight.error};
+      e.weight = {w - delta.value,
+                  e.weight.error + delta.error +
+                      storage_bound(t, i, std::fabs(w) + e.weight.error, delta.value, narrow[static_cast<size_t>(i)]) +
+                      kUnit * e.weight.error};
       ASSERT_LE(std::fabs(t.weight_at(i) - e.weight.value), e.weight.error) << "element " << i << " step " << step;
       moved = std::max(moved, std::fabs(e.weight.value - start[static_cast<size_t>(i)]));
     }
   }
-  // A bound as large as the movement would prove nothing. Nine elements in ten have a small one; where L2 decay nearly cancels
-  // the gradient, Adam divides noise by its own size, and no bound on a run can be.
+  // A bound as large as the movement would prove nothing. Nine elements in ten have a small one; where L2 decay nearly
+  // cancels the gradient, Adam divides noise by its own size, and no bound on a run can be.
   std::vector<double> errors;
   for (const auto& e : elements) errors.push_back(e.weight.error);
   std::nth_element(errors.begin(), errors.begin() + static_cast<int64_t>(errors.size() * 9 / 10), errors.end());

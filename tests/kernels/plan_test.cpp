@@ -1,5 +1,5 @@
-// The plan's contract: errors name what is wrong and change nothing; skipped steps change no byte; a bad gradient spoils
-// no more than its element, or its group.
+// The plan's contract: errors name what is wrong and change nothing; skipped steps change no byte; a bad gradient
+// spoils no more than its element, or its group.
 #include <gtest/gtest.h>
 
 #include "tests/kernels/test_tensors.h"
@@ -43,7 +43,8 @@ TEST(Plan, NonFiniteGradientsAreCountedAcrossTensorsAndAddedToTheCounter) {
     std::vector<std::unique_ptr<TestTensor>> tensors;
     int64_t expected = 0;
     for (int64_t n : {1, 33, 1000, 5000}) {
-      tensors.push_back(std::make_unique<TestTensor>(kAdamW, StateCodec::kDefault, storage, std::vector<int64_t>{n}, static_cast<uint64_t>(n), 0, Gradients::kHostile));
+      tensors.push_back(std::make_unique<TestTensor>(kAdamW, StateCodec::kDefault, storage, std::vector<int64_t>{n},
+                                                     static_cast<uint64_t>(n), 0, Gradients::kHostile));
       tensors.back()->set_step(1);
       for (int64_t i = 0; i < n; ++i) expected += !std::isfinite(tensors.back()->gradient_at(i));
     }
@@ -90,7 +91,8 @@ TEST(Plan, ABadGradientSpoilsItsOwnWeightAndAtMostItsGroupsStates) {
       for (StateCodec codec : kCodecs) {
         for (const Storage& storage : all_storages()) {
           SCOPED_TRACE(describe(optimizer, codec, storage));
-          TestTensor clean(optimizer, codec, storage, {kRows, kRow}, 9), spoilt(optimizer, codec, storage, {kRows, kRow}, 9);
+          TestTensor clean(optimizer, codec, storage, {kRows, kRow}, 9),
+              spoilt(optimizer, codec, storage, {kRows, kRow}, 9);
           for (TestTensor* t : {&clean, &spoilt}) {
             Plan plan;
             ASSERT_TRUE(Plan::make(optimizer.kind, optimizer.has_momentum, &t->tensors(), 1, &plan).is_ok());
@@ -104,7 +106,8 @@ TEST(Plan, ABadGradientSpoilsItsOwnWeightAndAtMostItsGroupsStates) {
               set_gradient_element(*t, kHit, good);
             }
           }
-          std::vector<float> clean_state(kRows * kRow), spoilt_state(kRows * kRow), other(kRows * kRow), spoilt_other(kRows * kRow);
+          std::vector<float> clean_state(kRows * kRow), spoilt_state(kRows * kRow), other(kRows * kRow),
+              spoilt_other(kRows * kRow);
           float* clean_values[] = {clean_state.data(), other.data()};
           float* spoilt_values[] = {spoilt_state.data(), spoilt_other.data()};
           if (optimizer.states > 0) {
@@ -113,7 +116,8 @@ TEST(Plan, ABadGradientSpoilsItsOwnWeightAndAtMostItsGroupsStates) {
           }
           for (int64_t i = 0; i < kRows * kRow; ++i) {
             if (i == kHit) continue;
-            const bool same_group = codec != StateCodec::kFloat32 && i / kRow == kHit / kRow && i % kRow / 32 == kHit % kRow / 32;
+            const bool same_group =
+                codec != StateCodec::kFloat32 && i / kRow == kHit / kRow && i % kRow / 32 == kHit % kRow / 32;
             if (same_group) {
               ASSERT_TRUE(std::isfinite(spoilt.weight_at(i))) << i;
               ASSERT_TRUE(std::isfinite(spoilt_state[static_cast<size_t>(i)])) << i;
@@ -138,7 +142,8 @@ TEST(Plan, FiniteGradientsOfAnySizeMakeNoNanAndNoInfiniteState) {
         TestTensor t(optimizer, codec, {DType::kFloat32, DType::kFloat32, MasterWeights::kNone}, {64}, 2);
         std::vector<float> gradient(64);
         Random random(static_cast<uint64_t>(size + 100));
-        for (float& g : gradient) g = static_cast<float>((random.below(2) == 0 ? 1.0 : -1.0) * std::pow(10.0, size - 3.0 * random.uniform()));
+        for (float& g : gradient)
+          g = static_cast<float>((random.below(2) == 0 ? 1.0 : -1.0) * std::pow(10.0, size - 3.0 * random.uniform()));
         t.tensors().gradient = gradient.data();
         Plan plan;
         ASSERT_TRUE(Plan::make(optimizer.kind, optimizer.has_momentum, &t.tensors(), 1, &plan).is_ok());
@@ -238,17 +243,24 @@ TEST(Plan, TensorsThatDoNotFitAreErrorsThatNameTheFieldAndLeaveThePlanAsItWas) {
       {StatusCode::kInvalidArgument, "states[1]", "null", [](ParameterTensors& t) { t.states[1] = nullptr; }},
       {StatusCode::kInvalidArgument, "scales[0]", "null", [](ParameterTensors& t) { t.scales[0] = nullptr; }},
       {StatusCode::kInvalidArgument, "layout", "-1", [](ParameterTensors& t) { t.layout.rows = -1; }},
-      {StatusCode::kInvalidArgument, "layout", "2^57", [](ParameterTensors& t) { t.layout = {int64_t{1} << 40, int64_t{1} << 40}; }},
+      {StatusCode::kInvalidArgument, "layout", "2^57",
+       [](ParameterTensors& t) { t.layout = {int64_t{1} << 40, int64_t{1} << 40}; }},
       {StatusCode::kInvalidArgument, "first_element", "-5", [](ParameterTensors& t) { t.first_element = -5; }},
       {StatusCode::kInvalidArgument, "hyper_index", "-1", [](ParameterTensors& t) { t.hyper_index = -1; }},
-      {StatusCode::kInvalidArgument, "dtype", "", [](ParameterTensors& t) { t.parameter_dtype = static_cast<DType>(9); }},
-      {StatusCode::kInvalidArgument, "master_weights", "17", [](ParameterTensors& t) { t.master_weights = static_cast<MasterWeights>(17); }},
-      {StatusCode::kInvalidArgument, "state_codec", "-2", [](ParameterTensors& t) { t.state_codec = static_cast<StateCodec>(-2); }},
-      {StatusCode::kUnsupported, "master_weights", "", [](ParameterTensors& t) { t.parameter_dtype = t.gradient_dtype = DType::kFloat32; }},
-      {StatusCode::kUnsupported, "gradient_dtype", "float16", [](ParameterTensors& t) { t.gradient_dtype = DType::kFloat16; }},
+      {StatusCode::kInvalidArgument, "dtype", "",
+       [](ParameterTensors& t) { t.parameter_dtype = static_cast<DType>(9); }},
+      {StatusCode::kInvalidArgument, "master_weights", "17",
+       [](ParameterTensors& t) { t.master_weights = static_cast<MasterWeights>(17); }},
+      {StatusCode::kInvalidArgument, "state_codec", "-2",
+       [](ParameterTensors& t) { t.state_codec = static_cast<StateCodec>(-2); }},
+      {StatusCode::kUnsupported, "master_weights", "",
+       [](ParameterTensors& t) { t.parameter_dtype = t.gradient_dtype = DType::kFloat32; }},
+      {StatusCode::kUnsupported, "gradient_dtype", "float16",
+       [](ParameterTensors& t) { t.gradient_dtype = DType::kFloat16; }},
   };
   for (const BadTensor& bad : cases) {
-    TestTensor good(kAdamW, StateCodec::kDefault, kNarrow, {7, 33}, 1), other(kAdamW, StateCodec::kDefault, kNarrow, {100}, 2);
+    TestTensor good(kAdamW, StateCodec::kDefault, kNarrow, {7, 33}, 1),
+        other(kAdamW, StateCodec::kDefault, kNarrow, {100}, 2);
     Plan plan;
     ASSERT_TRUE(Plan::make(OptimizerKind::kAdamW, true, &other.tensors(), 1, &plan).is_ok());
     ParameterTensors list[] = {good.tensors(), good.tensors()};
@@ -268,7 +280,8 @@ TEST(Plan, AnUnknownOptimizerAnEmptyPlanAndABadIndexAreErrors) {
   const Hyperparameters hyper = busy_hyperparameters(1);
   EXPECT_EQ(plan.step(&hyper, 1).code(), StatusCode::kInvalidArgument);
   TestTensor t(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1);
-  EXPECT_EQ(Plan::make(static_cast<OptimizerKind>(5), true, &t.tensors(), 1, &plan).code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(Plan::make(static_cast<OptimizerKind>(5), true, &t.tensors(), 1, &plan).code(),
+            StatusCode::kInvalidArgument);
   EXPECT_EQ(Plan::make(OptimizerKind::kAdamW, true, nullptr, 1, &plan).code(), StatusCode::kInvalidArgument);
   EXPECT_EQ(Plan::make(OptimizerKind::kAdamW, true, &t.tensors(), -1, &plan).code(), StatusCode::kInvalidArgument);
   ASSERT_TRUE(Plan::make(OptimizerKind::kAdamW, true, &t.tensors(), 1, &plan).is_ok());
@@ -293,7 +306,8 @@ TEST(Plan, ANullGradientSkipsItsTensorAlone) {
 }
 
 TEST(Plan, EachTensorFollowsItsOwnHyperparameters) {
-  TestTensor a(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1), b(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1), c(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1);
+  TestTensor a(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1), b(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1),
+      c(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1);
   ParameterTensors list[] = {a.tensors(), b.tensors()};
   list[1].hyper_index = 1;
   Plan plan, alone;
@@ -311,9 +325,11 @@ TEST(Plan, EachTensorFollowsItsOwnHyperparameters) {
 TEST(Plan, GradientScaleIsAProductBeforeTheRuleAndMaximizeItsSign) {
   const Storage storage{DType::kFloat32, DType::kFloat32, MasterWeights::kNone};
   for (const OptimizerChoice& optimizer : kOptimizers) {
-    TestTensor scaled(optimizer, StateCodec::kFloat32, storage, {100}, 1), plain(optimizer, StateCodec::kFloat32, storage, {100}, 1);
+    TestTensor scaled(optimizer, StateCodec::kFloat32, storage, {100}, 1),
+        plain(optimizer, StateCodec::kFloat32, storage, {100}, 1);
     std::vector<float> gradient(100);
-    for (int64_t i = 0; i < 100; ++i) gradient[static_cast<size_t>(i)] = -0.25f * scaled.gradient_at(i);  // a power of two: exact
+    for (int64_t i = 0; i < 100; ++i)
+      gradient[static_cast<size_t>(i)] = -0.25f * scaled.gradient_at(i);  // a power of two: exact
     plain.tensors().gradient = gradient.data();
     Plan scaled_plan, plain_plan;
     ASSERT_TRUE(Plan::make(optimizer.kind, optimizer.has_momentum, &scaled.tensors(), 1, &scaled_plan).is_ok());

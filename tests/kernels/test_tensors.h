@@ -21,9 +21,9 @@ struct OptimizerChoice {
   int states;  ///< slots it must have
 };
 inline constexpr OptimizerChoice kOptimizers[] = {
-    {"AdamW", OptimizerKind::kAdamW, true, 2},      {"Adam", OptimizerKind::kAdam, true, 2},
-    {"Sgd", OptimizerKind::kSgd, true, 1},          {"Sgdw", OptimizerKind::kSgdw, true, 1},
-    {"SgdPlain", OptimizerKind::kSgd, false, 0},    {"SgdwPlain", OptimizerKind::kSgdw, false, 0},
+    {"AdamW", OptimizerKind::kAdamW, true, 2},   {"Adam", OptimizerKind::kAdam, true, 2},
+    {"Sgd", OptimizerKind::kSgd, true, 1},       {"Sgdw", OptimizerKind::kSgdw, true, 1},
+    {"SgdPlain", OptimizerKind::kSgd, false, 0}, {"SgdwPlain", OptimizerKind::kSgdw, false, 0},
     {"Lion", OptimizerKind::kLion, true, 1},
 };
 
@@ -50,8 +50,8 @@ inline std::string describe(const OptimizerChoice& o, StateCodec codec, const St
   static const char* const kDTypeNames[] = {"float32", "bfloat16", "float16"};
   static const char* const kCodecNames[] = {"float32", "paper", "default"};
   return std::string(o.name) + " codec " + kCodecNames[static_cast<int>(codec)] + " parameter " +
-         kDTypeNames[static_cast<int>(s.dtype)] + " gradient " + kDTypeNames[static_cast<int>(s.gradient_dtype)] + " master " +
-         std::to_string(static_cast<int>(s.master));
+         kDTypeNames[static_cast<int>(s.dtype)] + " gradient " + kDTypeNames[static_cast<int>(s.gradient_dtype)] +
+         " master " + std::to_string(static_cast<int>(s.master));
 }
 
 /// Hyperparameters with which no term of any optimizer vanishes.
@@ -107,8 +107,12 @@ struct ElementSizesOf {
 };
 inline ElementSizesOf element_sizes_of(const ParameterTensors& t) {
   const int m = static_cast<int>(t.master_weights);
-  const bool eight = m == static_cast<int>(MasterWeights::kCorrection8) || m == static_cast<int>(MasterWeights::kCorrection8Nearest);
-  return {t.parameter_dtype == DType::kFloat32 ? 4 : 2, t.gradient_dtype == DType::kFloat32 ? 4 : 2, m < 2 ? 0 : eight ? 1 : 2,
+  const bool eight =
+      m == static_cast<int>(MasterWeights::kCorrection8) || m == static_cast<int>(MasterWeights::kCorrection8Nearest);
+  return {t.parameter_dtype == DType::kFloat32 ? 4 : 2, t.gradient_dtype == DType::kFloat32 ? 4 : 2,
+          m < 2   ? 0
+          : eight ? 1
+                  : 2,
           t.state_codec == StateCodec::kFloat32 ? 4 : 1};
 }
 
@@ -180,7 +184,8 @@ class TestTensor {
     if (t_.parameter_dtype == DType::kFloat32) return get(parameter_, DType::kFloat32, i);
     const ReferenceFormat& format = narrow_format();
     const uint32_t n = narrow_at(i);
-    return format.decode(n) + (correction_bits() == 0 ? 0.0 : format.half_ulp(n) * correction_at(i) / largest_correction());
+    return format.decode(n) +
+           (correction_bits() == 0 ? 0.0 : format.half_ulp(n) * correction_at(i) / largest_correction());
   }
   const ReferenceFormat& narrow_format() const {
     return t_.parameter_dtype == DType::kBFloat16 ? kReferenceBFloat16 : kReferenceFloat16;
@@ -204,12 +209,14 @@ class TestTensor {
   }
 
   bool guards_intact() const {
-    return parameter_.guards_intact() && correction_.guards_intact() && gradient_.guards_intact() && states_[0].guards_intact() &&
-           states_[1].guards_intact() && scales_[0].guards_intact() && scales_[1].guards_intact();
+    return parameter_.guards_intact() && correction_.guards_intact() && gradient_.guards_intact() &&
+           states_[0].guards_intact() && states_[1].guards_intact() && scales_[0].guards_intact() &&
+           scales_[1].guards_intact();
   }
   /// Everything that a step writes.
   void append_to(std::vector<unsigned char>& out) const {
-    for (const GuardedArray* a : {&parameter_, &correction_, &states_[0], &states_[1], &scales_[0], &scales_[1]}) a->append_to(out);
+    for (const GuardedArray* a : {&parameter_, &correction_, &states_[0], &states_[1], &scales_[0], &scales_[1]})
+      a->append_to(out);
   }
   std::vector<unsigned char> bytes() const {
     std::vector<unsigned char> out;
@@ -243,7 +250,8 @@ class TestTensor {
 
   void make_gradients(Random& random, int64_t count, int64_t shift, Gradients kind) {
     gradient_ = GuardedArray(count + kPool, gradient_size(), shift);
-    const float hostile[] = {NAN, INFINITY, -INFINITY, -0.0f, 0x1p-149f, -0x1p-140f, 3.0e38f, -3.0e38f, 65504.0f, 1e-20f, 1e20f};
+    const float hostile[] = {NAN,     INFINITY, -INFINITY, -0.0f,  0x1p-149f, -0x1p-140f,
+                             3.0e38f, -3.0e38f, 65504.0f,  1e-20f, 1e20f};
     for (int64_t i = 0; i < count + kPool; ++i) {
       const uint64_t what = random.below(16);
       // Mostly one scale; zeros; and a spread of ten decades.
@@ -251,7 +259,8 @@ class TestTensor {
       if (what == 0) g = 0.0;
       if (what == 1) g *= std::pow(10.0, 4.0 - 10.0 * random.uniform());
       put(gradient_, t_.gradient_dtype, i, static_cast<float>(g));
-      if (kind == Gradients::kHostile && random.below(24) == 0) put(gradient_, t_.gradient_dtype, i, hostile[random.below(11)]);
+      if (kind == Gradients::kHostile && random.below(24) == 0)
+        put(gradient_, t_.gradient_dtype, i, hostile[random.below(11)]);
     }
   }
 
@@ -261,12 +270,13 @@ class TestTensor {
 };
 
 /// A plan over tensors that it does not own, stepped with changing gradients.
-inline Status run_steps(const OptimizerChoice& optimizer, const std::vector<std::unique_ptr<TestTensor>>& tensors, int64_t first_step,
-                        int64_t steps, const StepOptions& options = {}) {
+inline Status run_steps(const OptimizerChoice& optimizer, const std::vector<std::unique_ptr<TestTensor>>& tensors,
+                        int64_t first_step, int64_t steps, const StepOptions& options = {}) {
   std::vector<ParameterTensors> list;
   for (const auto& t : tensors) list.push_back(t->tensors());
   Plan plan;
-  Status status = Plan::make(optimizer.kind, optimizer.has_momentum, list.data(), static_cast<int64_t>(list.size()), &plan);
+  Status status =
+      Plan::make(optimizer.kind, optimizer.has_momentum, list.data(), static_cast<int64_t>(list.size()), &plan);
   for (int64_t s = first_step; status.is_ok() && s < first_step + steps; ++s) {
     for (size_t i = 0; i < tensors.size() && status.is_ok(); ++i) {
       tensors[i]->set_step(s);

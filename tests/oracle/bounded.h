@@ -2,9 +2,9 @@
 // analysis (Higham, Accuracy and Stability of Numerical Algorithms, section 3.3).
 //
 // Every operation is charged TWO fp32 roundings (2 u of its result, u = 2^-24, and 2^-149 where that is subnormal), and
-// every constant one. The library may order an expression otherwise, m / (sqrt(v) k + eps) s for lr (m / b1) / (sqrt(v / b2) +
-// eps), but no order of these expressions takes more than twice the roundings of the oracle's on any path from an
-// input to the result; so the bound holds for each, and nothing about it is tuned.
+// every constant one. The library may order an expression otherwise, m / (sqrt(v) k + eps) s for lr (m / b1) / (sqrt(v
+// / b2) + eps), but no order of these expressions takes more than twice the roundings of the oracle's on any path from
+// an input to the result; so the bound holds for each, and nothing about it is tuned.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,8 @@ struct Bounded {
 inline Bounded operator+(Bounded a, Bounded b) { return Bounded::rounded(a.value + b.value, a.error + b.error); }
 inline Bounded operator-(Bounded a, Bounded b) { return Bounded::rounded(a.value - b.value, a.error + b.error); }
 inline Bounded operator*(Bounded a, Bounded b) {
-  return Bounded::rounded(a.value * b.value, std::fabs(a.value) * b.error + std::fabs(b.value) * a.error + a.error * b.error);
+  return Bounded::rounded(a.value * b.value,
+                          std::fabs(a.value) * b.error + std::fabs(b.value) * a.error + a.error * b.error);
 }
 /// The divisors here are bounded away from 0 (bias corrections; a root plus eps); one that is not has no bound.
 inline Bounded operator/(Bounded a, Bounded b) {

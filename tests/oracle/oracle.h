@@ -75,7 +75,8 @@ T lion(Element<T>& e, T g, const Settings& s) {
   return T(decay_of(s)) * e.weight + T(s.lr) * direction;
 }
 
-/// Names that step() knows: those of core/optimizer_list.h, spelt out here so that a new rule without an oracle is seen.
+/// Names that step() knows: those of core/optimizer_list.h, spelt out here so that a new rule without an oracle is
+/// seen.
 const std::vector<std::string>& names();
 
 template <class T>

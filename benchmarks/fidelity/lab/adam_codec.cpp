@@ -161,7 +161,8 @@ class AdamCodec : public LabCodec {
     }
     // A power compander rounded without bias between the two values that neighbouring codes stand for; never 0.
     const double x = static_cast<double>(v) / static_cast<double>(w.absmax);
-    const double y = 255.0 * (o_.variance == AdamCodecOptions::Variance::kSqrt ? std::sqrt(x) : std::sqrt(std::sqrt(x)));
+    const double y =
+        255.0 * (o_.variance == AdamCodecOptions::Variance::kSqrt ? std::sqrt(x) : std::sqrt(std::sqrt(x)));
     const double lower = std::min(std::floor(y), 254.0);
     const double low = power(lower), high = power(lower + 1.0);
     const double u = static_cast<double>(word) * 0x1p-32;
@@ -174,12 +175,14 @@ class AdamCodec : public LabCodec {
   }
   float decode_variance(uint32_t code, float exact, const Window& w) const {
     switch (o_.variance) {
-      case AdamCodecOptions::Variance::kExact: return exact;
+      case AdamCodecOptions::Variance::kExact:
+        return exact;
       case AdamCodecOptions::Variance::kWindow: {
         const uint32_t k = code >= w.split ? code + w.skipped : code;
         return code == 0 ? 0.0f : from_bits((k - 1u + w.base) << w.shift);
       }
-      default: return static_cast<float>(power(code) / power(255.0) * static_cast<double>(w.absmax));
+      default:
+        return static_cast<float>(power(code) / power(255.0) * static_cast<double>(w.absmax));
     }
   }
 

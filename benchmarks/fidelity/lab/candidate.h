@@ -25,8 +25,8 @@ class Candidate {
 struct CandidateInfo {
   std::string name;
   std::string what;
-  bool in_library = false;  ///< the real kernels, by the Plan API
-  bool by_default = true;   ///< whether a run without --codec includes it
+  bool in_library = false;   ///< the real kernels, by the Plan API
+  bool by_default = true;    ///< whether a run without --codec includes it
   double state_bytes = 0.0;  ///< per parameter, scales included
   std::function<std::unique_ptr<Candidate>(const Case&, const CaseData&, uint64_t seed)> make;
 };

@@ -71,9 +71,12 @@ Hyperparameters Case::hyper_at(int64_t t) const {
 double Case::update_bound(const Hyperparameters& at) const {
   switch (optimizer) {
     case OptimizerKind::kAdamW:
-    case OptimizerKind::kAdam: return at.lr * std::max(1.0, (1.0 - at.beta1) / std::sqrt(1.0 - at.beta2));
-    case OptimizerKind::kLion: return at.lr;
-    default: return 0.0;
+    case OptimizerKind::kAdam:
+      return at.lr * std::max(1.0, (1.0 - at.beta1) / std::sqrt(1.0 - at.beta2));
+    case OptimizerKind::kLion:
+      return at.lr;
+    default:
+      return 0.0;
   }
 }
 
@@ -90,9 +93,8 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
     const float chi = std::sqrt((a * a + b * b + c * c) * (1.0f / 3.0f));
     return r.sigma[i] * (r.mu[i] + r.z[i] / (chi * 1.7320508f));
   });
-  list.add(kAllCases, "sparse", "2 % of steps non-zero", 0.02, [](const Row& r, int64_t i) {
-    return r.uniform(kChoice, i) < 0.02f ? r.signal(i) : 0.0f;
-  });
+  list.add(kAllCases, "sparse", "2 % of steps non-zero", 0.02,
+           [](const Row& r, int64_t i) { return r.uniform(kChoice, i) < 0.02f ? r.signal(i) : 0.0f; });
   list.add(kAllCases, "outlier", "one element in 32 is 100x", 0.05,
            [](const Row& r, int64_t i) { return (i % 32 == 7 ? 100.0f : 1.0f) * r.signal(i); });
   list.add(kAllCases, "spread1", "1 decade inside a group", 0.05, plain).decades = 1.0;
@@ -108,12 +110,16 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
   list.add(kAllCases, "g1e-6", "sigma 1e-6", 0.02, plain).sigma = 1e-6;
   list.add(kAllCases, "g1e-12", "sigma 1e-12", 0.02, plain).sigma = 1e-12;
   list.add(kAllCases, "g1e6", "sigma 1e6", 0.02, plain).sigma = 1e6;
-  list.add(kAllCases, "falling", "scale falls 1000x during the run", 0.02, [](const Row& r, int64_t i) {
-    return r.signal(i) * power_of_ten(-3.0 * static_cast<double>(r.t) / static_cast<double>(r.steps));
-  }).sigma = 1e-2;
-  list.add(kAllCases, "rising", "scale rises 1000x during the run", 0.02, [](const Row& r, int64_t i) {
-    return r.signal(i) * power_of_ten(3.0 * static_cast<double>(r.t) / static_cast<double>(r.steps));
-  }).sigma = 1e-5;
+  list.add(kAllCases, "falling", "scale falls 1000x during the run", 0.02,
+           [](const Row& r, int64_t i) {
+             return r.signal(i) * power_of_ten(-3.0 * static_cast<double>(r.t) / static_cast<double>(r.steps));
+           })
+      .sigma = 1e-2;
+  list.add(kAllCases, "rising", "scale rises 1000x during the run", 0.02,
+           [](const Row& r, int64_t i) {
+             return r.signal(i) * power_of_ten(3.0 * static_cast<double>(r.t) / static_cast<double>(r.steps));
+           })
+      .sigma = 1e-5;
 
   // Distributions.
   list.add(kAllCases, "laplace", "double exponential", kNoTarget, [](const Row& r, int64_t i) {
@@ -131,9 +137,8 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
     c.sigma = 1e-4;
     c.hyper.beta2 = 0.95;
   }
-  list.add(kAllCases, "low-noise", "noise 1 % of sigma, mean 10 %", kNoTarget, [](const Row& r, int64_t i) {
-    return r.sigma[i] * (r.mu[i] + 0.01f * r.z[i]);
-  });
+  list.add(kAllCases, "low-noise", "noise 1 % of sigma, mean 10 %", kNoTarget,
+           [](const Row& r, int64_t i) { return r.sigma[i] * (r.mu[i] + 0.01f * r.z[i]); });
 
   // Structure inside a group.
   list.add(kAllCases, "outlier1e4", "one element in 32 is 10,000x", kNoTarget,
@@ -151,9 +156,10 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
     c.decades = 6.0;
     c.sigma = 0.1;
   }
-  list.add(kAllCases, "oscillating", "one in 32 swings by 3 decades, period 200", kNoTarget, [](const Row& r, int64_t i) {
-    return r.signal(i) * (i % 32 == 3 ? power_of_ten(1.5 * std::sin(0.0314 * static_cast<double>(r.t))) : 1.0f);
-  });
+  list.add(
+      kAllCases, "oscillating", "one in 32 swings by 3 decades, period 200", kNoTarget, [](const Row& r, int64_t i) {
+        return r.signal(i) * (i % 32 == 3 ? power_of_ten(1.5 * std::sin(0.0314 * static_cast<double>(r.t))) : 1.0f);
+      });
 
   // Rarely touched weights.
   const auto row_touched = [](double share) {
@@ -164,33 +170,34 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
   list.add(kAllCases, "rare-row.1%", "embedding rows touched in 1 % of steps", kNoTarget, row_touched(0.01));
   list.add(kAdamCases, "rare-row.0.3%.b2=.95", "rows touched in 0.3 %, beta2 .95", kNoTarget, row_touched(0.003))
       .hyper.beta2 = 0.95;
-  list.add(kAllCases, "zipf-rows", "row k touched with probability 1 / (k + 1)", kNoTarget, [](const Row& r, int64_t i) {
-    const float rank = static_cast<float>(i / 128 + 1);
-    return r.shared_uniform(kChoice, i, 128) * rank < 1.0f ? r.signal(i) : 0.0f;
-  });
-  list.add(kAllCases, "sparse.0.1%.spread2", "0.1 % of steps non-zero, 2 decades", kNoTarget, [](const Row& r, int64_t i) {
-    return r.uniform(kChoice, i) < 0.001f ? r.signal(i) : 0.0f;
-  }).decades = 2.0;
+  list.add(kAllCases, "zipf-rows", "row k touched with probability 1 / (k + 1)", kNoTarget,
+           [](const Row& r, int64_t i) {
+             const float rank = static_cast<float>(i / 128 + 1);
+             return r.shared_uniform(kChoice, i, 128) * rank < 1.0f ? r.signal(i) : 0.0f;
+           });
+  list.add(kAllCases, "sparse.0.1%.spread2", "0.1 % of steps non-zero, 2 decades", kNoTarget,
+           [](const Row& r, int64_t i) { return r.uniform(kChoice, i) < 0.001f ? r.signal(i) : 0.0f; })
+      .decades = 2.0;
 
   // Scale in time.
-  list.add(kAllCases, "bursts", "10 of 300 steps 1000x", kNoTarget, [](const Row& r, int64_t i) {
-    return (r.t % 300 < 10 ? 1000.0f : 1.0f) * r.signal(i);
-  }).sigma = 1e-5;
-  list.add(kAllCases, "spikes1e4", "every 100 steps one in 32 is 10,000x", kNoTarget, [](const Row& r, int64_t i) {
-    return r.signal(i) * (r.t % 100 == 0 && is_moving_outlier(r, i) ? 1e4f : 1.0f);
-  }).sigma = 1e-4;
-  list.add(kAllCases, "step-fall", "1000x smaller from step 500", kNoTarget, [](const Row& r, int64_t i) {
-    return r.signal(i) * (r.t < 500 ? 1.0f : 1e-3f);
-  }).sigma = 1e-2;
-  list.add(kAllCases, "late", "zero in the first half", kNoTarget, [](const Row& r, int64_t i) {
-    return r.t < r.steps / 2 ? 0.0f : r.signal(i);
-  });
-  list.add(kAllCases, "silence", "zero from step 200 to 2800", kNoTarget, [](const Row& r, int64_t i) {
-    return r.t < 200 || r.t >= 2800 ? r.signal(i) : 0.0f;
-  });
-  list.add(kAdamCases, "silence.b2=.95", "the same, beta2 .95: v falls to 1e-58", kNoTarget, [](const Row& r, int64_t i) {
-    return r.t < 200 || r.t >= 2800 ? r.signal(i) : 0.0f;
-  }).hyper.beta2 = 0.95;
+  list.add(kAllCases, "bursts", "10 of 300 steps 1000x", kNoTarget,
+           [](const Row& r, int64_t i) { return (r.t % 300 < 10 ? 1000.0f : 1.0f) * r.signal(i); })
+      .sigma = 1e-5;
+  list.add(kAllCases, "spikes1e4", "every 100 steps one in 32 is 10,000x", kNoTarget,
+           [](const Row& r, int64_t i) {
+             return r.signal(i) * (r.t % 100 == 0 && is_moving_outlier(r, i) ? 1e4f : 1.0f);
+           })
+      .sigma = 1e-4;
+  list.add(kAllCases, "step-fall", "1000x smaller from step 500", kNoTarget,
+           [](const Row& r, int64_t i) { return r.signal(i) * (r.t < 500 ? 1.0f : 1e-3f); })
+      .sigma = 1e-2;
+  list.add(kAllCases, "late", "zero in the first half", kNoTarget,
+           [](const Row& r, int64_t i) { return r.t < r.steps / 2 ? 0.0f : r.signal(i); });
+  list.add(kAllCases, "silence", "zero from step 200 to 2800", kNoTarget,
+           [](const Row& r, int64_t i) { return r.t < 200 || r.t >= 2800 ? r.signal(i) : 0.0f; });
+  list.add(kAdamCases, "silence.b2=.95", "the same, beta2 .95: v falls to 1e-58", kNoTarget,
+           [](const Row& r, int64_t i) { return r.t < 200 || r.t >= 2800 ? r.signal(i) : 0.0f; })
+      .hyper.beta2 = 0.95;
   list.add(kAllCases, "ar1.9", "AR(1) noise, 0.9", kNoTarget, [](const Row& r, int64_t i) {
     r.memory[i] = 0.9f * r.memory[i] + 0.43588989f * r.z[i];
     return r.sigma[i] * (r.mu[i] + r.memory[i]);
@@ -264,8 +271,8 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
     c.correction_bits_8 = true;
   }
   {
-    Case& c = list.add(kAllCases, "24bit.norm", "8-bit corrections, weights 1.0, warm-up and cosine, lr 1e-5", kNoTarget,
-                       plain);
+    Case& c = list.add(kAllCases, "24bit.norm", "8-bit corrections, weights 1.0, warm-up and cosine, lr 1e-5",
+                       kNoTarget, plain);
     c.correction_bits_8 = true;
     c.weight_mean = 1.0;
     c.schedule = Schedule::kWarmupCosine;
@@ -339,7 +346,8 @@ CaseData make_data(const Case& c, uint64_t seed) {
     const auto k = static_cast<size_t>(i);
     const auto at = static_cast<uint32_t>(i);
     mu[k] = 0.1f * random.normal(kMean, at);
-    data.sigma[k] = static_cast<float>(c.sigma * std::pow(10.0, -c.decades * static_cast<double>(random.uniform(kSpread, at))));
+    data.sigma[k] =
+        static_cast<float>(c.sigma * std::pow(10.0, -c.decades * static_cast<double>(random.uniform(kSpread, at))));
     const double w = c.weight_mean + c.weight_deviation * static_cast<double>(random.normal(kWeight, at));
     uint16_t pattern;
     const auto narrow = static_cast<float>(w);
@@ -364,11 +372,16 @@ CaseData make_data(const Case& c, uint64_t seed) {
 
 const char* optimizer_name(OptimizerKind optimizer) {
   switch (optimizer) {
-    case OptimizerKind::kAdamW: return "adamw";
-    case OptimizerKind::kAdam: return "adam";
-    case OptimizerKind::kSgd: return "sgd";
-    case OptimizerKind::kSgdw: return "sgdw";
-    case OptimizerKind::kLion: return "lion";
+    case OptimizerKind::kAdamW:
+      return "adamw";
+    case OptimizerKind::kAdam:
+      return "adam";
+    case OptimizerKind::kSgd:
+      return "sgd";
+    case OptimizerKind::kSgdw:
+      return "sgdw";
+    case OptimizerKind::kLion:
+      return "lion";
   }
   return "?";
 }

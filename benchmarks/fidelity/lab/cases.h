@@ -56,7 +56,8 @@ struct Case {
 
   /// Hyperparameters of step t, from 1.
   Hyperparameters hyper_at(int64_t t) const;
-  /// What exact Adam's update is said not to exceed, lr max(1, (1 - beta1) / sqrt(1 - beta2)); lr for Lion; 0: no bound.
+  /// What exact Adam's update is said not to exceed, lr max(1, (1 - beta1) / sqrt(1 - beta2)); lr for Lion; 0: no
+  /// bound.
   double update_bound(const Hyperparameters& at) const;
 };
 

@@ -14,7 +14,8 @@ double largest_move(const float* before, const float* after, float decay, float 
   int32_t has_nan = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float move = std::fabs(before[i] - after[i] - decay * before[i]);
-    const float slack = resolution * (std::fabs(before[i]) > std::fabs(after[i]) ? std::fabs(before[i]) : std::fabs(after[i]));
+    const float slack =
+        resolution * (std::fabs(before[i]) > std::fabs(after[i]) ? std::fabs(before[i]) : std::fabs(after[i]));
     const float beyond = move - slack;
     has_nan |= beyond == beyond ? 0 : 1;
     largest = beyond > largest ? beyond : largest;
@@ -45,7 +46,8 @@ Result evaluate(const Case& c, const CaseData& data, const Reference& reference,
       const std::vector<float>& exact = reference.updates[next_updates++];
       for (size_t i = 0; i < exact.size(); ++i) {
         const double u = static_cast<double>(exact[i]);
-        const double mine = static_cast<double>(before[i]) - static_cast<double>(w[i]) - decay * static_cast<double>(before[i]);
+        const double mine =
+            static_cast<double>(before[i]) - static_cast<double>(w[i]) - decay * static_cast<double>(before[i]);
         noise += (mine - u) * (mine - u);
         signal += u * u;
         // Ratios of updates that are next to nothing say nothing.

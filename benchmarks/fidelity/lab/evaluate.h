@@ -8,7 +8,8 @@
 
 namespace flashoptim::fidelity {
 
-/// Bins of update / exact update: kRatioBins of kRatioWidth from kRatioFirst, the first and last taking what lies beyond.
+/// Bins of update / exact update: kRatioBins of kRatioWidth from kRatioFirst, the first and last taking what lies
+/// beyond.
 inline constexpr int kRatioBins = 160;
 inline constexpr double kRatioFirst = -0.6;
 inline constexpr double kRatioWidth = 0.02;

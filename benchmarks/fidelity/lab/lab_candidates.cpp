@@ -52,12 +52,16 @@ class LabCandidate : public Candidate {
 
 using MakeCodec = std::function<std::unique_ptr<LabCodec>(int64_t elements)>;
 
-std::unique_ptr<Candidate> make_lab_candidate(const Case& c, const CaseData& data, const MakeCodec& make, uint64_t seed) {
+std::unique_ptr<Candidate> make_lab_candidate(const Case& c, const CaseData& data, const MakeCodec& make,
+                                              uint64_t seed) {
   auto codec = make(c.elements);
   switch (c.optimizer) {
-    case OptimizerKind::kLion: return std::make_unique<LabCandidate<core::Lion>>(c, data, std::move(codec), seed);
-    case OptimizerKind::kSgd: return std::make_unique<LabCandidate<core::Sgd>>(c, data, std::move(codec), seed);
-    default: return std::make_unique<LabCandidate<core::AdamW>>(c, data, std::move(codec), seed);
+    case OptimizerKind::kLion:
+      return std::make_unique<LabCandidate<core::Lion>>(c, data, std::move(codec), seed);
+    case OptimizerKind::kSgd:
+      return std::make_unique<LabCandidate<core::Sgd>>(c, data, std::move(codec), seed);
+    default:
+      return std::make_unique<LabCandidate<core::AdamW>>(c, data, std::move(codec), seed);
   }
 }
 
@@ -96,34 +100,34 @@ class Rows {
 
 void add_adam_rows(Rows& rows) {
   using Options = AdamCodecOptions;
-  rows.adam("sqrt.unbiased", "paper's sqrt code of v, dithered, never 0, exact scale; m as default", [](Options& o) {
-    o.variance = Options::Variance::kSqrt;
-  });
+  rows.adam("sqrt.unbiased", "paper's sqrt code of v, dithered, never 0, exact scale; m as default",
+            [](Options& o) { o.variance = Options::Variance::kSqrt; });
   rows.adam("root4.unbiased", "4th root of v instead", [](Options& o) { o.variance = Options::Variance::kRoot4; });
   rows.adam("m-absmax", "v as default, m against its group's maximum (K = 4)", [](Options& o) {
     o.momentum = Options::Momentum::kAbsmax;
     o.mantissa_bits = 4;
   });
-  rows.adam("nearest", "default, rounded to nearest", [](Options& o) {
-    o.variance_dither = o.momentum_dither = DitherKind::kNearest;
-  });
-  rows.adam("white", "default, independent random dither", [](Options& o) {
-    o.variance_dither = o.momentum_dither = DitherKind::kWhite;
-  });
+  rows.adam("nearest", "default, rounded to nearest",
+            [](Options& o) { o.variance_dither = o.momentum_dither = DitherKind::kNearest; });
+  rows.adam("white", "default, independent random dither",
+            [](Options& o) { o.variance_dither = o.momentum_dither = DitherKind::kWhite; });
   rows.adam("B17", "windows of shift 17 and above borrow a bit of m", [](Options& o) { o.borrow_from = 17; });
+  rows.adam("B18", "of shift 18 and above", [](Options& o) { o.borrow_from = 18; });
   rows.adam("gap", "one run of empty octaves cut out", [](Options& o) { o.gap = true; });
   rows.adam("gap+B17", "both", [](Options& o) {
     o.borrow_from = 17;
     o.gap = true;
   });
   // Where the error comes from.
-  rows.adam("v-exact", "fp32 v, m as default", [](Options& o) { o.variance = Options::Variance::kExact; }).by_default = false;
-  rows.adam("m-exact", "fp32 m, v as default", [](Options& o) { o.momentum = Options::Momentum::kExact; }).by_default = false;
+  rows.adam("v-exact", "fp32 v, m as default", [](Options& o) { o.variance = Options::Variance::kExact; }).by_default =
+      false;
+  rows.adam("m-exact", "fp32 m, v as default", [](Options& o) { o.momentum = Options::Momentum::kExact; }).by_default =
+      false;
   rows.adam("K5", "m with 5 bits of mantissa", [](Options& o) { o.mantissa_bits = 5; }).by_default = false;
   rows.adam("half-octaves", "S = sqrt(2)^k", [](Options& o) { o.half_octaves = true; }).by_default = false;
   rows.adam("gm10", "10 bits of mantissa in G", [](Options& o) { o.scale_mantissa_bits = 10; }).by_default = false;
-  rows.adam("m-nearest", "m rounded to nearest", [](Options& o) { o.momentum_dither = DitherKind::kNearest; }).by_default =
-      false;
+  rows.adam("m-nearest", "m rounded to nearest", [](Options& o) { o.momentum_dither = DitherKind::kNearest; })
+      .by_default = false;
 }
 
 void add_momentum_rows(Rows& rows, bool lion) {
@@ -151,12 +155,16 @@ void add_momentum_rows(Rows& rows, bool lion) {
     });
   };
   rule("auto.mean", "K by the mean of log2(max / |m|)", Rule::kMean, {2.6, 4.0, 6.2}, 0.0);
-  rule("auto.smallest", "K by log2(max / smallest non-zero |m|), sign floor 1/8", Rule::kSmallest, {6.5, 8.5, 12.5}, 0.125);
-  rule("auto.pairs", "K by log2(max / smallest maximum of a pair), sign floor 1/8", Rule::kPairs, {4.0, 5.5, 9.0}, 0.125);
-  rows.momentum("sign-floor", "default with a sign floor of 1/8", [lion](Options& o) {
-        o.mantissa_bits = lion ? 4 : 5;
-        o.sign_floor = 0.125;
-      }).by_default = lion;
+  rule("auto.smallest", "K by log2(max / smallest non-zero |m|), sign floor 1/8", Rule::kSmallest, {6.5, 8.5, 12.5},
+       0.125);
+  rule("auto.pairs", "K by log2(max / smallest maximum of a pair), sign floor 1/8", Rule::kPairs, {4.0, 5.5, 9.0},
+       0.125);
+  rows.momentum("sign-floor", "default with a sign floor of 1/8",
+                [lion](Options& o) {
+                  o.mantissa_bits = lion ? 4 : 5;
+                  o.sign_floor = 0.125;
+                })
+      .by_default = lion;
 }
 
 }  // namespace

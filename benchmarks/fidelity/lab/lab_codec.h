@@ -45,11 +45,11 @@ struct AdamCodecOptions {
   Momentum momentum = Momentum::kRelative;
   DitherKind variance_dither = DitherKind::kLowDiscrepancy;
   DitherKind momentum_dither = DitherKind::kLowDiscrepancy;
-  int mantissa_bits = 6;         ///< K of the momentum's mu-law
-  int scale_mantissa_bits = 8;   ///< of the momentum's G
-  bool half_octaves = false;     ///< S = sqrt(2)^k instead of 2^k
-  int borrow_from = 99;          ///< windows of this shift and above take a bit of the momentum's code
-  bool gap = false;              ///< one run of empty octaves is cut out of the window
+  int mantissa_bits = 6;        ///< K of the momentum's mu-law
+  int scale_mantissa_bits = 8;  ///< of the momentum's G
+  bool half_octaves = false;    ///< S = sqrt(2)^k instead of 2^k
+  int borrow_from = 99;         ///< windows of this shift and above take a bit of the momentum's code
+  bool gap = false;             ///< one run of empty octaves is cut out of the window
 };
 std::unique_ptr<LabCodec> make_adam_codec(int64_t elements, const AdamCodecOptions& options);
 
@@ -57,11 +57,11 @@ std::unique_ptr<LabCodec> make_adam_codec(int64_t elements, const AdamCodecOptio
 struct MomentumCodecOptions {
   enum class Rule {
     kFixed,
-    kMean,       ///< K by the mean of log2(max / |m|): a sum of integers
-    kSmallest,   ///< K by log2(max / smallest non-zero |m|)
-    kQuads,      ///< K by log2(max / smallest of the 8 maxima of 4 consecutive elements)
-    kOctets,     ///< the same over 4 maxima of 8
-    kPairs,      ///< the same over 16 maxima of 2
+    kMean,      ///< K by the mean of log2(max / |m|): a sum of integers
+    kSmallest,  ///< K by log2(max / smallest non-zero |m|)
+    kQuads,     ///< K by log2(max / smallest of the 8 maxima of 4 consecutive elements)
+    kOctets,    ///< the same over 4 maxima of 8
+    kPairs,     ///< the same over 16 maxima of 2
   };
   Rule rule = Rule::kFixed;
   std::array<double, 3> thresholds{};  ///< octaves below which K is 6, 5, 4; else 3
@@ -74,8 +74,8 @@ struct MomentumCodecOptions {
 };
 std::unique_ptr<LabCodec> make_momentum_codec(int64_t elements, const MomentumCodecOptions& options);
 
-/// Dettmers et al. 2022, "8-bit optimizers via block-wise quantization": dynamic tree codes, blocks of 256, fp32 absmax,
-/// nearest code; variance (not its root) in the unsigned code.
+/// Dettmers et al. 2022, "8-bit optimizers via block-wise quantization": dynamic tree codes, blocks of 256, fp32
+/// absmax, nearest code; variance (not its root) in the unsigned code.
 std::unique_ptr<LabCodec> make_dynamic8_codec(int64_t elements);
 
 }  // namespace flashoptim::fidelity

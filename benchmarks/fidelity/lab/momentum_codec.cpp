@@ -82,17 +82,25 @@ class MomentumCodec : public LabCodec {
     };
     switch (o_.rule) {
       case Rule::kMean:
-        for (int i = 0; i < 32; ++i) octaves += m[i] == 0.0f && o_.sign_floor > 0.0 ? 0.0 : octaves_below(largest, m[i]) / 32.0;
+        for (int i = 0; i < 32; ++i)
+          octaves += m[i] == 0.0f && o_.sign_floor > 0.0 ? 0.0 : octaves_below(largest, m[i]) / 32.0;
         break;
       case Rule::kSmallest:
         for (int i = 0; i < 32; ++i) {
           if (m[i] != 0.0f) octaves = std::max(octaves, octaves_below(largest, m[i]));
         }
         break;
-      case Rule::kQuads: smallest_maximum(8, 4, 1, 4); break;
-      case Rule::kOctets: smallest_maximum(4, 8, 1, 8); break;
-      case Rule::kPairs: smallest_maximum(16, 2, 1, 2); break;
-      default: break;
+      case Rule::kQuads:
+        smallest_maximum(8, 4, 1, 4);
+        break;
+      case Rule::kOctets:
+        smallest_maximum(4, 8, 1, 8);
+        break;
+      case Rule::kPairs:
+        smallest_maximum(16, 2, 1, 2);
+        break;
+      default:
+        break;
     }
     int bits = 6;
     for (const double threshold : o_.thresholds) bits -= octaves < threshold ? 0 : 1;

@@ -1,5 +1,5 @@
-// Counter-based random numbers for gradients: a function of (seed, stream, counter), written so that loops vectorise and
-// every machine draws the same bits (+ - * / sqrt and exact conversions only).
+// Counter-based random numbers for gradients: a function of (seed, stream, counter), written so that loops vectorise
+// and every machine draws the same bits (+ - * / sqrt and exact conversions only).
 #pragma once
 
 #include <cmath>
@@ -26,9 +26,7 @@ struct Random {
     return (static_cast<float>(static_cast<int32_t>(bits(stream, counter) >> 9)) + 0.5f) * 0x1p-23f;
   }
   /// N(0, 1) within 5.3, by the inverse of the distribution function.
-  float normal(uint32_t stream, uint32_t counter) const {
-    return inverse_normal(uniform(stream, counter));
-  }
+  float normal(uint32_t stream, uint32_t counter) const { return inverse_normal(uniform(stream, counter)); }
 
   /// Natural logarithm of a normal number, within 2e-7.
   static float log(float x) {

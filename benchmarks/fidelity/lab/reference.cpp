@@ -66,9 +66,15 @@ Reference run_reference(const Case& c, const CaseData& data) {
     const Hyperparameters h = c.hyper_at(t);
     widen_row(c.gradient_dtype, data.row(c, t), g.data(), c.elements);
     switch (c.optimizer) {
-      case OptimizerKind::kLion: exact_lion(h, g.data(), s, c.elements); break;
-      case OptimizerKind::kSgd: exact_sgd(h, g.data(), s, c.elements); break;
-      default: exact_adamw(h, g.data(), s, c.elements); break;
+      case OptimizerKind::kLion:
+        exact_lion(h, g.data(), s, c.elements);
+        break;
+      case OptimizerKind::kSgd:
+        exact_sgd(h, g.data(), s, c.elements);
+        break;
+      default:
+        exact_adamw(h, g.data(), s, c.elements);
+        break;
     }
     const double bound = c.update_bound(h);
     if (bound > 0.0) {

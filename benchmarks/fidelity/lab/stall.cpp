@@ -26,21 +26,30 @@ void run_inline(void*, int64_t count, void (*body)(void* context, int64_t begin,
 int correction_bits(MasterWeights kind) {
   switch (kind) {
     case MasterWeights::kCorrection8:
-    case MasterWeights::kCorrection8Nearest: return 8;
+    case MasterWeights::kCorrection8Nearest:
+      return 8;
     case MasterWeights::kCorrection16:
-    case MasterWeights::kCorrection16Nearest: return 16;
-    default: return 0;
+    case MasterWeights::kCorrection16Nearest:
+      return 16;
+    default:
+      return 0;
   }
 }
 
 const char* kind_name(MasterWeights kind) {
   switch (kind) {
-    case MasterWeights::kNone: return "16 bit nearest";
-    case MasterWeights::kNoneStochastic: return "16 bit dithered";
-    case MasterWeights::kCorrection8: return "24 bit dithered";
-    case MasterWeights::kCorrection16: return "32 bit dithered";
-    case MasterWeights::kCorrection8Nearest: return "24 bit nearest";
-    case MasterWeights::kCorrection16Nearest: return "32 bit nearest";
+    case MasterWeights::kNone:
+      return "16 bit nearest";
+    case MasterWeights::kNoneStochastic:
+      return "16 bit dithered";
+    case MasterWeights::kCorrection8:
+      return "24 bit dithered";
+    case MasterWeights::kCorrection16:
+      return "32 bit dithered";
+    case MasterWeights::kCorrection8Nearest:
+      return "24 bit nearest";
+    case MasterWeights::kCorrection16Nearest:
+      return "32 bit nearest";
   }
   return "?";
 }
@@ -49,7 +58,8 @@ const char* kind_name(MasterWeights kind) {
 
 std::string StallCase::row_name() const {
   char text[96];
-  std::snprintf(text, sizeof text, "%s, %s, w %g", kind_name(master_weights), dtype == DType::kFloat16 ? "fp16" : "bf16", start);
+  std::snprintf(text, sizeof text, "%s, %s, w %g", kind_name(master_weights),
+                dtype == DType::kFloat16 ? "fp16" : "bf16", start);
   return text;
 }
 
@@ -119,7 +129,8 @@ StallResult run_stall(const StallCase& c, uint64_t seed) {
         gradient[i] = 0.5f + random.normal(9, static_cast<uint32_t>(static_cast<size_t>(t) * n + i));
       }
     }
-    for (size_t i = 0; i < n; ++i) exact[i] += static_cast<double>(static_cast<float>(c.lr)) * static_cast<double>(gradient[i]);
+    for (size_t i = 0; i < n; ++i)
+      exact[i] += static_cast<double>(static_cast<float>(c.lr)) * static_cast<double>(gradient[i]);
     hyper.step = t;
     check(plan.step(&hyper, 1, options));
   }

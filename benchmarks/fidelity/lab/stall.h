@@ -15,7 +15,7 @@ struct StallCase {
   MasterWeights master_weights = MasterWeights::kCorrection8;
   int64_t elements = 16384;
   int64_t steps = 1000;
-  bool random_updates = false;  ///< lr (1/2 + N(0, 1)) instead of lr
+  bool random_updates = false;   ///< lr (1/2 + N(0, 1)) instead of lr
   std::string row_name() const;  ///< without the updates
   std::string name() const;
 };
