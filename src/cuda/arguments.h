@@ -73,6 +73,7 @@ struct StepArguments {
   unsigned long long* nonfinite;
   uint32_t chunk_count;
   uint32_t multiprocessors;
+  uint32_t share;  ///< log2 of the tiles that a warp takes at a time
   PreparedHyper inline_hypers[kInlineHypers];
 };
 

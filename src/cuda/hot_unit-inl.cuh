@@ -283,7 +283,7 @@ struct HotStates {
     for (int i = 0; i < kHotUnit; ++i) {
       const float y = fabsf(m[i]) * inverse + 2.0f;
       const uint32_t code = core::to_bits(y) * kFactor + (DitherSource::word<kStream>(dither_start, i) >> 8);
-      top[i] = (core::to_bits(m[i]) & 0x80000000u) | (code & 0x7fffffffu);
+      top[i] = (core::to_bits(m[i]) & 0x80000000u) | code;  // a code is at most 127
     }
     codes[0] = pack_top_bytes(top);
   }
@@ -299,7 +299,10 @@ __device__ __forceinline__ uint32_t stream_start(uint32_t phase, uint32_t hash, 
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+#ifndef FLASHOPTIM_PREFETCH
+#define FLASHOPTIM_PREFETCH ""
+#endif
+  asm volatile("cp.async.cg.shared.global" FLASHOPTIM_PREFETCH " [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 #else
   *static_cast<uint4*>(to) = __ldcs(static_cast<const uint4*>(from));
 #endif

@@ -23,6 +23,9 @@ struct UpdateGuard {
 struct UpdateLane {
   float v;
   UpdateGuard* guard = nullptr;  ///< null for constants
+  // For a value that max() let through: its bound, and the guard's ok before that was looked at.
+  float lower = 0.0f;
+  bool ok_before = true;
 
   UpdateLane() = default;
   __device__ __forceinline__ UpdateLane(float value, UpdateGuard* g = nullptr) : v(value), guard(g) {}
@@ -77,14 +80,21 @@ __device__ __forceinline__ UpdateLane sqrt(UpdateLane a) {
   return {sqrt_in_range(a.v), a.guard};
 }
 
-/// Rules bound a variable by a constant, which they name first: usually the variable stays.
+/// Rules bound a variable by a constant, which they name first: usually the variable stays. Both bounds of a clamp,
+/// min(c, max(-c, a)), are one comparison.
 __device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
+  a.lower = bound.v;
+  a.ok_before = a.guard->ok;
   a.guard->ok = a.guard->ok && a.v >= bound.v;
   return a;
 }
 __device__ __forceinline__ UpdateLane min(UpdateLane bound, UpdateLane a) {
-  a.guard->ok = a.guard->ok && a.v <= bound.v;
-  return a;
+  if (bound.v > 0.0f && a.lower == -bound.v) {
+    a.guard->ok = a.ok_before && fabsf(a.v) <= bound.v;
+  } else {
+    a.guard->ok = a.guard->ok && a.v <= bound.v;
+  }
+  return {a.v, a.guard};
 }
 __device__ __forceinline__ bool greater(UpdateLane a, UpdateLane b) { return a.v > b.v; }
 __device__ __forceinline__ UpdateLane select(bool mask, UpdateLane a, UpdateLane b) { return {mask ? a.v : b.v, either(a, b)}; }

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+
 #include "src/cuda/arguments.h"
 #include "src/cuda/hot_unit-inl.cuh"
 #include "src/cuda/states-inl.cuh"
@@ -227,18 +229,18 @@ __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const 
 template <class Rule, class Narrow, int kBits>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
-  constexpr uint32_t kSharesPerChunk = kWarpTilesPerChunk / kTilesTaken;
   __shared__ HotContext contexts[kWarps][2];
   __shared__ HotStage<Rule, kBits> stages[kWarps][2];
   const int thread = static_cast<int>(threadIdx.x % 32);
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t warps = gridDim.x * kWarps;
-  const uint32_t shares = args.chunk_count * kSharesPerChunk;
+  const uint32_t shares = args.chunk_count * (static_cast<uint32_t>(kWarpTilesPerChunk) >> args.share);
   const HotChunk* chunks = reinterpret_cast<const HotChunk*>(args.chunks);
   // What is left of the chunk from a share's first tile on.
-  const auto load_share = [chunks](uint32_t share) {
-    HotChunk chunk = chunks[share / kSharesPerChunk];
-    const uint32_t offset = share % kSharesPerChunk * (kTilesTaken * kWarpGroups);
+  const auto load_share = [chunks, shift = args.share](uint32_t share) {
+    const uint32_t tile = share << shift;
+    HotChunk chunk = chunks[tile / kWarpTilesPerChunk];
+    const uint32_t offset = tile % kWarpTilesPerChunk * kWarpGroups;
     chunk.first += offset;
     chunk.groups -= static_cast<int32_t>(offset);
     return chunk;
@@ -262,12 +264,12 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
   while (more) {
     bool next_exists = false;
 #pragma unroll 1
-    for (int tile = 0; tile < kTilesTaken; ++tile) {
+    for (uint32_t left = 1u << args.share; left != 0; --left) {
       const HotContext& context = contexts[warp][slot];
       const HotHeaders headers = next_headers;
       int next_slot = slot;
       HotChunk next = share;
-      if (tile == 0) {
+      if (left == 1u << args.share) {
         const uint32_t next_number = __shfl_sync(0xffffffffu, taken, 0);
         next_exists = next_number < shares;
         if (next_exists) {
@@ -275,7 +277,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
           taken = take_share();
         }
       }
-      if (tile + 1 < kTilesTaken) {
+      if (left > 1) {
         next.first += kWarpGroups;
         next.groups -= kWarpGroups;
       } else if (next_exists) {
@@ -320,10 +322,17 @@ template <class Rule, class Narrow, int kBits>
 int launch_hot(const StepArguments& args, void* stream) {
   // As many blocks as fit the device at a time.
   constexpr unsigned int kWarps = kHotThreads / 32;
-  const uint64_t needed = (uint64_t{args.chunk_count} * (kWarpTilesPerChunk / kTilesTaken) + kWarps - 1) / kWarps;
-  const unsigned int resident = args.multiprocessors * kHotBlocksPerMultiprocessor;
-  const unsigned int grid = needed < resident ? static_cast<unsigned int>(needed) : resident;
-  hot_kernel<Rule, Narrow, kBits><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  const uint32_t resident = args.multiprocessors * kHotBlocksPerMultiprocessor;
+  const uint64_t tiles = uint64_t{args.chunk_count} * kWarpTilesPerChunk;
+  StepArguments sized = args;
+  sized.share = 0;
+  while (sized.share < kLargestShare && tiles >> (sized.share + 1) >= uint64_t{resident} * kWarps * kSharesPerWarp) ++sized.share;
+#ifdef FLASHOPTIM_CUDA_EXPERIMENT
+  if (const char* e = std::getenv("FLASHOPTIM_SHARE")) sized.share = std::atoi(e);
+#endif
+  const uint64_t needed = ((tiles >> sized.share) + kWarps - 1) / kWarps;
+  const uint32_t grid = needed < resident ? static_cast<uint32_t>(needed) : resident;
+  hot_kernel<Rule, Narrow, kBits><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(sized);
   return static_cast<int>(cudaGetLastError());
 }
 
