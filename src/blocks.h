@@ -25,6 +25,10 @@ struct BlockAccess {
   bool write_states;
 };
 
+/// Asks for the memory of block `index` of `tensor`, which must lie within it, ahead of its use. Seven streams of a few
+/// hundred bytes a block, with page boundaries in them, are more than hardware prefetchers follow.
+void prefetch_block(const ParameterTensors& tensor, int64_t index);
+
 /// A stretch of elements that is contiguous both in the tensor and in the block.
 struct ElementRun {
   int64_t first;   ///< element of the tensor

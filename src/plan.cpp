@@ -121,6 +121,10 @@ Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, 
   return Status::ok();
 }
 
+/// Blocks between the one in work and the one whose memory is asked for. Measured on Zen 5, AdamW default codec, 16 Mi
+/// elements, 1 thread: none 0.96, 1: 0.86, 2 and 4: 0.90 ns an element.
+constexpr int64_t kPrefetchDistance = 1;
+
 /// Threads are worth their start only for work of some 100 us.
 constexpr int64_t kSmallestParallelBlocks = 128;
 
@@ -191,7 +195,10 @@ struct Plan::Impl {
     for (int64_t b = begin; b < end;) {
       const int64_t last = std::min(end, first_block[t + 1]);
       if (tensors[t].gradient != nullptr) {
-        for (; b < last; ++b) step_block(block, tensors[t], b - first_block[t]);
+        for (; b < last; ++b) {
+          if (b + kPrefetchDistance < last) cpu::prefetch_block(tensors[t], b + kPrefetchDistance - first_block[t]);
+          step_block(block, tensors[t], b - first_block[t]);
+        }
       }
       b = last;
       ++t;

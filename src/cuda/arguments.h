@@ -73,7 +73,7 @@ struct StepArguments {
   unsigned long long* nonfinite;
   uint32_t chunk_count;
   uint32_t multiprocessors;
-  uint32_t share;  ///< log2 of the tiles that a warp takes at a time
+  uint32_t fixed_rounds;  ///< of tiles, one a warp, that are not handed out on demand (hot kernels)
   PreparedHyper inline_hypers[kInlineHypers];
 };
 
@@ -120,12 +120,16 @@ struct NormArguments {
 using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
 /// Configurations with a kernel of their own, beside the one per codec that branches on element types.
-enum HotKind : int { kHotNone = -1, kHotBFloat16Correction8 = 0, kHotKinds = 1 };
+enum HotKind : int { kHotNone = -1, kHotBFloat16Correction8, kHotBFloat16Correction16, kHotKinds };
 
 inline HotKind hot_kind(const ParameterTensors& t, int states) {
-  const bool is_hot = states > 0 && t.state_codec == StateCodec::kDefault && t.parameter_dtype == DType::kBFloat16 &&
-                      t.gradient_dtype == DType::kBFloat16 && t.master_weights == MasterWeights::kCorrection8;
-  return is_hot ? kHotBFloat16Correction8 : kHotNone;
+  if (states == 0 || t.state_codec != StateCodec::kDefault || t.parameter_dtype != DType::kBFloat16 ||
+      t.gradient_dtype != DType::kBFloat16) {
+    return kHotNone;
+  }
+  if (t.master_weights == MasterWeights::kCorrection8) return kHotBFloat16Correction8;
+  if (t.master_weights == MasterWeights::kCorrection16) return kHotBFloat16Correction16;
+  return kHotNone;
 }
 
 struct StepLaunches {

@@ -13,7 +13,7 @@ namespace flashoptim::cuda {
 struct UpdateGuard {
   uint32_t smallest_radicand = 0xffffffffu;  ///< patterns
   uint32_t largest_divisor = 0u;
-  bool ok = true;
+  bool ok = true;  // by & throughout: && would make branches
 
   __device__ __forceinline__ bool holds() const {
     return ok && smallest_radicand >= (127u - 101u) << 23 && largest_divisor <= (127u + 40u) << 23;
@@ -23,9 +23,7 @@ struct UpdateGuard {
 struct UpdateLane {
   float v;
   UpdateGuard* guard = nullptr;  ///< null for constants
-  // For a value that max() let through: its bound, and the guard's ok before that was looked at.
-  float lower = 0.0f;
-  bool ok_before = true;
+  float lower = 0.0f;  ///< a bound below 0 that max() left to min()
 
   UpdateLane() = default;
   __device__ __forceinline__ UpdateLane(float value, UpdateGuard* g = nullptr) : v(value), guard(g) {}
@@ -64,7 +62,7 @@ __device__ __forceinline__ float divide_in_range(float a, float b) {
 }
 __device__ __forceinline__ UpdateLane operator/(UpdateLane a, UpdateLane b) {
   UpdateGuard& guard = *either(a, b);
-  guard.ok = guard.ok && fabsf(a.v) >= 0x1p-80f;
+  guard.ok &= fabsf(a.v) >= 0x1p-80f;
   guard.largest_divisor = guard.largest_divisor > core::to_bits(b.v) ? guard.largest_divisor : core::to_bits(b.v);
   return {divide_in_range(a.v, b.v), &guard};
 }
@@ -80,19 +78,21 @@ __device__ __forceinline__ UpdateLane sqrt(UpdateLane a) {
   return {sqrt_in_range(a.v), a.guard};
 }
 
-/// Rules bound a variable by a constant, which they name first: usually the variable stays. Both bounds of a clamp,
-/// min(c, max(-c, a)), are one comparison.
+/// Rules bound a variable by a constant, which they name first: usually the variable stays. A bound below 0 is one half of
+/// a clamp, min(c, max(-c, a)), which is a single comparison.
 __device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
-  a.lower = bound.v;
-  a.ok_before = a.guard->ok;
-  a.guard->ok = a.guard->ok && a.v >= bound.v;
+  if (bound.v < 0.0f) {
+    a.lower = bound.v;
+  } else {
+    a.guard->ok &= a.v >= bound.v;
+  }
   return a;
 }
 __device__ __forceinline__ UpdateLane min(UpdateLane bound, UpdateLane a) {
-  if (bound.v > 0.0f && a.lower == -bound.v) {
-    a.guard->ok = a.ok_before && fabsf(a.v) <= bound.v;
+  if (a.lower == -bound.v) {
+    a.guard->ok &= fabsf(a.v) <= bound.v;
   } else {
-    a.guard->ok = a.guard->ok && a.v <= bound.v;
+    a.guard->ok &= (a.v <= bound.v) & (a.lower == 0.0f || a.v >= a.lower);
   }
   return {a.v, a.guard};
 }

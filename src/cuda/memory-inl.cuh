@@ -7,14 +7,10 @@
 
 namespace flashoptim::cuda {
 
-/// Each byte of a step is touched once: stream past the caches.
+/// Each byte of a step is touched once: past the caches.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p) { return __ldcs(p); }
 __device__ __forceinline__ uint2 load_streaming(const uint2* p) { return __ldcs(p); }
-#ifdef FLASHOPTIM_PLAIN_STORES
-__device__ __forceinline__ void store_streaming(uint4* p, uint4 v) { *p = v; }
-#else
 __device__ __forceinline__ void store_streaming(uint4* p, uint4 v) { __stcs(p, v); }
-#endif
 __device__ __forceinline__ void store_streaming(uint2* p, uint2 v) { __stcs(p, v); }
 
 /// 8 elements of kBytes bytes as words, in memory order.

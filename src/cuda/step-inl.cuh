@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "src/cuda/arguments.h"
@@ -225,7 +226,7 @@ __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const 
 }
 
 /// 16-bit weights and gradients of one type, dithered corrections, default codec. Every warp works on its own and takes
-/// tiles of 16 groups as they come, so that all warps together sweep through memory.
+/// tiles of 16 groups, first its own, every n-th, then as they come, so that all warps together sweep through memory.
 template <class Rule, class Narrow, int kBits>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
@@ -234,79 +235,90 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
   const int thread = static_cast<int>(threadIdx.x % 32);
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t warps = gridDim.x * kWarps;
-  const uint32_t shares = args.chunk_count * (static_cast<uint32_t>(kWarpTilesPerChunk) >> args.share);
+  const uint32_t tiles = args.chunk_count * kWarpTilesPerChunk;
   const HotChunk* chunks = reinterpret_cast<const HotChunk*>(args.chunks);
-  // What is left of the chunk from a share's first tile on.
-  const auto load_share = [chunks, shift = args.share](uint32_t share) {
-    const uint32_t tile = share << shift;
+  // A chunk from a tile's first group on.
+  const auto look_up = [chunks](uint32_t tile) {
     HotChunk chunk = chunks[tile / kWarpTilesPerChunk];
     const uint32_t offset = tile % kWarpTilesPerChunk * kWarpGroups;
     chunk.first += offset;
     chunk.groups -= static_cast<int32_t>(offset);
     return chunk;
   };
-  const auto take_share = [&args, thread, warps] { return thread == 0 ? warps + atomicAdd(&args.work->taken, 1u) : 0u; };
+  const uint32_t fixed = warps * args.fixed_rounds;
+  uint32_t own = blockIdx.x * kWarps + warp;
+  // The number of the next tile: thread 0's.
+  const auto take = [&args, &own, fixed, thread, warps] {
+    own += warps;
+    if (own < fixed) return own;
+    return thread == 0 ? fixed + atomicAdd(&args.work->taken, 1u) : 0u;
+  };
 
-  // One tile is computed while the next one's memory is on its way, the share after is looked up, and the one after taken.
-  const uint32_t first_share = blockIdx.x * kWarps + warp;
-  HotChunk share{}, next_share{};
-  if (first_share < shares) share = load_share(first_share);
-  uint32_t taken = take_share();
+  // One tile is computed while the next one's memory is on its way, the one after is looked up and the one after that taken.
+  HotChunk tile{};
+  bool exists = own < tiles;
+  if (exists) tile = look_up(own);
+  uint32_t taken = take();
   int slot = 0, stage = 0;
   HotHeaders next_headers;
-  bool more = first_share < shares;
-  if (more) {
-    contexts[warp][0].template open<kBits>(args, share.tensor, share.segment, thread);
-    if (contexts[warp][0].takes(share.first, share.groups)) next_headers = stages[warp][0].fetch(contexts[warp][0], share.first, thread);
+  if (exists) {
+    contexts[warp][0].template open<kBits>(args, tile.tensor, tile.segment, thread);
+    if (contexts[warp][0].takes(tile.first, tile.groups)) next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
+  uint32_t number = __shfl_sync(0xffffffffu, taken, 0);
+  HotChunk next{};
+  if (number < tiles) {
+    next = look_up(number);
+#ifndef FLASHOPTIM_LATE
+    taken = take();
+#endif
+  }
 #pragma unroll 1
-  while (more) {
-    bool next_exists = false;
-#pragma unroll 1
-    for (uint32_t left = 1u << args.share; left != 0; --left) {
-      const HotContext& context = contexts[warp][slot];
-      const HotHeaders headers = next_headers;
-      int next_slot = slot;
-      HotChunk next = share;
-      if (left == 1u << args.share) {
-        const uint32_t next_number = __shfl_sync(0xffffffffu, taken, 0);
-        next_exists = next_number < shares;
-        if (next_exists) {
-          next_share = load_share(next_number);
-          taken = take_share();
-        }
-      }
-      if (left > 1) {
-        next.first += kWarpGroups;
-        next.groups -= kWarpGroups;
-      } else if (next_exists) {
-        next = next_share;
-        if (next.tensor != share.tensor || next.segment != share.segment) {
-          next_slot = slot ^ 1;
-          contexts[warp][next_slot].template open<kBits>(args, next.tensor, next.segment, thread);
-        }
-      } else {
-        next.groups = 0;
+  while (exists) {
+    const bool next_exists = number < tiles;
+    const HotContext& context = contexts[warp][slot];
+    const HotHeaders headers = next_headers;
+    int next_slot = slot;
+    if (next_exists) {
+      if (next.tensor != tile.tensor || next.segment != tile.segment) {
+        next_slot = slot ^ 1;
+        contexts[warp][next_slot].template open<kBits>(args, next.tensor, next.segment, thread);
       }
       if (contexts[warp][next_slot].takes(next.first, next.groups)) {
         next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
       }
-      commit_copies();
-      wait_for_copies();
-      if (!(context.takes(share.first, share.groups) &&
-            hot_unit<Rule, Narrow, kBits>(context, stages[warp][stage], headers, share.first, thread))) {
-        if (context.active && share.groups > 0) {
-          exact_units_apart<Rule>(args.tensors[share.tensor], context.prepared, args.nonfinite,
-                                  (static_cast<int64_t>(share.segment) << kSegmentBits) + share.first,
-                                  share.groups < kWarpGroups ? share.groups : kWarpGroups);
-        }
-      }
-      share = next;
-      slot = next_slot;
-      stage ^= 1;
     }
-    more = next_exists;
+    commit_copies();
+    HotChunk after{};
+#ifndef FLASHOPTIM_LATE
+    if (next_exists) {
+      number = __shfl_sync(0xffffffffu, taken, 0);
+      if (number < tiles) {
+        after = look_up(number);
+        taken = take();
+      }
+    }
+#else
+    if (next_exists) taken = take();
+#endif
+    wait_for_copies();
+    if (!(context.takes(tile.first, tile.groups) &&
+          hot_unit<Rule, Narrow, kBits>(context, stages[warp][stage], headers, tile.first, thread))) {
+      if (context.active && tile.groups > 0) {
+        exact_units_apart<Rule>(args.tensors[tile.tensor], context.prepared, args.nonfinite,
+                                (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first,
+                                tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
+      }
+    }
+    tile = next;
+    next = after;
+#ifdef FLASHOPTIM_LATE
+    if (next_exists) { number = __shfl_sync(0xffffffffu, taken, 0); if (number < tiles) next = look_up(number); }
+#endif
+    slot = next_slot;
+    stage ^= 1;
+    exists = next_exists;
   }
   // The last warp leaves the counters as it found them.
   if (thread == 0 && atomicAdd(&args.work->finished, 1u) + 1u == warps) *args.work = WorkCounter{0u, 0u};
@@ -321,18 +333,17 @@ int launch_step(const StepArguments& args, void* stream) {
 template <class Rule, class Narrow, int kBits>
 int launch_hot(const StepArguments& args, void* stream) {
   // As many blocks as fit the device at a time.
-  constexpr unsigned int kWarps = kHotThreads / 32;
-  const uint32_t resident = args.multiprocessors * kHotBlocksPerMultiprocessor;
-  const uint64_t tiles = uint64_t{args.chunk_count} * kWarpTilesPerChunk;
-  StepArguments sized = args;
-  sized.share = 0;
-  while (sized.share < kLargestShare && tiles >> (sized.share + 1) >= uint64_t{resident} * kWarps * kSharesPerWarp) ++sized.share;
+  constexpr uint32_t kWarps = kHotThreads / 32;
+  const uint32_t tiles = args.chunk_count * kWarpTilesPerChunk;
+  const uint32_t grid = std::min((tiles + kWarps - 1) / kWarps, args.multiprocessors * kHotBlocksPerMultiprocessor);
+  const uint32_t rounds = tiles / (grid * kWarps);
+  StepArguments launched = args;
 #ifdef FLASHOPTIM_CUDA_EXPERIMENT
-  if (const char* e = std::getenv("FLASHOPTIM_SHARE")) sized.share = std::atoi(e);
+  launched.fixed_rounds = std::max(1u, rounds * (std::getenv("FLASHOPTIM_FIXED") ? std::atoi(std::getenv("FLASHOPTIM_FIXED")) : 70) / 100);
+#else
+  launched.fixed_rounds = std::max(1u, rounds * kFixedPercent / 100u);
 #endif
-  const uint64_t needed = ((tiles >> sized.share) + kWarps - 1) / kWarps;
-  const uint32_t grid = needed < resident ? static_cast<uint32_t>(needed) : resident;
-  hot_kernel<Rule, Narrow, kBits><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(sized);
+  hot_kernel<Rule, Narrow, kBits><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -345,6 +356,7 @@ StepLaunches make_step_launches() {
     out.codec[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
     out.codec[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
     out.hot[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, 8>;
+    out.hot[kHotBFloat16Correction16] = launch_hot<Rule, core::BFloat16, 16>;
   } else {
     out.codec[static_cast<int>(StateCodec::kPaper)] = out.codec[static_cast<int>(StateCodec::kFloat32)];
     out.codec[static_cast<int>(StateCodec::kDefault)] = out.codec[static_cast<int>(StateCodec::kFloat32)];

@@ -9,28 +9,22 @@ inline constexpr int kThreadsPerGroup = 4;
 inline constexpr int kThreads = 256;
 inline constexpr int kBlocksPerMultiprocessor = 4;
 
-/// Hot kernels: 16 elements a thread, 2 threads a group. With 8 elements the work that is done once per unit (addresses,
-/// hashes, headers) cost 31 of 134 instructions an element; with 16 it costs half, in 128 registers.
-#ifndef FLASHOPTIM_HOT_THREADS
-#define FLASHOPTIM_HOT_THREADS 128
-#define FLASHOPTIM_HOT_BLOCKS 4
-#endif
+/// Hot kernels: 16 elements a thread, 2 threads a group. With 8 elements what is done once per unit (addresses, hashes,
+/// headers) cost 31 of 134 instructions an element; with 16 it costs half of that, in 128 registers. 3 blocks instead of 4
+/// on a multiprocessor: the same.
 inline constexpr int kHotUnit = 16;
 inline constexpr int kHotThreadsPerGroup = 2;
-inline constexpr int kHotThreads = FLASHOPTIM_HOT_THREADS;
-inline constexpr int kHotBlocksPerMultiprocessor = FLASHOPTIM_HOT_BLOCKS;
+inline constexpr int kHotThreads = 128;
+inline constexpr int kHotBlocksPerMultiprocessor = 4;
 /// Groups of a warp's tile, tiles of a chunk (a chunk is what the table of work has an entry for), and groups, as a power
 /// of two, within which offsets have 32 bits.
 inline constexpr int kWarpGroups = 32 / kHotThreadsPerGroup;
 inline constexpr int kWarpTilesPerChunk = 32;
-/// Tiles that a warp takes at a time, as a power of two: the largest up to 2^kLargestShare that leaves every warp
-/// kSharesPerWarp of them. Handing them out on demand keeps all warps busy to the end: with a fixed part each, 3.4 of 4
-/// warps per scheduler were active (268 M: 1.28 ms). More at a time is less of that work, and memory likes it (268 M: 1, 2, 4
-/// tiles 1.249, 1.201, 1.171 ms), until the last ones leave warps idle (ResNet-50: 0.141, 0.142, 0.170 ms).
-inline constexpr int kLargestShare = 2;
-inline constexpr int kSharesPerWarp = 12;
 inline constexpr int kHotChunkGroups = kWarpGroups * kWarpTilesPerChunk;
 inline constexpr int kSegmentBits = 25;
+
+/// Of the tiles that a warp gets, these are its own, every n-th of all; the rest is handed out on demand, at the end.
+inline constexpr unsigned int kFixedPercent = 70;
 
 /// Groups that one pass of a block of the other kernels covers, and passes of a block over a large tensor.
 inline constexpr int kTileGroups = 64;
