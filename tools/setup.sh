@@ -37,6 +37,7 @@ fi
 # ---- Python packages ------------------------------------------------------------------------------------------------
 if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
   say "making .venv with $(python3 --version)"
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { say "python3 must be 3.10 or later" >&2; exit 1; }
   python3 -m venv --clear .venv
 fi
 pip=(.venv/bin/python -m pip install --disable-pip-version-check --quiet)
