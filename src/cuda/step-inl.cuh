@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "src/cuda/arguments.h"
 #include "src/cuda/hot_unit-inl.cuh"
@@ -254,7 +253,8 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
     return thread == 0 ? fixed + atomicAdd(&args.work->taken, 1u) : 0u;
   };
 
-  // One tile is computed while the next one's memory is on its way, the one after is looked up and the one after that taken.
+  // One tile is computed while the next one's memory is on its way and the number of the one after is fetched. (Looking
+  // further ahead costs 1 %: the later the numbers are given out, the closer together the warps stay in memory.)
   HotChunk tile{};
   bool exists = own < tiles;
   if (exists) tile = look_up(own);
@@ -266,21 +266,17 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
     if (contexts[warp][0].takes(tile.first, tile.groups)) next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
-  uint32_t number = __shfl_sync(0xffffffffu, taken, 0);
-  HotChunk next{};
-  if (number < tiles) {
-    next = look_up(number);
-#ifndef FLASHOPTIM_LATE
-    taken = take();
-#endif
-  }
 #pragma unroll 1
   while (exists) {
-    const bool next_exists = number < tiles;
     const HotContext& context = contexts[warp][slot];
     const HotHeaders headers = next_headers;
+    const uint32_t number = __shfl_sync(0xffffffffu, taken, 0);
+    const bool next_exists = number < tiles;
+    HotChunk next{};
     int next_slot = slot;
     if (next_exists) {
+      next = look_up(number);
+      taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
         contexts[warp][next_slot].template open<kBits>(args, next.tensor, next.segment, thread);
@@ -290,18 +286,6 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
       }
     }
     commit_copies();
-    HotChunk after{};
-#ifndef FLASHOPTIM_LATE
-    if (next_exists) {
-      number = __shfl_sync(0xffffffffu, taken, 0);
-      if (number < tiles) {
-        after = look_up(number);
-        taken = take();
-      }
-    }
-#else
-    if (next_exists) taken = take();
-#endif
     wait_for_copies();
     if (!(context.takes(tile.first, tile.groups) &&
           hot_unit<Rule, Narrow, kBits>(context, stages[warp][stage], headers, tile.first, thread))) {
@@ -312,10 +296,6 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
       }
     }
     tile = next;
-    next = after;
-#ifdef FLASHOPTIM_LATE
-    if (next_exists) { number = __shfl_sync(0xffffffffu, taken, 0); if (number < tiles) next = look_up(number); }
-#endif
     slot = next_slot;
     stage ^= 1;
     exists = next_exists;
@@ -338,11 +318,7 @@ int launch_hot(const StepArguments& args, void* stream) {
   const uint32_t grid = std::min((tiles + kWarps - 1) / kWarps, args.multiprocessors * kHotBlocksPerMultiprocessor);
   const uint32_t rounds = tiles / (grid * kWarps);
   StepArguments launched = args;
-#ifdef FLASHOPTIM_CUDA_EXPERIMENT
-  launched.fixed_rounds = std::max(1u, rounds * (std::getenv("FLASHOPTIM_FIXED") ? std::atoi(std::getenv("FLASHOPTIM_FIXED")) : 70) / 100);
-#else
   launched.fixed_rounds = std::max(1u, rounds * kFixedPercent / 100u);
-#endif
   hot_kernel<Rule, Narrow, kBits><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
   return static_cast<int>(cudaGetLastError());
 }

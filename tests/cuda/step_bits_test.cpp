@@ -25,6 +25,28 @@ void add_all_layouts(PlanPair& pair, size_t offset) {
   }
 }
 
+/// For compute-sanitizer: every kernel at sizes 1, 33 and 1e5 + 7, and rows that end in short groups.
+TEST(CudaSmall, EveryKernel) {
+  for (const Config& config : all_configs()) {
+    const bool hot = config.codec == StateCodec::kDefault && config.parameter_dtype == DType::kBFloat16 && config.gradient_dtype == DType::kBFloat16;
+    const bool usual = config.parameter_dtype == DType::kFloat16 && config.gradient_dtype == DType::kFloat32 && config.master == MasterWeights::kCorrection8;
+    if (!usual && !(hot && config.master >= MasterWeights::kCorrection8 && config.master <= MasterWeights::kCorrection16)) continue;
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    for (const GroupLayout layout : {GroupLayout{1, 1}, GroupLayout{1, 33}, GroupLayout{1, 100007}, GroupLayout{5, 100}}) pair.add(layout);
+    pair.add({1, 100}, 2);
+    ASSERT_OK(pair.make());
+    pair.new_gradients({true, 1e-3f});
+    const Hyperparameters hyper = test_hyper(config, 1);
+    ASSERT_OK(pair.cpu().step(&hyper, 1));
+    ASSERT_OK(pair.cuda().step(&hyper, 1));
+    EXPECT_EQ(pair.difference(), "");
+    DeviceValue<cuda::GradientNorm> norm({});
+    ASSERT_OK(pair.cuda().gradient_norm({}, norm.pointer()));
+    EXPECT_TRUE(norm.get().norm != 0.0f);
+  }
+}
+
 TEST(CudaStepBits, EveryConfiguration) {
   for (const Config& config : all_configs()) {
     SCOPED_TRACE(name(config));

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Checks the CUDA back end on a machine with a GPU and prints one table.
+#
+#   tools/gpu_check.sh build DIR     here: builds what travels into DIR (programs that need nothing but a driver)
+#   tools/gpu_check.sh run DIR       there: bit equality, arithmetic, sanitizer, benchmarks
+#
+# GPU_CHECK_ARCH (default 90) is the architecture built; GPU_CHECK_FULL=1 tries every division and every dtype.
+set -u -o pipefail
+mode=${1:-} directory=${2:-}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+usage() { sed -n '2,8p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
+[ -n "$directory" ] || usage
+
+build() {
+  cmake -S "$root" -B "$directory-cmake" -DFLASHOPTIM_CUDA=ON -DFLASHOPTIM_BUILD_TESTS=OFF -DFLASHOPTIM_BUILD_EXAMPLES=OFF \
+    -DFLASHOPTIM_CUDA_CHECKS=ON -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON \
+    -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" >/dev/null || exit 1
+  cmake --build "$directory-cmake" -j"${GPU_CHECK_JOBS:-2}" \
+    --target flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda || exit 1
+  local program
+  for program in flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda; do
+    cp "$(find "$directory-cmake" -name "$program" -type f -perm -u+x | head -1)" "$directory/"
+    strip "$directory/$program"
+  done
+}
+
+failures=0
+# row NAME COMMAND...: one line of the table; the command's output goes to a log.
+row() {
+  local name=$1 start=$SECONDS result=ok
+  shift
+  "$@" >"$logs/${name// /_}.log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
+  printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")"
+}
+summary() { grep -E 'PASSED|FAILED  \]|ERROR SUMMARY|^learned' "$1" | tail -1 | tr -s ' ='; }
+
+run() {
+  logs=${OUT:-$directory/logs}
+  mkdir -p "$logs"
+  cd "$directory" || exit 1
+  chmod +x flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  row "bits against the CPU, plans, graphs, norm" ./flashoptim_cuda_test --gtest_brief=1
+  [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "every division" env FLASHOPTIM_TEST_ALL=1 ./flashoptim_cuda_test --gtest_filter='CudaArithmetic.*'
+  row "plain_cuda example" ./plain_cuda
+  if command -v compute-sanitizer >/dev/null; then
+    local tool
+    for tool in memcheck racecheck initcheck; do
+      row "sanitizer $tool" timeout 300 compute-sanitizer --tool $tool --error-exitcode 1 \
+        ./flashoptim_cuda_test --gtest_brief=1 --gtest_filter='CudaSmall.*'
+    done
+  fi
+  ./flashoptim_cuda_benchmark "" "$([ "${GPU_CHECK_FULL:-0}" = 1 ] || echo brief)" | tee "$logs/benchmark.txt"
+  [ $failures = 0 ] && echo "all checks passed" || echo "$failures checks FAILED: logs in $logs"
+  exit $((failures != 0))
+}
+
+case $mode in
+  build) mkdir -p "$directory" && directory=$(cd "$directory" && pwd) && build ;;
+  run) directory=$(cd "$directory" && pwd) && run ;;
+  *) usage ;;
+esac
