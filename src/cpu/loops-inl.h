@@ -50,17 +50,9 @@ struct Loops {
 
   // ---- weights and gradients ------------------------------------------------------------------------------------
 
-  static constexpr bool has_correction(MasterWeights m) { return m != MasterWeights::kNone && m != MasterWeights::kNoneStochastic; }
-  static constexpr int correction_bits(MasterWeights m) {
-    return m == MasterWeights::kCorrection8 || m == MasterWeights::kCorrection8Nearest ? 8 : 16;
-  }
-  static constexpr bool is_nearest(MasterWeights m) {
-    return m == MasterWeights::kCorrection8Nearest || m == MasterWeights::kCorrection16Nearest;
-  }
-
   template <MasterWeights kMaster>
   static FLASHOPTIM_HD I load_correction(const void* base, int i) {
-    if constexpr (correction_bits(kMaster) == 8) {
+    if constexpr (core::correction_bits(kMaster) == 8) {
       return core::load_i8<F>(static_cast<const uint8_t*>(base) + i);
     } else {
       return core::load_i16<F>(static_cast<const uint16_t*>(base) + i);
@@ -69,7 +61,7 @@ struct Loops {
 
   template <MasterWeights kMaster>
   static FLASHOPTIM_HD void store_correction(void* base, int i, I value) {
-    if constexpr (correction_bits(kMaster) == 8) {
+    if constexpr (core::correction_bits(kMaster) == 8) {
       core::store_8(static_cast<uint8_t*>(base) + i, value);
     } else {
       core::store_16(static_cast<uint16_t*>(base) + i, value);
@@ -81,8 +73,8 @@ struct Loops {
     const auto* parameter = static_cast<const uint16_t*>(b.parameter);
     for (int i = 0; i < b.groups * kGroup; i += kWidth) {
       F w = Narrow::template widen<F>(core::load_u16<F>(parameter + i));
-      if constexpr (has_correction(kMaster)) {
-        const F value = core::correction_value<Narrow, correction_bits(kMaster), F>(w, load_correction<kMaster>(b.correction, i));
+      if constexpr (core::has_correction(kMaster)) {
+        const F value = core::correction_value<Narrow, core::correction_bits(kMaster), F>(w, load_correction<kMaster>(b.correction, i));
         core::store_f32(b.correction_value + i, value);
         w = w + value;
       }
@@ -148,10 +140,10 @@ struct Loops {
   template <class Narrow, MasterWeights kMaster>
   static void store_narrow_weights(Block& b) {
     auto* parameter = static_cast<uint16_t*>(b.parameter);
-    if constexpr (has_correction(kMaster) && !is_nearest(kMaster)) {
+    if constexpr (core::has_correction(kMaster) && !core::is_nearest(kMaster)) {
       void* const corrections = b.correction;
       for_each_dithered<core::DitherStream::kWeight>(b, b.store_begin, b.store_end, [&b, parameter, corrections](int i, int, I dither) __attribute__((always_inline)) {
-        const auto out = core::split_update_dithered<Narrow, correction_bits(kMaster), F>(
+        const auto out = core::split_update_dithered<Narrow, core::correction_bits(kMaster), F>(
             core::load_u16<F>(parameter + i), load_correction<kMaster>(corrections, i),
             core::load_f32<F>(b.correction_value + i), core::load_f32<F>(b.delta + i), dither);
         core::store_16(parameter + i, out.narrow);
@@ -162,9 +154,9 @@ struct Loops {
         const F w = core::load_f32<F>(b.weight + i) - core::load_f32<F>(b.delta + i);
         core::store_16(parameter + i, core::round_dithered<Narrow, F>(w, dither));
       });
-    } else if constexpr (is_nearest(kMaster)) {
+    } else if constexpr (core::is_nearest(kMaster)) {
       for (int i = b.store_begin * kGroup; i < b.store_end * kGroup; i += kWidth) {
-        const auto out = core::split_update_nearest<Narrow, correction_bits(kMaster), F>(
+        const auto out = core::split_update_nearest<Narrow, core::correction_bits(kMaster), F>(
             core::load_u16<F>(parameter + i), load_correction<kMaster>(b.correction, i), core::load_f32<F>(b.weight + i),
             core::load_f32<F>(b.delta + i));
         core::store_16(parameter + i, out.narrow);
@@ -183,8 +175,8 @@ struct Loops {
     auto* parameter = static_cast<uint16_t*>(b.parameter);
     for (int i = 0; i < b.groups * kGroup; i += kWidth) {
       const F w = core::load_f32<F>(b.weight + i);
-      if constexpr (has_correction(kMaster)) {
-        const auto out = core::split<Narrow, correction_bits(kMaster), F>(w);
+      if constexpr (core::has_correction(kMaster)) {
+        const auto out = core::split<Narrow, core::correction_bits(kMaster), F>(w);
         core::store_16(parameter + i, out.narrow);
         store_correction<kMaster>(b.correction, i, out.correction);
       } else {

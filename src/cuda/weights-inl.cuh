@@ -21,15 +21,9 @@ struct AnyTypes {
   __device__ __forceinline__ MasterWeights master() const { return master_; }
 };
 
-__host__ __device__ constexpr bool has_correction(MasterWeights m) {
-  return m != MasterWeights::kNone && m != MasterWeights::kNoneStochastic;
-}
-__host__ __device__ constexpr int correction_bits(MasterWeights m) {
-  return m == MasterWeights::kCorrection8 || m == MasterWeights::kCorrection8Nearest ? 8 : 16;
-}
-__host__ __device__ constexpr bool is_nearest(MasterWeights m) {
-  return m == MasterWeights::kCorrection8Nearest || m == MasterWeights::kCorrection16Nearest;
-}
+using core::correction_bits;
+using core::has_correction;
+using core::is_nearest;
 
 /// Stored weights: 16- or 32-bit parameters (the first 4 or all words), 8- or 16-bit corrections.
 struct StoredWeights {

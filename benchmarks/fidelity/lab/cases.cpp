@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "flashoptim/core/narrow_float.h"
+#include "flashoptim/core/optimizer_list.h"
 
 namespace flashoptim::fidelity {
 
@@ -72,11 +73,11 @@ double Case::update_bound(const Hyperparameters& at) const {
   switch (optimizer) {
     case OptimizerKind::kAdamW:
     case OptimizerKind::kAdam:
-      return at.lr * std::max(1.0, (1.0 - at.beta1) / std::sqrt(1.0 - at.beta2));
+      return core::AdamW::largest_update(at);
     case OptimizerKind::kLion:
-      return at.lr;
+      return core::Lion::largest_update(at);
     default:
-      return 0.0;
+      return core::Sgd::largest_update(at);
   }
 }
 

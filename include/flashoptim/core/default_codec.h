@@ -25,6 +25,7 @@ struct WindowCodec {
   static constexpr uint32_t kSmallestShift = 8;
   static constexpr uint32_t kBaseShift = 19;  ///< header = (base >> 19 in bit space) << 4 | (shift - 8)
   static constexpr float kSmallestNormal = 0x1p-126f;
+  static constexpr uint32_t kLargestBits = 0x7f000000u;  ///< pattern of 2^127, the largest that is stored
 
   /// Pattern of what is encoded for a state v: 0 for 0 and for non-finite values, otherwise between the smallest normal
   /// number, so that a positive v never becomes 0, and 2^127, so that none rounds up to infinity. v is not negative.
@@ -32,8 +33,13 @@ struct WindowCodec {
   static FLASHOPTIM_HD IntOf<F> storable(F v) {
     const IntOf<F> bits = to_bits(v);
     const MaskOf<F> stays = unsigned_less(bits - splat_bits<F>(1u), splat_bits<F>(0x7f7fffffu));
-    const IntOf<F> bounded = int_min(int_max(bits, splat_bits<F>(0x00800000u)), splat_bits<F>(0x7f000000u));
+    const IntOf<F> bounded = int_min(int_max(bits, splat_bits<F>(0x00800000u)), splat_bits<F>(kLargestBits));
     return select(stays, bounded, splat_bits<F>(0u));
+  }
+
+  /// Whether a finite v is above what storable() gives: it is stored as 2^127.
+  static FLASHOPTIM_HD bool saturates(float v) {
+    return int_greater(to_bits(v), kLargestBits) && int_greater(0x7f800000u, to_bits(v));
   }
 
   /// Header of a group from the largest pattern and the smallest non-zero pattern minus 1 (as unsigned: zeros give

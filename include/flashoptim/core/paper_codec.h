@@ -25,6 +25,12 @@ FLASHOPTIM_HD IntOf<F> paper_header(F absmax) {
   return Float16::template round<F>(min(absmax, splat<F>(kPaperLargestScale)));
 }
 
+/// Whether a finite |m| or sqrt(v) is above every scale. Its group is stored under the scale 65504, so that it is read
+/// back as 65504 at most, and the rest of the group as less than it was.
+FLASHOPTIM_HD bool paper_saturates(float value) {
+  return greater(abs(value), kPaperLargestScale) && greater(0x1p127f * 2.0f, abs(value));
+}
+
 /// 0 for NaN and infinity.
 template <class F>
 FLASHOPTIM_HD F finite_or_zero(F value) {

@@ -13,8 +13,20 @@
 #pragma once
 
 #include "flashoptim/core/narrow_float.h"
+#include "flashoptim/types.h"
 
 namespace flashoptim::core {
+
+FLASHOPTIM_HD constexpr bool has_correction(MasterWeights m) {
+  return m != MasterWeights::kNone && m != MasterWeights::kNoneStochastic;
+}
+/// Bits of a correction, where there is one.
+FLASHOPTIM_HD constexpr int correction_bits(MasterWeights m) {
+  return m == MasterWeights::kCorrection8 || m == MasterWeights::kCorrection8Nearest ? 8 : 16;
+}
+FLASHOPTIM_HD constexpr bool is_nearest(MasterWeights m) {
+  return m == MasterWeights::kCorrection8Nearest || m == MasterWeights::kCorrection16Nearest;
+}
 
 /// A correction of `kBits` bits, N = kMax.
 template <int kBits>

@@ -15,6 +15,7 @@ namespace flashoptim::core {
 
 template <bool kDecoupled>
 struct AdamRule {
+  static constexpr bool kDecoupledDecay = kDecoupled;
   static constexpr int kStateCount = 2;
   static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, 1, 6},
                                                     {"exp_avg_sq", StateKind::kUnsigned, kNoSlot}};
@@ -53,6 +54,13 @@ struct AdamRule {
     const F update = splat<F>(h.step_size) * (s[0] / max(splat<F>(kSmallestDenominator), denominator));
     if constexpr (kDecoupled) return splat<F>(h.decay) * w + update;
     return update;
+  }
+
+  /// "Exact Adam's bound" (docs/numerics.md, "Largest update"): lr for a steady gradient, and for one that comes after
+  /// none, whose m is (1 - beta1) g and sqrt(v) is sqrt(1 - beta2) |g|.
+  static FLASHOPTIM_HD double largest_update(const Hyperparameters& p) {
+    const double sudden = (1.0 - p.beta1) / double_sqrt(1.0 - p.beta2);
+    return sudden > 1.0 ? p.lr * sudden : p.lr;
   }
 
   /// |g| above 2^60 is taken as 2^60, so that g^2 stays finite; NaN passes.

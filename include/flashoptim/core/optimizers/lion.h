@@ -11,6 +11,7 @@
 namespace flashoptim::core {
 
 struct Lion {
+  static constexpr bool kDecoupledDecay = true;
   static constexpr int kStateCount = 1;
   static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, kNoSlot, 4}, {}};
 
@@ -40,6 +41,8 @@ struct Lion {
     const F sign = select(greater(c, zero), splat<F>(1.0f), select(greater(zero, c), splat<F>(-1.0f), c));
     return splat<F>(h.decay) * w + splat<F>(h.lr) * sign;
   }
+
+  static FLASHOPTIM_HD double largest_update(const Hyperparameters& p) { return p.lr; }
 };
 
 }  // namespace flashoptim::core

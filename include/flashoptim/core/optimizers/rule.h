@@ -7,10 +7,13 @@
 //     struct Hyper {...};                               // fp32 numbers of one step
 //     static Hyper make_hyper(const Hyperparameters&);  // in double, the only place where they are rounded
 //     template <class F> static F update(F w, F g, F (&s)[kMaxStates], const Hyper&);
+//     static constexpr bool kDecoupledDecay;            // delta depends on w by decoupled weight decay alone
+//     static double largest_update(const Hyperparameters&);  // bound of |delta| without that decay; 0: none
 //   };
 //
 // update() changes the states in place and returns delta; the weight becomes w - delta (the caller subtracts, because
-// a split weight can take off less than one fp32 ULP).
+// a split weight can take off less than one fp32 ULP). largest_update() is what an exact update is held against
+// (core/inspect.h, benchmarks/fidelity); no step reads it.
 #pragma once
 
 #include "flashoptim/core/lanes.h"

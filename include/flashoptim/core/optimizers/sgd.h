@@ -14,6 +14,7 @@ namespace flashoptim::core {
 
 template <bool kDecoupled, bool kMomentum>
 struct SgdRule {
+  static constexpr bool kDecoupledDecay = kDecoupled;
   static constexpr int kStateCount = kMomentum ? 1 : 0;
   static constexpr StateSlot kStates[kMaxStates] = {{"momentum_buffer", StateKind::kSigned, kNoSlot, 5}, {}};
 
@@ -48,6 +49,9 @@ struct SgdRule {
     if constexpr (kDecoupled) return splat<F>(h.decay) * w + update;
     return update;
   }
+
+  /// An update is as large as its gradients.
+  static FLASHOPTIM_HD double largest_update(const Hyperparameters&) { return 0.0; }
 };
 
 using Sgd = SgdRule<false, true>;
