@@ -8,6 +8,7 @@
 
 #include "flashoptim/step.h"
 #include "src/blocks.h"
+#include "src/inspect.h"
 #include "src/rules.h"
 
 #if defined(_OPENMP)
@@ -146,6 +147,7 @@ struct PreparedHyper {
   cpu::HyperStorage rule;
   core::DitherKey dither;
   float gradient_scale;
+  float largest_update;  // for inspect()
 };
 
 void store_groups(cpu::Stage store, Block& block, int begin, int end) {
@@ -204,6 +206,36 @@ struct Plan::Impl {
       ++t;
     }
     if (block.nonfinite != 0) nonfinite.fetch_add(block.nonfinite, std::memory_order_relaxed);
+  }
+
+  void inspect_range(int64_t begin, int64_t end, int64_t stride, StepTelemetry* telemetry) const {
+    size_t t = static_cast<size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin()) - 1;
+    for (int64_t b = begin; b < end; ++t) {
+      const int64_t last = std::min(end, first_block[t + 1]);
+      if (tensors[t].gradient != nullptr) {
+        const PreparedHyper& hyper = hypers[static_cast<size_t>(tensors[t].hyper_index)];
+        const int64_t first_group = (b - first_block[t]) * cpu::kBlockGroups;
+        const int64_t end_group = std::min(tensors[t].layout.groups(), (last - first_block[t]) * cpu::kBlockGroups);
+        inspect_groups({tensors[t], static_cast<int64_t>(t), rule, hyper.rule, hyper.dither, hyper.gradient_scale,
+                        hyper.largest_update, stride},
+                       first_group, end_group, telemetry + t);
+      }
+      b = last;
+    }
+  }
+
+  /// Checks a step's arguments and prepares the hyperparameters that it uses.
+  Status prepare(const Hyperparameters* given, int64_t count, const StepOptions& options);
+
+  /// Runs body(context, begin, end) over the plan's blocks.
+  void for_each_block(const StepOptions& options, void (*body)(void*, int64_t, int64_t), void* context) const {
+    const int64_t blocks = first_block.back();
+    if (blocks == 0) return;
+    if (options.parallel_for != nullptr) {
+      options.parallel_for(options.parallel_for_user, blocks, body, context);
+    } else {
+      default_parallel_for(blocks, body, context);
+    }
   }
 };
 
@@ -272,11 +304,9 @@ Status Plan::set_hyper_index(int64_t index, int32_t hyper_index) {
   return Status::ok();
 }
 
-Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) {
-  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
-  if (options.found_inf != nullptr && *options.found_inf != 0.0f) return Status::ok();
+Status Plan::Impl::prepare(const Hyperparameters* given, int64_t count, const StepOptions& options) {
   int32_t used = 0;
-  for (const ParameterTensors& t : impl_->tensors) {
+  for (const ParameterTensors& t : tensors) {
     if (t.gradient != nullptr) used = std::max(used, t.hyper_index + 1);
   }
   if (used > count) {
@@ -287,28 +317,55 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
     return Status::invalid_argument("options.gradient_scale = " + number(static_cast<double>(options.gradient_scale)) + "; must be finite");
   }
   for (int32_t i = 0; i < used; ++i) {
-    const Status status = check_hyperparameters(impl_->optimizer, hypers[i], i);
+    const Status status = check_hyperparameters(optimizer, given[i], i);
     if (!status.is_ok()) return status;
   }
   for (int32_t i = 0; i < used; ++i) {
-    PreparedHyper& prepared = impl_->hypers[static_cast<size_t>(i)];
-    make_hyper(impl_->rule, hypers[i], &prepared.rule);
-    prepared.dither = core::make_dither_key(hypers[i].seed, static_cast<uint64_t>(hypers[i].step));
-    prepared.gradient_scale = hypers[i].maximize ? -options.gradient_scale : options.gradient_scale;
+    PreparedHyper& prepared = hypers[static_cast<size_t>(i)];
+    make_hyper(rule, given[i], &prepared.rule);
+    prepared.dither = core::make_dither_key(given[i].seed, static_cast<uint64_t>(given[i].step));
+    prepared.gradient_scale = given[i].maximize ? -options.gradient_scale : options.gradient_scale;
+    prepared.largest_update = largest_update(rule, given[i]);
   }
+  return Status::ok();
+}
+
+Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) {
+  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  if (options.found_inf != nullptr && *options.found_inf != 0.0f) return Status::ok();
+  const Status status = impl_->prepare(hypers, count, options);
+  if (!status.is_ok()) return status;
   impl_->nonfinite.store(0, std::memory_order_relaxed);
-  const auto body = [](void* impl, int64_t begin, int64_t end) { static_cast<Impl*>(impl)->step_range(begin, end); };
-  const int64_t blocks = impl_->first_block.back();
-  if (blocks > 0) {
-    if (options.parallel_for != nullptr) {
-      options.parallel_for(options.parallel_for_user, blocks, body, impl_.get());
-    } else {
-      default_parallel_for(blocks, body, impl_.get());
-    }
-  }
+  impl_->for_each_block(
+      options, [](void* impl, int64_t begin, int64_t end) { static_cast<Impl*>(impl)->step_range(begin, end); }, impl_.get());
   if (options.nonfinite_gradients != nullptr) {
     *options.nonfinite_gradients += impl_->nonfinite.load(std::memory_order_relaxed);
   }
+  return Status::ok();
+}
+
+Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
+                     const InspectOptions& inspect_options, StepTelemetry* telemetry) {
+  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  if (inspect_options.stride < 1) {
+    return Status::invalid_argument("inspect_options.stride = " + std::to_string(inspect_options.stride) + "; must be at least 1");
+  }
+  if (telemetry == nullptr && size() > 0) {
+    return Status::invalid_argument("telemetry is null; it must have " + std::to_string(size()) + " entries");
+  }
+  if (options.found_inf != nullptr && *options.found_inf != 0.0f) return Status::ok();
+  const Status status = impl_->prepare(hypers, count, options);
+  if (!status.is_ok()) return status;
+  struct Work {
+    const Impl* impl;
+    int64_t stride;
+    StepTelemetry* telemetry;
+  } work{impl_.get(), inspect_options.stride, telemetry};
+  const auto body = [](void* context, int64_t begin, int64_t end) {
+    const Work& w = *static_cast<const Work*>(context);
+    w.impl->inspect_range(begin, end, w.stride, w.telemetry);
+  };
+  impl_->for_each_block(options, body, &work);
   return Status::ok();
 }
 

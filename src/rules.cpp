@@ -47,6 +47,19 @@ void make_hyper(RuleKind rule, const Hyperparameters& p, cpu::HyperStorage* hype
   }
 }
 
+float largest_update(RuleKind rule, const Hyperparameters& p) {
+  switch (rule) {
+#define FLASHOPTIM_CASE(name) \
+  case RuleKind::k##name:     \
+    return static_cast<float>(core::name::largest_update(p));
+    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
+#undef FLASHOPTIM_CASE
+    case RuleKind::kCount:
+      break;
+  }
+  return 0.0f;
+}
+
 int state_count(OptimizerKind optimizer, bool has_momentum) {
   switch (rule_kind(optimizer, has_momentum)) {
 #define FLASHOPTIM_CASE(name) \

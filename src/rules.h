@@ -12,4 +12,7 @@ cpu::RuleKind rule_kind(OptimizerKind optimizer, bool has_momentum);
 /// The rule's Hyper for one step, in fp32.
 void make_hyper(cpu::RuleKind rule, const Hyperparameters& hyperparameters, cpu::HyperStorage* hyper);
 
+/// What the rule's updates are held against (0: nothing), in fp32.
+float largest_update(cpu::RuleKind rule, const Hyperparameters& hyperparameters);
+
 }  // namespace flashoptim

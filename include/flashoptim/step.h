@@ -14,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+#include "flashoptim/telemetry.h"
 #include "flashoptim/types.h"
 
 namespace flashoptim {
@@ -102,6 +103,13 @@ class Plan {
 
   /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index.
   Status step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {});
+
+  /// What step() with the same arguments would do now, counted without doing it: changes no tensor. Entry i of
+  /// `telemetry`, which has size() entries, is that of tensor i; counts are added to it, the ratio becomes the larger of
+  /// both. Nothing is added for a tensor without gradient or a step that found_inf skips; options.nonfinite_gradients is
+  /// left alone. Errors are those of step(), a null `telemetry` and a stride below 1. No allocation.
+  Status inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
+                 const InspectOptions& inspect_options, StepTelemetry* telemetry);
 
  private:
   struct Impl;

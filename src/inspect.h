@@ -1,0 +1,26 @@
+// The dry run of Plan::inspect on the CPU: walks the groups of a tensor and adds up what core/inspect.h finds.
+#pragma once
+
+#include <cstdint>
+
+#include "flashoptim/step.h"
+#include "src/cpu/kernels.h"
+
+namespace flashoptim {
+
+/// What the groups of a tensor share.
+struct TensorInspection {
+  const ParameterTensors& tensor;
+  int64_t index;  ///< of the tensor in its plan
+  cpu::RuleKind rule;
+  const cpu::HyperStorage& hyper;
+  core::DitherKey dither;
+  float gradient_scale;
+  float largest_update;
+  int64_t stride;
+};
+
+/// Adds the telemetry of groups begin ... end - 1 of a tensor to `out`, which other threads may be adding to.
+void inspect_groups(const TensorInspection& inspection, int64_t begin, int64_t end, StepTelemetry* out);
+
+}  // namespace flashoptim
