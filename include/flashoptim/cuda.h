@@ -7,7 +7,7 @@
 //   flashoptim::cuda::StepOptions options;  options.stream = stream;
 //   status = plan.step(&hyper, 1, options);
 //
-// Plan::make validates, allocates a little device memory and uploads the table of tensors. step() and gradient_norm()
+// Plan::make validates, allocates a little device memory and uploads the table of tensors. step(), inspect() and gradient_norm()
 // launch on the given stream and return: they allocate nothing, never wait for the device and can be captured in a CUDA
 // graph. A plan may be used by one thread, and in one stream order, at a time. The header needs no CUDA header.
 #pragma once
@@ -16,6 +16,7 @@
 #include <memory>
 
 #include "flashoptim/step.h"
+#include "flashoptim/telemetry.h"
 #include "flashoptim/types.h"
 
 namespace flashoptim::cuda {
@@ -77,6 +78,12 @@ class Plan {
 
   /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index.
   Status step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {});
+
+  /// As flashoptim::Plan::inspect, in one launch and the small ones that prepare it: what step() with the same arguments
+  /// would do now. `telemetry` has size() entries in device memory; its numbers equal the CPU's. Errors are those of step(),
+  /// a null `telemetry` and a stride below 1.
+  Status inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
+                 const InspectOptions& inspect_options, StepTelemetry* telemetry);
 
   /// Norm of all gradients of the plan as one vector and the clipping coefficient, to device memory. The order of
   /// summation depends on the plan alone: the same bits whatever the device, stream or load.

@@ -33,6 +33,8 @@ struct alignas(16) TensorEntry {
 enum TensorFlag : uint8_t {
   kVectorAligned = 1,  ///< every array but the gradient starts at a multiple of 16 bytes
   kShortRows = 2,      ///< rows end in groups of fewer than 32: group g does not start at element 32 g
+  kPaperStates = 4,    ///< the codec, for kernels that take any; neither: fp32
+  kDefaultStates = 8,
 };
 
 /// A run of groups of one tensor: what one block works on.
@@ -85,6 +87,7 @@ struct PrepareArguments {
   const float* gradient_divisor;
   const float* clip_coefficient;
   const float* found_inf;
+  float* largest_updates;  ///< of the rule, for inspect(); may be null
   Hyperparameters hypers[kHypersPerLaunch];
   const float* lr[kHypersPerLaunch];
   const int64_t* step[kHypersPerLaunch];
@@ -116,6 +119,16 @@ struct NormArguments {
   float epsilon;
 };
 
+struct InspectArguments {
+  const TensorEntry* tensors;
+  const Chunk* chunks;
+  const PreparedHyper* hypers;
+  const float* largest_updates;  ///< one per hyperparameter set
+  StepTelemetry* telemetry;      ///< one per tensor
+  int64_t stride;
+  uint32_t chunk_count;
+};
+
 /// Launches a step over `chunk_count` chunks; `stream` is a cudaStream_t. Returns cudaError_t as int.
 using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
@@ -140,6 +153,7 @@ const StepLaunches& step_launches(RuleKind rule);
 
 int launch_prepare(const PrepareArguments& arguments, void* stream);
 int launch_update(const UpdateArguments& arguments, void* stream);
+int launch_inspect(RuleKind rule, const InspectArguments& arguments, void* stream);
 int launch_norm(const NormArguments& arguments, void* stream);
 int launch_advance(int64_t* counter, const float* found_inf, void* stream);
 

@@ -93,6 +93,8 @@ TensorEntry make_entry(const ParameterTensors& t) {
   e.master_weights = static_cast<uint8_t>(t.master_weights);
   if (aligned) e.flags |= kVectorAligned;
   if (t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0) e.flags |= kShortRows;
+  if (t.state_codec == StateCodec::kPaper) e.flags |= kPaperStates;
+  if (t.state_codec == StateCodec::kDefault) e.flags |= kDefaultStates;
   return e;
 }
 
@@ -137,6 +139,9 @@ struct Plan::Impl {
   TensorEntry* entries = nullptr;
   Chunk* chunks = nullptr;
   PreparedHyper* hypers = nullptr;
+  float* largest_updates = nullptr;
+  Chunk* inspect_chunks = nullptr;
+  int64_t inspect_chunk_count = 0;
   Chunk* norm_chunks = nullptr;
   int64_t norm_chunk_count = 0;
   double* partial = nullptr;
@@ -162,7 +167,14 @@ struct Plan::Impl {
   Status upload();
   Status upload_changes(void* stream);
   Status prepare_inline(const Hyperparameters* given, int32_t used, const StepOptions& options, StepArguments* args) const;
-  Status prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options) const;
+  Status prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options, float* updates) const;
+
+  /// What a step reads of its arguments, after checking them.
+  struct Use {
+    int32_t hypers = 0;      ///< sets 0 ... hypers - 1; none: no tensor has a gradient
+    bool on_device = false;  ///< some of their numbers are only known there
+  };
+  Status check(const Hyperparameters* given, int64_t count, const StepOptions& options, Use* use) const;
 };
 
 namespace {
@@ -187,11 +199,12 @@ class Arena {
 Status Plan::Impl::upload() {
   const int64_t count = tensors.size();
   std::vector<TensorEntry> entry_table;
-  std::vector<Chunk> chunk_table, norm_table;
+  std::vector<Chunk> chunk_table, inspect_table, norm_table;
   int64_t tiles = 0;
   for (int64_t i = 0; i < count; ++i) {
     entry_table.push_back(make_entry(tensors.tensor(i)));
     tiles += (tensors.tensor(i).layout.groups() + kTileGroups - 1) / kTileGroups;
+    add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), kInspectChunkGroups, &inspect_table);
     add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups, &norm_table);
   }
   const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
@@ -223,14 +236,17 @@ Status Plan::Impl::upload() {
     }
   }
   norm_chunk_count = static_cast<int64_t>(norm_table.size());
-  if (norm_chunk_count > std::numeric_limits<int32_t>::max()) return Status::unsupported("the plan has more than 2^47 elements");
+  inspect_chunk_count = static_cast<int64_t>(inspect_table.size());
+  if (std::max(norm_chunk_count, inspect_chunk_count) > std::numeric_limits<int32_t>::max()) return Status::unsupported("the plan has more than 2^47 elements");
 
   Arena arena;
   const int64_t entries_at = arena.add<TensorEntry>(count);
   const int64_t chunks_at = arena.add<Chunk>(static_cast<int64_t>(chunk_table.size()));
+  const int64_t inspect_chunks_at = arena.add<Chunk>(inspect_chunk_count);
   const int64_t norm_chunks_at = arena.add<Chunk>(norm_chunk_count);
   const int64_t uploaded = arena.size();
   const int64_t hypers_at = arena.add<PreparedHyper>(hyper_capacity);
+  const int64_t largest_updates_at = arena.add<float>(hyper_capacity);
   const int64_t partial_at = arena.add<double>(norm_chunk_count);
   const int64_t zeroed = arena.size();
   const int64_t finished_at = arena.add<unsigned int>(1);
@@ -239,6 +255,7 @@ Status Plan::Impl::upload() {
   std::vector<unsigned char> image(static_cast<size_t>(uploaded));
   std::copy_n(reinterpret_cast<const unsigned char*>(entry_table.data()), entry_table.size() * sizeof(TensorEntry), image.data() + entries_at);
   std::copy_n(reinterpret_cast<const unsigned char*>(chunk_table.data()), chunk_table.size() * sizeof(Chunk), image.data() + chunks_at);
+  std::copy_n(reinterpret_cast<const unsigned char*>(inspect_table.data()), inspect_table.size() * sizeof(Chunk), image.data() + inspect_chunks_at);
   std::copy_n(reinterpret_cast<const unsigned char*>(norm_table.data()), norm_table.size() * sizeof(Chunk), image.data() + norm_chunks_at);
 
   DeviceGuard guard(device);
@@ -250,8 +267,10 @@ Status Plan::Impl::upload() {
   if (!status.is_ok()) return status;
   entries = reinterpret_cast<TensorEntry*>(memory + entries_at);
   chunks = reinterpret_cast<Chunk*>(memory + chunks_at);
+  inspect_chunks = reinterpret_cast<Chunk*>(memory + inspect_chunks_at);
   norm_chunks = reinterpret_cast<Chunk*>(memory + norm_chunks_at);
   hypers = reinterpret_cast<PreparedHyper*>(memory + hypers_at);
+  largest_updates = reinterpret_cast<float*>(memory + largest_updates_at);
   partial = reinterpret_cast<double*>(memory + partial_at);
   finished = reinterpret_cast<unsigned int*>(memory + finished_at);
   work = reinterpret_cast<WorkCounter*>(memory + work_at);
@@ -295,7 +314,8 @@ Status Plan::Impl::prepare_inline(const Hyperparameters* given, int32_t used, co
   return Status::ok();
 }
 
-Status Plan::Impl::prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options) const {
+Status Plan::Impl::prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options,
+                                     float* updates) const {
   PrepareArguments args;
   args.rule = rule;
   args.gradient_scale = options.gradient_scale;
@@ -305,6 +325,7 @@ Status Plan::Impl::prepare_on_device(const Hyperparameters* given, int32_t used,
   for (int32_t begin = 0; begin < used; begin += kHypersPerLaunch) {
     args.count = std::min(kHypersPerLaunch, used - begin);
     args.out = hypers + begin;
+    args.largest_updates = updates == nullptr ? nullptr : updates + begin;
     for (int32_t i = 0; i < args.count; ++i) {
       args.hypers[i] = given[begin + i];
       args.lr[i] = options.lr == nullptr ? nullptr : options.lr[begin + i];
@@ -374,37 +395,45 @@ Status Plan::set_hyper_index(int64_t index, int32_t hyper_index) {
   return status;
 }
 
-Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) {
-  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+Status Plan::Impl::check(const Hyperparameters* given, int64_t count, const StepOptions& options, Use* use) const {
   int32_t used = 0;
-  for (int64_t i = 0; i < size(); ++i) {
-    if (tensor(i).gradient != nullptr) used = std::max(used, tensor(i).hyper_index + 1);
+  for (int64_t i = 0; i < tensors.size(); ++i) {
+    if (tensors.tensor(i).gradient != nullptr) used = std::max(used, tensors.tensor(i).hyper_index + 1);
   }
-  if (used == 0) return Status::ok();
   if (used > count) {
     return Status::invalid_argument("hypers has " + std::to_string(count) + " entries, but a tensor's hyper_index is " +
                                     std::to_string(used - 1));
   }
-  bool on_device = used > kInlineHypers || options.gradient_divisor != nullptr || options.clip_coefficient != nullptr ||
+  use->hypers = used;
+  use->on_device = used > kInlineHypers || options.gradient_divisor != nullptr || options.clip_coefficient != nullptr ||
                    options.found_inf != nullptr;
   for (int32_t i = 0; i < used; ++i) {
     const bool device_step = options.step != nullptr && options.step[i] != nullptr;
-    on_device = on_device || device_step || (options.lr != nullptr && options.lr[i] != nullptr);
-    if (!device_step && hypers[i].step < 1) {
-      return Status::invalid_argument("hypers[" + std::to_string(i) + "].step = " + std::to_string(hypers[i].step) +
+    use->on_device = use->on_device || device_step || (options.lr != nullptr && options.lr[i] != nullptr);
+    if (!device_step && given[i].step < 1) {
+      return Status::invalid_argument("hypers[" + std::to_string(i) + "].step = " + std::to_string(given[i].step) +
                                       "; steps count from 1");
     }
   }
+  return Status::ok();
+}
+
+Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) {
+  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  Impl::Use use;
+  Status status = impl_->check(hypers, count, options, &use);
+  if (!status.is_ok() || use.hypers == 0) return status;
   DeviceGuard guard(impl_->device);
-  Status status = device_status(guard.error(), "cannot use the device of the plan");
+  status = device_status(guard.error(), "cannot use the device of the plan");
   if (status.is_ok()) status = impl_->upload_changes(options.stream);
   StepArguments args;
   args.tensors = impl_->entries;
   args.multiprocessors = static_cast<uint32_t>(impl_->multiprocessors);
-  args.hypers = on_device ? impl_->hypers : nullptr;
+  args.hypers = use.on_device ? impl_->hypers : nullptr;
   args.nonfinite = reinterpret_cast<unsigned long long*>(options.nonfinite_gradients);
   if (status.is_ok()) {
-    status = on_device ? impl_->prepare_on_device(hypers, used, options) : impl_->prepare_inline(hypers, used, options, &args);
+    status = use.on_device ? impl_->prepare_on_device(hypers, use.hypers, options, nullptr)
+                           : impl_->prepare_inline(hypers, use.hypers, options, &args);
   }
   for (const Impl::Launch& launch : impl_->launches) {
     if (!status.is_ok()) return status;
@@ -414,6 +443,34 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
     status = device_status(static_cast<cudaError_t>(launch.function(args, options.stream)), "launching the step");
   }
   return status;
+}
+
+Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
+                     const InspectOptions& inspect_options, StepTelemetry* telemetry) {
+  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  if (inspect_options.stride < 1) {
+    return Status::invalid_argument("inspect_options.stride = " + std::to_string(inspect_options.stride) + "; must be at least 1");
+  }
+  if (telemetry == nullptr && size() > 0) {
+    return Status::invalid_argument("telemetry is null; it must have " + std::to_string(size()) + " entries in device memory");
+  }
+  Impl::Use use;
+  Status status = impl_->check(hypers, count, options, &use);
+  if (!status.is_ok() || use.hypers == 0 || impl_->inspect_chunk_count == 0) return status;
+  DeviceGuard guard(impl_->device);
+  status = device_status(guard.error(), "cannot use the device of the plan");
+  if (status.is_ok()) status = impl_->upload_changes(options.stream);
+  if (status.is_ok()) status = impl_->prepare_on_device(hypers, use.hypers, options, impl_->largest_updates);
+  if (!status.is_ok()) return status;
+  InspectArguments args;
+  args.tensors = impl_->entries;
+  args.chunks = impl_->inspect_chunks;
+  args.hypers = impl_->hypers;
+  args.largest_updates = impl_->largest_updates;
+  args.telemetry = telemetry;
+  args.stride = inspect_options.stride;
+  args.chunk_count = static_cast<uint32_t>(impl_->inspect_chunk_count);
+  return device_status(static_cast<cudaError_t>(launch_inspect(impl_->rule, args, options.stream)), "launching the inspection");
 }
 
 Status Plan::gradient_norm(const NormOptions& options, GradientNorm* result) {

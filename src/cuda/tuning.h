@@ -44,4 +44,7 @@ inline constexpr int kUpdatesPerLaunch = 240;
 /// Blocks of the gradient norm's reduction take this many groups each.
 inline constexpr int kNormChunkGroups = 2048;
 
+/// Blocks of inspect() look through this many groups each: one pass of the block at stride 32. Not measured.
+inline constexpr int kInspectChunkGroups = 2048;
+
 }  // namespace flashoptim::cuda
