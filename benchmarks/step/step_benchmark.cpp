@@ -4,6 +4,7 @@
 //
 // Names read  step/<optimizer>/<states>/<parameter>/<master weights>/<workload>/threads:<n>/<instruction set>, e.g.
 //   --benchmark_filter='adamw/default/bf16/24bit/n:67108864'
+// and  inspect/<optimizer>/<states>/<parameter>/<master weights>/stride:<n>/<workload>/...  for telemetry beside a step.
 // Without --full, a subset that takes a few minutes is registered; with it, every optimizer, codec, dtype and width at
 // every size. To compare, let repetitions of all benchmarks take turns, and look at medians:
 //   --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
@@ -260,6 +261,32 @@ void add_ours(Registered& registered, const Case& c, const Workload& workload, i
   });
 }
 
+/// The dry run beside a step (Plan::inspect), which reads what is held of every stride-th group.
+void add_inspect(Registered& registered, const Case& c, const Workload& workload, int threads, int64_t stride) {
+  const char* isa = "";
+  check(cpu_isa(&isa));
+  const std::string name = std::string("inspect/") + c.optimizer.name + "/" + c.codec.name + "/" + c.parameter.name + "/" +
+                           c.master.name + "/stride:" + std::to_string(stride) + "/" + workload.name +
+                           "/threads:" + std::to_string(threads) + "/" + isa;
+  if (!worth_threads(workload, threads)) return;
+  add(registered, name, workload, Ours::arena_bytes(c, workload), [c, workload, threads, stride](benchmark::State& state) {
+    omp_set_num_threads(threads);
+    Ours ours(c, workload);
+    Hyperparameters hyper;
+    hyper.lr = 1e-4;
+    hyper.weight_decay = 0.01;
+    hyper.momentum = c.optimizer.momentum;
+    hyper.step = 1;
+    check(ours.plan.step(&hyper, 1));
+    std::vector<StepTelemetry> telemetry(workload.shapes.size());
+    const double held = static_cast<double>(ours.held);
+    measure(state, threads, workload.numel(), held, held / static_cast<double>(stride), [&] {
+      ++hyper.step;
+      check(ours.plan.inspect(&hyper, 1, {}, {stride}, telemetry.data()));
+    });
+  });
+}
+
 void add_torch([[maybe_unused]] Registered& registered, [[maybe_unused]] const Workload& workload,
                [[maybe_unused]] int threads) {
 #if defined(FLASHOPTIM_BENCHMARK_TORCH)
@@ -313,6 +340,7 @@ void add_subset(Registered& registered, const std::vector<int>& threads) {
   for (int t : threads) {
     add_torch(registered, large, t);
     for (const Codec& codec : kCodecs) add_ours(registered, {kAdamW, codec, kParameters[0], k24Bit}, large, t);
+    for (int64_t stride : {1, 64}) add_inspect(registered, {kAdamW, kCodecs[0], kParameters[0], k24Bit}, large, t, stride);
   }
   for (const Optimizer& optimizer : kOptimizers)
     for (int codec : {0, 1}) add_ours(registered, {optimizer, kCodecs[codec], kParameters[0], k24Bit}, large, all);

@@ -57,7 +57,7 @@ struct AdamRule {
   }
 
   /// "Exact Adam's bound" (docs/numerics.md, "Largest update"): lr for a steady gradient, and for one that comes after
-  /// none, whose m is (1 - beta1) g and sqrt(v) is sqrt(1 - beta2) |g|.
+  /// none, whose m is (1 - beta1) g and sqrt(v) is sqrt(1 - beta2) |g|. Not strict: see its "Telemetry".
   static FLASHOPTIM_HD double largest_update(const Hyperparameters& p) {
     const double sudden = (1.0 - p.beta1) / double_sqrt(1.0 - p.beta2);
     return sudden > 1.0 ? p.lr * sudden : p.lr;
