@@ -113,7 +113,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     program = runs.ROOT / "build/dev/examples/train_gpt/train_gpt"
     parser.add_argument("--program", type=Path, default=program, help="train_gpt, built (default: build/dev's)")
-    parser.add_argument("--out", type=Path, default=runs.DEFAULT_FOLDER, help="folder of results (default: build/real_models)")
+    parser.add_argument(
+        "--out", type=Path, default=runs.DEFAULT_FOLDER, help="folder of results (default: build/real_models)"
+    )
     parser.add_argument("--data", type=Path, help="text to learn from (default: pydoc's topics, as in make demo)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["fp32", "paper", "default"])
     parser.add_argument("--seeds", type=int, default=3, help="seeds per variant (default: 3)")
@@ -131,7 +133,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> list[dict]:
     args = parse(arguments)
     if not args.program.exists():
-        sys.exit(f"gpt.py: there is no {args.program}: build target train_gpt (tools/demo.sh does), or name it by --program")
+        sys.exit(
+            f"gpt.py: there is no {args.program}: build target train_gpt (tools/demo.sh does), or name it by --program"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     text = args.data
     if text is None:

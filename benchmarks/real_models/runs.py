@@ -66,7 +66,10 @@ def execute(jobs: list[dict], folder: Path, executor: Executor, work, fraction=l
     results = {run_name(job): finished_run(folder, job) for job in jobs}
     pending = [job for job in jobs if results[run_name(job)] is None]
     task = jobs[0]["task"] if jobs else "nothing"
-    print(f"[{task}] {len(jobs)} runs, {len(jobs) - len(pending)} of them finished before; results in {folder}", flush=True)
+    print(
+        f"[{task}] {len(jobs)} runs, {len(jobs) - len(pending)} of them finished before; results in {folder}",
+        flush=True,
+    )
     start = time.monotonic()
     futures = {executor.submit(work, job): job for job in pending}
     running, failures = set(futures), []
@@ -86,7 +89,9 @@ def execute(jobs: list[dict], folder: Path, executor: Executor, work, fraction=l
         share = (len(pending) - len(running) + sum(fraction(futures[future]) for future in running)) / len(pending)
         elapsed = time.monotonic() - start
         left = f", {clock(elapsed * (1 - share) / share)} left" if share > 0 else ""
-        print(f"[{task}] {len(pending) - len(running)} of {len(pending)} runs, {clock(elapsed)} so far{left}", flush=True)
+        print(
+            f"[{task}] {len(pending) - len(running)} of {len(pending)} runs, {clock(elapsed)} so far{left}", flush=True
+        )
     if failures:
         raise failures[0]
     return [results[run_name(job)] for job in jobs]
@@ -108,7 +113,9 @@ def machine(device: str, threads: int, sources: tuple[str, ...]) -> dict:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return {
         "device": device,
