@@ -30,7 +30,11 @@ VARIANTS = {
 }
 COLORS = {"fp32": "#222222", "paper": "#d1495b", "default": "#00798c", "fp32-states": "#b07d2b"}
 METRICS = {
-    "gpt": [("val_loss", "validation loss, nats a byte", 1, 4)],
+    "gpt": [
+        ("val_loss", "validation loss, nats a byte", 1, 4),
+        ("val_loss_tail", "the same, mean over the last fifth", 1, 4),
+        ("train_loss", "training loss, whole split", 1, 4),
+    ],
     "digits": [("val_loss", "test loss, nats", 1, 5), ("accuracy", "test accuracy, %", 100, 2)],
 }
 INTRODUCTIONS = {
@@ -68,6 +72,16 @@ def group_runs(all_runs: list[dict]) -> dict:
     return groups
 
 
+def tail(run: dict) -> list[tuple[float, float]]:
+    """Steps and validation losses of the last fifth of a run."""
+    curve = list(zip(run["curve"]["step"], run["curve"]["val_loss"]))
+    return [(step, loss) for step, loss in curve if step >= (1 - FLAT_SHARE) * curve[-1][0]]
+
+
+def value_of(run: dict, metric: str) -> float:
+    return statistics.mean(loss for _, loss in tail(run)) if metric == "val_loss_tail" else run["final"][metric]
+
+
 def compare(variants: dict, metric: str) -> dict:
     """Per variant: values, mean, deviation between seeds, difference to fp32 (also in units of fp32's deviation), and mean
     and standard error of the differences of equal seeds."""
@@ -75,11 +89,11 @@ def compare(variants: dict, metric: str) -> dict:
     def deviation(values):
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
-    base = {seed: run["final"][metric] for seed, run in variants[BASELINE].items()}
+    base = {seed: value_of(run, metric) for seed, run in variants[BASELINE].items()}
     base_mean, spread = statistics.mean(base.values()), deviation(list(base.values()))
     rows = {}
     for variant in order(variants):
-        values = {seed: run["final"][metric] for seed, run in sorted(variants[variant].items())}
+        values = {seed: value_of(run, metric) for seed, run in sorted(variants[variant].items())}
         pairs = [value - base[seed] for seed, value in values.items() if seed in base]
         difference = statistics.mean(values.values()) - base_mean
         rows[variant] = {
@@ -101,11 +115,10 @@ def order(variants: dict) -> list[str]:
 def drift(run: dict) -> float:
     """Change of the validation loss over the last fifth of the steps, by a straight line through its values there (single
     values scatter by more than that)."""
-    steps, losses = run["curve"]["step"], run["curve"]["val_loss"]
-    tail = [(x, y) for x, y in zip(steps, losses) if x >= (1 - FLAT_SHARE) * steps[-1]]
-    if len(tail) < 3:
+    points = tail(run)
+    if len(points) < 3:
         return math.nan
-    return statistics.linear_regression(*zip(*tail)).slope * FLAT_SHARE * steps[-1]
+    return statistics.linear_regression(*zip(*points)).slope * FLAT_SHARE * run["curve"]["step"][-1]
 
 
 def table(optimizers: dict, metric: str, title: str, scale: float, digits: int) -> list[str]:
@@ -279,9 +292,7 @@ def write(all_runs: list[dict], out: Path, pictures: bool = True) -> None:
     out.mkdir(parents=True, exist_ok=True)
     report = make_report(all_runs)
     (out / "real_models.md").write_text(report)
-    ordered = sorted(all_runs, key=lambda run: (run["task"], run["optimizer"], run["variant"], run["seed"]))
-    lines = ",\n".join(json.dumps(run) for run in ordered)
-    (out / "real_models.json").write_text(f'{{"runs": [\n{lines}\n]}}\n')
+    runs.save_runs(out / "real_models.json", all_runs)
     for task, optimizers in group_runs(all_runs).items():
         if pictures:
             plot(task, optimizers, out / f"real_models_{task}.png")

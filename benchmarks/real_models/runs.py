@@ -6,6 +6,7 @@ A run is a dict:
     machine                            where it ran
     final                              its results, {"val_loss": ...}
     curve                              lists of equal length, {"step": [...], "val_loss": [...]}
+    facts                              about the model
     seconds                            wall time
 """
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_FOLDER = ROOT / "build" / "real_models"
 LIBRARY = ("include", "src", "libtorch")
 HEARTBEAT_S = 30
+SHARED = ("config", "machine", "facts")
 
 
 def run_name(run: dict) -> str:
@@ -47,10 +49,26 @@ def finished_run(folder: Path, job: dict) -> dict | None:
 
 
 def load_runs(path: Path) -> list[dict]:
-    """The runs of a folder of run files, or of one file that holds a list of them."""
+    """The runs of a folder of run files, or of one file that save_runs has written."""
     if path.is_dir():
         return [json.loads(file.read_text()) for file in sorted(path.glob("*-seed*.json"))]
-    return json.loads(path.read_text())["runs"]
+    stored = json.loads(path.read_text())
+    return [run | {key: stored[key][run[key]] for key in SHARED} for run in stored["runs"]]
+
+
+def save_runs(path: Path, all_runs: list[dict]) -> None:
+    """One file, a line a run. What runs share stands once; of the curves only the validation loss is kept."""
+    shared: dict[str, list] = {key: [] for key in SHARED}
+    lines = []
+    for run in sorted(all_runs, key=lambda run: (run["task"], run["optimizer"], run["variant"], run["seed"])):
+        kept = run | {"curve": {key: run["curve"][key] for key in ("step", "val_loss")}}
+        for key in SHARED:
+            if run[key] not in shared[key]:
+                shared[key].append(run[key])
+            kept[key] = shared[key].index(run[key])
+        lines.append(json.dumps(kept | {"seconds": round(run["seconds"])}, separators=(",", ":")))
+    heads = "".join(f'"{key}": {json.dumps(shared[key])},\n' for key in SHARED)
+    path.write_text("{" + heads + '"runs": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def clock(seconds: float) -> str:

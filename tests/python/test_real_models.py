@@ -1,7 +1,6 @@
 """benchmarks/real_models: the digits model learns with every optimizer, finished runs are kept, tables are right."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -138,7 +137,7 @@ def made_up(variant, seed, loss, task="gpt_tiny", optimizer="adamw", steps=100):
         "config": {"model": "tiny", "steps": steps, "arguments": [variant]},
         "facts": {"parameters": 1000, "unigram_loss": 3.25},
         "machine": machine,
-        "final": {"val_loss": loss},
+        "final": {"val_loss": loss, "train_loss": loss - 0.25},
         "curve": curve,
         "seconds": 1.0,
     }
@@ -159,6 +158,7 @@ def test_report_tables():
     assert (
         "| AdamW: flashoptim, `paper` | 3 | 1.3000 | 0.0000 | +0.2000 | +2.00 | +0.2000 +- 0.0577 | **no** |" in lines
     )
+    assert "| AdamW: flashoptim, `default` | 3 | 0.8600 | 0.1082 | +0.0100 | +0.10 | +0.0100 +- 0.0153 | yes |" in lines
     assert "| flashoptim, `default` | 1.0200 | 1.0800 | 1.2300 |" in lines
     end = next(line for line in lines if line.startswith("- AdamW: fp32 +0.0000 (+0.00 %)"))
     assert end.endswith(": flat by the limit of 0.5 %")
@@ -175,6 +175,7 @@ def test_report_sees_a_loss_that_still_falls():
     falling = made_up("fp32", 0, 1.0)
     falling["curve"]["val_loss"] = [2.0 - 0.01 * step for step in range(10, 101, 10)]
     assert report.drift(falling) == pytest.approx(-0.2)
+    assert report.value_of(falling, "val_loss_tail") == pytest.approx(2.0 - 0.9)
     assert "not flat" in report.make_report([falling])
 
 
@@ -194,4 +195,5 @@ def test_report_is_made_again_from_its_own_numbers(tmp_path):
     report.main(["--runs", str(tmp_path / "a" / "real_models.json"), "--out", str(tmp_path / "b")])
     for name in ("real_models.md", "real_models.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert json.loads((tmp_path / "a" / "real_models.json").read_text())["runs"][0]["task"] == "gpt_tiny"
+    by_name = {runs.run_name(run): run for run in runs.load_runs(tmp_path / "a" / "real_models.json")}
+    assert by_name == {runs.run_name(run): run for run in made_up_runs()}
