@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import gpt
 import runs
 
 BASELINE = "fp32"
@@ -35,7 +36,11 @@ METRICS = {
         ("val_loss_tail", "the same, mean over the last fifth", 1, 4),
         ("train_loss", "training loss, whole split", 1, 4),
     ],
-    "digits": [("val_loss", "test loss, nats", 1, 5), ("accuracy", "test accuracy, %", 100, 2)],
+    "digits": [
+        ("val_loss", "test loss, nats", 1, 5),
+        ("accuracy", "test accuracy, %", 100, 2),
+        ("train_loss", "training loss, last epoch, nats", 1, 5),
+    ],
 }
 INTRODUCTIONS = {
     "gpt": "`examples/train_gpt`, model `{model}` ({parameters:,} parameters), bytes of pydoc's topics, {steps} steps, the "
@@ -52,6 +57,14 @@ def kind(task: str) -> str:
     return task.split("_")[0]
 
 
+def shared_config(run: dict) -> dict:
+    """The config without train_gpt's arguments that make the variant; all the rest is the same for all variants."""
+    config = dict(run["config"])
+    if "arguments" in config:
+        config["arguments"] = config["arguments"][len(gpt.VARIANTS.get(run["variant"], ())) :]
+    return config
+
+
 def group_runs(all_runs: list[dict]) -> dict:
     """{task: {optimizer: {variant: {seed: run}}}}; the runs of one task and optimizer must have one config."""
     groups: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
@@ -59,11 +72,8 @@ def group_runs(all_runs: list[dict]) -> dict:
         groups[run["task"]][run["optimizer"]][run["variant"]][run["seed"]] = run
     for task, optimizers in groups.items():
         for optimizer, variants in optimizers.items():
-            # What tells variants apart are train_gpt's arguments; everything else must be the same.
             configs = {
-                json.dumps({key: value for key, value in run["config"].items() if key != "arguments"}, sort_keys=True)
-                for seeds in variants.values()
-                for run in seeds.values()
+                json.dumps(shared_config(run), sort_keys=True) for seeds in variants.values() for run in seeds.values()
             }
             if len(configs) > 1:
                 raise ValueError(f"{task}, {optimizer}: runs of different configs: {'; '.join(sorted(configs))}")

@@ -126,7 +126,7 @@ def test_driver_goes_on_after_an_interruption(driver, monkeypatch):
 # ---- the report ---------------------------------------------------------------------------------------------------------
 
 
-def made_up(variant, seed, loss, task="gpt_tiny", optimizer="adamw", steps=100):
+def made_up(variant, seed, loss, task="gpt_tiny", optimizer="adamw", steps=100, options=""):
     curve = {"step": list(range(10, steps + 1, 10)), "val_loss": [loss] * 10}
     machine = {"device": "cpu", "processor": "P", "threads": 1, "torch": "2", "python": "3", "commit": "abc"}
     return {
@@ -134,7 +134,7 @@ def made_up(variant, seed, loss, task="gpt_tiny", optimizer="adamw", steps=100):
         "optimizer": optimizer,
         "variant": variant,
         "seed": seed,
-        "config": {"model": "tiny", "steps": steps, "arguments": [variant]},
+        "config": {"model": "tiny", "steps": steps, "arguments": [*gpt.VARIANTS[variant], *options.split()]},
         "facts": {"parameters": 1000, "unigram_loss": 3.25},
         "machine": machine,
         "final": {"val_loss": loss, "train_loss": loss - 0.25},
@@ -182,6 +182,8 @@ def test_report_sees_a_loss_that_still_falls():
 def test_report_refuses_what_does_not_compare():
     with pytest.raises(ValueError, match="different configs"):
         report.make_report([made_up("fp32", 0, 1.0), made_up("default", 0, 1.0, steps=200)])
+    with pytest.raises(ValueError, match="different configs"):
+        report.make_report([made_up("fp32", 0, 1.0), made_up("default", 0, 1.0, options="--lr 1")])
     with pytest.raises(ValueError, match="no fp32 runs"):
         report.make_report([made_up("default", 0, 1.0)])
 
