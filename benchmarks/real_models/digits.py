@@ -88,7 +88,7 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3))).float()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, test images and labels."""
     from sklearn.datasets import load_digits
@@ -123,7 +123,10 @@ def make_optimizer(model: nn.Module, optimizer: str, variant: str, seed: int, mi
     options = dict(HYPERPARAMETERS[optimizer])
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": options.pop("weight_decay")}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": options.pop("weight_decay")},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     if VARIANTS[variant] is None:
         return {"sgd": torch.optim.SGD, "lion": Lion, "adamw": torch.optim.AdamW}[optimizer](groups, **options)
     flash = {"sgd": flashoptim.FlashSGD, "lion": flashoptim.FlashLion, "adamw": flashoptim.FlashAdamW}[optimizer]
@@ -139,7 +142,9 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
 
 
-def train(optimizer: str, variant: str, seed: int, epochs: int, device: str = "cpu", min_quantized_numel: int = 4096) -> dict:
+def train(
+    optimizer: str, variant: str, seed: int, epochs: int, device: str = "cpu", min_quantized_numel: int = 4096
+) -> dict:
     """One run: its final results and its curve, an entry an epoch."""
     train_x, train_y, test_x, test_y = load(device)
     model = make_model(seed, variant, device)
@@ -165,7 +170,12 @@ def train(optimizer: str, variant: str, seed: int, epochs: int, device: str = "c
             schedule.step()
             total += loss.item() * len(chosen)
         test_loss, accuracy = evaluate(model, test_x, test_y)
-        values = {"step": (epoch + 1) * batches, "train_loss": total / len(train_x), "val_loss": test_loss, "accuracy": accuracy}
+        values = {
+            "step": (epoch + 1) * batches,
+            "train_loss": total / len(train_x),
+            "val_loss": test_loss,
+            "accuracy": accuracy,
+        }
         for key, value in values.items():
             curve[key].append(round(value, 5))
     return {
@@ -197,7 +207,9 @@ def make_jobs(args: argparse.Namespace) -> list[dict]:
             "config": {
                 "epochs": args.epochs,
                 "batch": BATCH,
-                "hyperparameters": {k: list(v) if isinstance(v, tuple) else v for k, v in HYPERPARAMETERS[optimizer].items()},
+                "hyperparameters": {
+                    k: list(v) if isinstance(v, tuple) else v for k, v in HYPERPARAMETERS[optimizer].items()
+                },
                 "min_quantized_numel": args.min_quantized_numel,
                 "threads": args.threads,
                 "device": args.device,
@@ -211,7 +223,9 @@ def make_jobs(args: argparse.Namespace) -> list[dict]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=runs.DEFAULT_FOLDER, help="folder of results (default: build/real_models)")
+    parser.add_argument(
+        "--out", type=Path, default=runs.DEFAULT_FOLDER, help="folder of results (default: build/real_models)"
+    )
     parser.add_argument("--optimizers", nargs="+", choices=HYPERPARAMETERS, default=list(HYPERPARAMETERS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=10, help="seeds per optimizer and variant (default: 10)")

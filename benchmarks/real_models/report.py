@@ -205,16 +205,16 @@ def introduction(task: str, run: dict) -> str:
 def make_report(all_runs: list[dict]) -> str:
     parts = [
         "# Real models",
-        "Made by `benchmarks/real_models/report.py` from `real_models.json` beside this file. All runs again, some 50 minutes on "
+        "Made by `benchmarks/real_models/report.py` from `real_models.json` beside this file. All runs again, some 55 minutes on "
         "two cores after `tools/build.sh`:",
         "    export PYTHONPATH=python FLASHOPTIM_OPS_LIBRARY=build/dev/libtorch/ops/libflashoptim_ops.so\n"
         "    .venv/bin/python benchmarks/real_models/gpt.py --seeds 5 --jobs 2\n"
-        "    .venv/bin/python benchmarks/real_models/digits.py --jobs 2\n"
+        "    .venv/bin/python benchmarks/real_models/digits.py --seeds 20 --jobs 2\n"
         "    .venv/bin/python benchmarks/real_models/report.py",
         "Equal seeds have equal initial weights and batches. *Within*: |mean - fp32's mean| is at most the standard deviation of "
         "fp32 between seeds. *Same seeds*: mean and standard error of the differences of runs with equal seeds. Two sets of "
         "fp32 runs, with different seeds, would themselves differ by a standard deviation or more in 1 of 3 cases with 3 seeds, "
-        "in 1 of 6 with 5, in 1 of 20 with 10.",
+        "in 1 of 5 with 5, in 1 of 200 with 20.",
     ]
     for task, optimizers in sorted(group_runs(all_runs).items(), reverse=True):
         task_runs = [run for variants in optimizers.values() for seeds in variants.values() for run in seeds.values()]
@@ -290,7 +290,9 @@ def plot(task: str, optimizers: dict, path: Path) -> None:
             axis.grid(axis="y", color="#e5e5e5", linewidth=0.7)
     axes[0][0].set_ylabel("validation loss, mean of seeds")
     axes[1][0].set_ylabel("- fp32, mean of equal seeds")
-    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(
+        *above.get_legend_handles_labels(), loc="outside lower center", ncols=3 if len(names) > 1 else 2, frameon=False
+    )
     # A palette makes the file a third as large.
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
