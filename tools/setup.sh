@@ -54,7 +54,7 @@ if ! has_version torch 2.13.0; then
   "${pip[@]}" torch==2.13.0
 fi
 missing=()
-for package in numpy pytest hypothesis matplotlib scikit-build-core ninja; do
+for package in numpy pytest hypothesis matplotlib scikit-learn scikit-build-core ninja; do
   has_version "$package" "" || missing+=("$package")
 done
 # The machine's own cmake will do where it is new enough.

@@ -35,6 +35,12 @@ torch::Tensor cast_norm(const torch::Tensor& x, const torch::Tensor& weight, con
 GptConfig model_preset(const std::string& name) {
   GptConfig config;
   if (name == "tiny") return config;
+  if (name == "micro") {
+    config.layers = 2;
+    config.heads = 2;
+    config.width = 64;
+    return config;
+  }
   if (name == "small") {
     config.layers = 6;
     config.heads = 6;
@@ -50,7 +56,7 @@ GptConfig model_preset(const std::string& name) {
     config.bias = true;
     return config;
   }
-  throw UserError("--model " + name + ": unknown; there are tiny, small and gpt2");
+  throw UserError("--model " + name + ": unknown; there are micro, tiny, small and gpt2");
 }
 
 BlockImpl::BlockImpl(const GptConfig& config) : config_(config) {

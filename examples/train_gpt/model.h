@@ -21,7 +21,7 @@ struct GptConfig {
   torch::Dtype compute_dtype = torch::kFloat32;  // of activations; parameters are cast where they are used
 };
 
-// The configuration of a named model ("tiny", "small" or "gpt2"). UserError for another name.
+// The configuration of a named model ("micro", "tiny", "small" or "gpt2"). UserError for another name.
 GptConfig model_preset(const std::string& name);
 
 // One layer: attention and MLP, each behind a norm and added to the stream.

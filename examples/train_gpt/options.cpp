@@ -58,9 +58,11 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--vocab-size", train.vocab_size, "Vocabulary of --tokenizer bpe")->check(between(256, 65536));
 
   app.option_defaults()->group("Model");
-  app.add_option("--model", train.model, "tiny (4 layers of width 128), small (6 of 384) or gpt2 (12 of 768)")
-      ->check(CLI::IsMember({"tiny", "small", "gpt2"}));
-  app.add_option("--context", train.context, "Tokens the model sees at once; 0: 64 (tiny), 256 (small), 1024 (gpt2)")
+  app.add_option("--model", train.model,
+                 "micro (2 layers of width 64), tiny (4 of 128), small (6 of 384) or gpt2 (12 of 768)")
+      ->check(CLI::IsMember({"micro", "tiny", "small", "gpt2"}));
+  app.add_option("--context", train.context,
+                 "Tokens the model sees at once; 0: 64 (micro, tiny), 256 (small), 1024 (gpt2)")
       ->check(not_negative);
   app.add_flag("--activation-checkpointing", train.activation_checkpointing,
                "Keep only each block's input and recompute the rest in the backward pass");
@@ -94,6 +96,9 @@ void add_options(CLI::App& app, Options& options) {
   app.add_flag("--resume", run.resume, "Continue the run in --out, bit for bit; its options need not be repeated");
   app.add_flag("--overwrite", run.overwrite, "Replace the run that --out already holds")->excludes("--resume");
   app.add_option("--eval-every", run.eval_every, "Steps between validations; 0: only at the end")->check(not_negative);
+  app.add_option("--eval-windows", run.eval_windows,
+                 "Windows in an evaluation, spread evenly over the split; 0: the whole split")
+      ->check(not_negative);
   app.add_option("--save-every", run.save_every, "Steps between checkpoints; 0: at the end and when interrupted")
       ->check(not_negative);
   app.add_option("--stop-after", run.stop_after, "Stop at this step as Ctrl-C would; 0: never")->check(not_negative);
@@ -108,6 +113,7 @@ std::string resume_command(const std::string& program, const RunOptions& run) {
     if (value != default_value) command += std::string(" ") + flag + " " + std::to_string(value);
   };
   add("--eval-every", run.eval_every, defaults.eval_every);
+  add("--eval-windows", run.eval_windows, defaults.eval_windows);
   add("--save-every", run.save_every, defaults.save_every);
   add("--sample", run.sample, defaults.sample);
   return command;

@@ -12,7 +12,6 @@
 namespace train_gpt {
 namespace {
 
-constexpr std::int64_t kEvaluationWindows = 512;
 constexpr std::int64_t kEvaluationBatch = 16;
 constexpr double kTemperature = 0.8;
 
@@ -154,8 +153,10 @@ StepMetrics Trainer::train_step() {
 double Trainer::evaluate(Dataset::Split split) {
   torch::NoGradGuard no_grad;
   model_->eval();
+  const std::int64_t limit = options_.run.eval_windows;
+  const std::int64_t windows = limit > 0 ? limit : dataset_->size(split);  // no split has more windows than tokens
   double sum = 0, tokens = 0;
-  for (const Batch& batch : dataset_->evaluation_batches(split, kEvaluationWindows, kEvaluationBatch)) {
+  for (const Batch& batch : dataset_->evaluation_batches(split, windows, kEvaluationBatch)) {
     const auto count = static_cast<double>(batch.targets.numel());
     sum += model_->loss(batch.inputs.to(device_), batch.targets.to(device_)).item<double>() * count;
     tokens += count;

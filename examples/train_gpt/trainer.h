@@ -30,7 +30,7 @@ class Trainer {
   // Takes the next step and returns what there is to say about it.
   StepMetrics train_step();
 
-  // Mean loss over a fixed set of windows of a split, in nats a token.
+  // Mean loss over a fixed set of windows of a split (--eval-windows), in nats a token.
   double evaluate(Dataset::Split split);
 
   // Saves to the run's folder; returns the file's bytes.
