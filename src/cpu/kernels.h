@@ -53,6 +53,7 @@ struct Block {
   alignas(64) uint32_t window_shift[kBlockGroups];
   alignas(64) uint32_t window_dither_shift[kBlockGroups];
   alignas(64) uint32_t window_base_minus_one[kBlockGroups];
+  alignas(64) uint32_t window_below[kBlockGroups];
   alignas(64) float encoding_factor[kMaxStates][kBlockGroups];
   /// Groups that store_weights works on.
   int store_begin, store_end;

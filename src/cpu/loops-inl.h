@@ -425,11 +425,12 @@ struct Loops {
       core::store_u32(b.window_shift + group, w.shift);
       core::store_u32(b.window_dither_shift + group, w.dither_shift);
       core::store_u32(b.window_base_minus_one + group, w.base_minus_one);
+      core::store_u32(b.window_below + group, w.below);
     }
     /// One group's window in every lane.
     static FLASHOPTIM_HD core::WindowCodec::Window<I> window(const Block& b, int group) {
       return {core::splat_bits<F>(b.window_shift[group]), core::splat_bits<F>(b.window_dither_shift[group]),
-              core::splat_bits<F>(b.window_base_minus_one[group])};
+              core::splat_bits<F>(b.window_base_minus_one[group]), core::splat_bits<F>(b.window_below[group])};
     }
 
     /// Codes of the variance from the patterns in state_f32[1]; leaves momentum relative to it in state_f32[0], and its
@@ -472,7 +473,7 @@ struct Loops {
       PerGroup scale;
       if constexpr (kDecode && kSlots > 0) {
         scale = load_headers(b, 0);
-        for_each_header([&](int group) { scale.store(group, core::to_bits(MuLaw::template scale<H>(scale.load(group)))); });
+        for_each_header([&](int group) { scale.store(group, core::to_bits(MuLaw::template decoding_scale<kHasVariance, H>(scale.load(group)))); });
       }
       if constexpr (kDecode && kHasVariance) {
         const PerGroup headers = load_headers(b, 1);

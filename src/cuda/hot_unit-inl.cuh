@@ -217,13 +217,14 @@ struct HotStates {
 
   /// Codec::decode where no variance is 0; false where one is.
   __device__ __forceinline__ bool decode(float (&m)[kHotUnit], float (&v)[kHotUnit]) const {
-    const uint32_t scale = core::to_bits(MuLaw::template scale<float>(header[0]));
+    const uint32_t scale = core::to_bits(MuLaw::template decoding_scale<kHasVariance, float>(header[0]));
     core::WindowCodec::Window<uint32_t> window{};
     if constexpr (kHasVariance) window = core::WindowCodec::window<float>(header[1]);
     const uint32_t factor = 1u << window.shift;
     const uint32_t base = window.base_minus_one << window.shift;
     const uint32_t root_base = base + (127u << 23);
-    bool ok = true;
+    // No code may reach 2^31, where Codec::decode reads 0.
+    bool ok = base + 255u * factor < 0x80000000u;
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) {
       const uint32_t word = codes[0].w[i / 4];

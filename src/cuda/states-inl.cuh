@@ -41,6 +41,18 @@ struct DitherSource {
   }
 };
 
+/// Half a step everywhere instead: rounding to nearest.
+struct NearestSource {
+  template <core::DitherStream kStream>
+  __device__ __forceinline__ uint32_t start() const {
+    return 0x80000000u;
+  }
+  template <core::DitherStream kStream>
+  static __device__ __forceinline__ uint32_t word(uint32_t start, int) {
+    return start;
+  }
+};
+
 using States = F[kUnit][kMaxStates];
 
 template <class Rule, StateCodec kCodec>
@@ -57,7 +69,8 @@ struct Codec<Rule, StateCodec::kFloat32> {
       for (int i = 0; i < kUnit; ++i) s[i][k] = core::from_bits(stored.words[k].w[i]);
     }
   }
-  static __device__ __forceinline__ void encode(States& s, const DitherSource&, Stored& stored) {
+  template <class Dither>
+  static __device__ __forceinline__ void encode(States& s, const Dither&, Stored& stored) {
 #pragma unroll
     for (int k = 0; k < Rule::kStateCount; ++k) {
 #pragma unroll
@@ -108,7 +121,8 @@ struct Codec<Rule, StateCodec::kPaper> {
     if constexpr (Rule::kStateCount > 0) decode_slot<0>(stored, s);
     if constexpr (Rule::kStateCount > 1) decode_slot<1>(stored, s);
   }
-  static __device__ __forceinline__ void encode(States& s, const DitherSource&, Stored& stored) {
+  template <class Dither>
+  static __device__ __forceinline__ void encode(States& s, const Dither&, Stored& stored) {
     if constexpr (Rule::kStateCount > 0) encode_slot<0>(s, stored);
     if constexpr (Rule::kStateCount > 1) encode_slot<1>(s, stored);
   }
@@ -122,7 +136,7 @@ struct Codec<Rule, StateCodec::kDefault> {
 
   static __device__ __forceinline__ void decode(const Stored& stored, States& s) {
     if constexpr (Rule::kStateCount > 0) {
-      const F scale = MuLaw::template scale<F>(stored.header[0]);
+      const F scale = MuLaw::template decoding_scale<kHasVariance, F>(stored.header[0]);
       core::WindowCodec::Window<uint32_t> window{};
       if constexpr (kHasVariance) window = core::WindowCodec::window<F>(stored.header[1]);
 #pragma unroll
@@ -136,7 +150,8 @@ struct Codec<Rule, StateCodec::kDefault> {
     }
   }
 
-  static __device__ __forceinline__ void encode(States& s, const DitherSource& dither, Stored& stored) {
+  template <class Dither>
+  static __device__ __forceinline__ void encode(States& s, const Dither& dither, Stored& stored) {
     if constexpr (Rule::kStateCount > 0) {
       uint32_t momentum_largest = 0u;
       if constexpr (kHasVariance) {
@@ -153,7 +168,8 @@ struct Codec<Rule, StateCodec::kDefault> {
   }
 
   /// Leaves momentum relative to the stored variance in slot 0 and returns the largest of this thread's.
-  static __device__ __forceinline__ uint32_t encode_variance(States& s, const DitherSource& dither, Stored& stored) {
+  template <class Dither>
+  static __device__ __forceinline__ uint32_t encode_variance(States& s, const Dither& dither, Stored& stored) {
     constexpr auto kStream = core::DitherStream::kVariance;
     uint32_t bits[kUnit];
     uint32_t largest = 0u, smallest = 0xffffffffu;
@@ -165,12 +181,12 @@ struct Codec<Rule, StateCodec::kDefault> {
     }
     stored.header[1] = core::WindowCodec::header<F>(group_int_max(largest), group_unsigned_min(smallest));
     const auto window = core::WindowCodec::window<F>(stored.header[1]);
-    const uint32_t start = dither.start<kStream>();
+    const uint32_t start = dither.template start<kStream>();
     uint32_t codes[kUnit];
     uint32_t momentum_largest = 0u;
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      const auto v = core::WindowCodec::encode<F>(bits[i], window, DitherSource::word<kStream>(start, i));
+      const auto v = core::WindowCodec::encode<F>(bits[i], window, Dither::template word<kStream>(start, i));
       codes[i] = v.code;
       s[i][0] = core::relative_to_root(s[i][0], v.stored);
       momentum_largest = core::int_max(momentum_largest, core::to_bits(core::abs(s[i][0])));
@@ -179,16 +195,16 @@ struct Codec<Rule, StateCodec::kDefault> {
     return momentum_largest;
   }
 
-  static __device__ __forceinline__ void encode_momentum(States& s, uint32_t largest, const DitherSource& dither,
-                                                         Stored& stored) {
+  template <class Dither>
+  static __device__ __forceinline__ void encode_momentum(States& s, uint32_t largest, const Dither& dither, Stored& stored) {
     constexpr auto kStream = core::DitherStream::kMomentum;
     stored.header[0] = MuLaw::template header<F>(core::from_bits(largest));
     const F inverse = MuLaw::template inverse_scale<F>(stored.header[0]);
-    const uint32_t start = dither.start<kStream>();
+    const uint32_t start = dither.template start<kStream>();
     uint32_t codes[kUnit];
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      codes[i] = MuLaw::template encode<F>(s[i][0], inverse, DitherSource::word<kStream>(start, i));
+      codes[i] = MuLaw::template encode<F>(s[i][0], inverse, Dither::template word<kStream>(start, i));
     }
     stored.words[0] = pack<1>(codes);
   }

@@ -70,6 +70,7 @@ struct WindowCodec {
     I shift;
     I dither_shift;    ///< 32 - shift
     I base_minus_one;  ///< in units of 2^shift; 0 for header 0
+    I below;           ///< the pattern below that of code 1
   };
 
   template <class F>
@@ -79,13 +80,16 @@ struct WindowCodec {
     w.dither_shift = splat_bits<F>(32u) - w.shift;
     const IntOf<F> base = shift_right_each(shift_left(shift_right(header, 4), kBaseShift), w.shift);
     w.base_minus_one = int_max(base, splat_bits<F>(1u)) - splat_bits<F>(1u);
+    w.below = shift_left_each(w.base_minus_one, w.shift);
     return w;
   }
 
+  /// 0 for code 0, and for codes that only damaged bytes hold: patterns from 2^31 on, where signed comparison sees them
+  /// below the window. So a variance is never negative.
   template <class F>
   static FLASHOPTIM_HD F decode(IntOf<F> code, const Window<IntOf<F>>& w) {
     const IntOf<F> bits = shift_left_each(code + w.base_minus_one, w.shift);
-    return from_bits(select(int_equal(code, splat_bits<F>(0u)), splat_bits<F>(0u), bits));
+    return from_bits(select(int_greater(bits, w.below), bits, splat_bits<F>(0u)));
   }
 
   template <class F>
@@ -126,6 +130,13 @@ struct MuLawCodec {
   template <class F>
   static FLASHOPTIM_HD F scale(IntOf<F> header) {
     return from_bits(shift_left(header, 15));
+  }
+  /// G as decoding takes it. Relative to a variance at most 2^30, so that a damaged header gives no infinity. (|m| over
+  /// the root of v is at most 1 / sqrt(1 - beta2), which is below 2^27 for every beta2 < 1 in double.)
+  template <bool kRelative, class F>
+  static FLASHOPTIM_HD F decoding_scale(IntOf<F> header) {
+    if constexpr (!kRelative) return scale<F>(header);
+    return from_bits(int_min(shift_left(header, 15), splat_bits<F>((127u + 30u) << 23)));
   }
   template <class F>
   static FLASHOPTIM_HD F inverse_scale(IntOf<F> header) {

@@ -252,7 +252,7 @@ struct InspectedStates<Rule, StateCodec::kDefault> {
   template <int N>
   static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
     if constexpr (Rule::kStateCount > 0) {
-      const float scale = MuLaw::template scale<float>(e.scales[0]);
+      const float scale = MuLaw::template decoding_scale<kHasVariance, float>(e.scales[0]);
       Window window{};
       if constexpr (kHasVariance) window = WindowCodec::window<float>(e.scales[1]);
       for (int i = 0; i < N; ++i) {
