@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ._ops import cpu_isa
 from .casting import cast_model
-from .numerics import NumericsError, NumericsReport
+from .numerics import NumericsError, NumericsReport, ParameterNumerics
 from .optimizer import FlashOptimizer
 from .optimizers import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
 from .weights import (
@@ -28,6 +28,7 @@ __all__ = [
     "FlashSGDW",
     "NumericsError",
     "NumericsReport",
+    "ParameterNumerics",
     "cast_model",
     "compute_ecc_bits",
     "cpu_isa",
