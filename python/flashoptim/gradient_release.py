@@ -201,7 +201,7 @@ def enable_gradient_release(
 ) -> GradientReleaseHandle:
     """Steps every parameter during backward(), as soon as its gradient is complete, and frees the gradient at once.
 
-    So one gradient is alive at a time, where there would be one for every parameter. ``optimizer.step()`` and
+    So one ``p.grad`` is alive at a time, where there would be one for every parameter. ``optimizer.step()`` and
     ``zero_grad()`` stay in the training loop: they find nothing to do, and step() returns its closure's loss. For one
     process; see docs/python_api.md, "Gradient release".
 
