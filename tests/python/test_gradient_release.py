@@ -716,3 +716,12 @@ def test_learning_rates_are_read_when_the_gradient_is_complete():
     a.param_groups[0]["lr"] = 0.25
     p.sum().backward()
     torch.testing.assert_close(p.detach(), before - 0.25)
+
+
+def test_a_weight_that_is_used_after_its_gradient_is_complete_raises():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    params = [*first.parameters(), *second.parameters()]
+    enable_gradient_release(params, flashoptim.FlashAdamW(params))
+    loss = second(nn.functional.linear(first(torch.randn(2, 8)), second.weight.detach())).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
