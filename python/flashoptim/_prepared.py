@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import MutableMapping, Sequence
 from itertools import chain, repeat
-from operator import is_, itemgetter
+from operator import is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Prepared:
         self.group_list = sorted(set(self.groups))
         self.group_places = [self.group_list.index(group) for group in self.groups]
         self.counts_on_device = False
+        self.common_count: Any = None  # what every step count is, if they are one number
         self.empty = torch.empty(0, device=device)
         self.known: list[Any] = []
         self.strict: list[int] = []
@@ -110,6 +111,7 @@ class Prepared:
     def _remember(self) -> None:
         """Everything the states hold, to compare with at the next step."""
         self.counts_on_device = any(type(held[STEP]) is not int for held in self.dicts)
+        self._find_common_count()
         self.known = list(chain.from_iterable(map(dict.values, self.dicts)))
         self.strict = [i for i, value in enumerate(self.known) if isinstance(value, Tensor) and value.numel() < 2]
         self.step_places = []
@@ -117,6 +119,10 @@ class Prepared:
         for held in self.dicts:
             self.step_places.append(place + list(held).index(STEP))
             place += len(held)
+
+    def _find_common_count(self) -> None:
+        counts = set() if self.counts_on_device else set(map(_get_step, self.dicts))
+        self.common_count = counts.pop() if len(counts) == 1 else None
 
     def is_current(self) -> bool:
         """Whether parameters and states are where they were."""
@@ -141,14 +147,19 @@ class Prepared:
     ) -> bool:
         """One step; False, with nothing changed, where no parameter has a gradient."""
         grads: list[Any] = [param.grad for param in self.params]
-        absent = [i for i, grad in enumerate(grads) if grad is None]
+        absent = [] if all(map(is_not, grads, repeat(None))) else [i for i, grad in enumerate(grads) if grad is None]
         if len(absent) == len(grads):
             return False
         for i in absent:
             grads[i] = self.empty
         on_device = self.counts_on_device or controls.found_inf is not None or any(lr is not None for lr in lrs)
-        counts: list[Any] = self._device_counters(absent) if on_device else list(map(_get_step, self.dicts))
-        keys, index = self._sets(counts, absent, on_device)
+        common = self.common_count
+        if common is not None and not absent and not on_device:
+            counts: list[Any] = []
+            keys, index = [(group, common) for group in self.group_list], self.group_places
+        else:
+            counts = self._device_counters(absent) if on_device else list(map(_get_step, self.dicts))
+            keys, index = self._sets(counts, absent, on_device)
         values: list[float] = []
         for group, count in keys:
             values += hypers[group]
@@ -188,14 +199,15 @@ class Prepared:
 
     def _count(self, counts: list[int], absent: set[int]) -> None:
         known = self.known
-        if not absent and counts.count(counts[0]) == len(counts):
-            now = counts[0] + 1
+        if not counts:
+            now = self.common_count = self.common_count + 1
             for held, place in zip(self.dicts, self.step_places):
                 held[STEP] = known[place] = now
             return
         for i, (held, place) in enumerate(zip(self.dicts, self.step_places)):
             if i not in absent:
                 held[STEP] = known[place] = counts[i] + 1
+        self._find_common_count()
 
     def _sets(self, counts: list[Any], absent: list[int], on_device: bool) -> tuple[list[tuple[int, Any]], list[int]]:
         """The (group, step count) pairs that this step needs hyperparameters for, and every parameter's place among them."""
