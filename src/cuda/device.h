@@ -24,6 +24,8 @@ class DeviceGuard {
       error_ = cudaSetDevice(device);
       changed_ = error_ == cudaSuccess;
     }
+    // The failure is reported here: the next launch must not find it again.
+    if (error_ != cudaSuccess) static_cast<void>(cudaGetLastError());
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);

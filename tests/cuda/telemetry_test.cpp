@@ -74,7 +74,7 @@ TEST(CudaTelemetry, EveryConfiguration) {
     for (const GroupLayout layout :
          {GroupLayout{1, 1}, GroupLayout{1, 33}, GroupLayout{0, 0}, GroupLayout{5, 100}, GroupLayout{1, 70001}}) {
       pair.add(layout, first % 3 == 1 ? 2 : 0, first * 32);
-      first = first * 1000003 + 1;
+      first = first * 1003 + 1;
     }
     ASSERT_OK(pair.make());
     for (int64_t step = 1; step <= 4; ++step) {

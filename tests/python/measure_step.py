@@ -1,20 +1,25 @@
-"""What a step() of 300 tensors costs on the host: run by hand, `python tests/python/measure_step.py`.
+"""What a step() of 300 tensors costs on the host: run by hand, `python tests/python/measure_step.py [cuda]`.
 
 Tensors of 8 elements leave nothing but overhead. Prints microseconds, the least of many runs and the median.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
 
 import flashoptim
+from flashoptim import _ops
+from flashoptim._prepared import Controls
 
 
 def cost(function, repeat=1000):
     times = []
     for _ in range(repeat):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the queue is empty: host work alone
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
@@ -22,8 +27,9 @@ def cost(function, repeat=1000):
     return f"{times[0] * 1e6:8.1f} {times[repeat // 2] * 1e6:8.1f}"
 
 
-def make(count=300, numel=8):
-    params = [torch.nn.Parameter(torch.randn(numel, dtype=torch.bfloat16)) for _ in range(count)]
+def make(count=300, numel=8, device=None):
+    device = device or (sys.argv[1] if len(sys.argv) > 1 else "cpu")
+    params = [torch.nn.Parameter(torch.randn(numel, dtype=torch.bfloat16, device=device)) for _ in range(count)]
     for p in params:
         p.grad = torch.randn_like(p)
     return params
@@ -46,23 +52,24 @@ def main():
             optimizer.step()
         print(f"{name:32} {cost(optimizer.step, 300)}")
 
-    optimizer = flashoptim.FlashAdamW(make(), min_quantized_numel=0)
-    optimizer.step()
-    optimizer.step()
+    optimizer = flashoptim.FlashAdamW(make(numel=64), min_quantized_numel=0)
+    for _ in range(3):
+        optimizer.step()
+    prepared = optimizer._prepared[0]
     with torch.no_grad():
         hypers = optimizer._read_groups()
-        plan = optimizer._current_plan()
-        calls = plan.gather(optimizer.state, hypers)
+        counter = optimizer._monitor.counter(prepared.device)
+        grads = [p.grad for p in prepared.params]
         parts = {
             "read groups": optimizer._read_groups,
-            "check plan": optimizer._current_plan,
-            "gather": lambda: plan.gather(optimizer.state, hypers),
-            "operator call": lambda: calls[0].run(optimizer.kind, 1.0, None, None),
-            "commit": lambda: calls[0].commit(optimizer.state),
+            "check that nothing changed": optimizer._make_prepared,
+            "step": lambda: prepared.step(hypers, [None], Controls(), counter, 0),
+            "  of it, gradients through the operator": lambda: _ops.plan_check(prepared.plan, grads),
+            "  of it, versions": lambda: torch.autograd.graph.increment_version(prepared.params),
         }
-        print("FlashAdamW, all quantized, in parts:")
+        print("FlashAdamW, 300 quantized tensors of 64, in parts:")
         for name, part in parts.items():
-            print(f"  {name:30} {cost(part)}")
+            print(f"  {name:40} {cost(part, 300)}")
 
 
 if __name__ == "__main__":

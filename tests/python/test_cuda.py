@@ -288,7 +288,7 @@ def test_export_and_import_of_weights(dtype, width):
 def test_a_run_moves_between_devices():
     a, b = pair("adamw")
     run_both(a, b, 0, 2)
-    host = make_params()
+    host = make_params(shapes=SHAPES)
     for p, q in zip(host, b[0], strict=True):
         p.data.copy_(q.detach().cpu())
     moved = flashoptim.FlashAdamW(host, **HYPERS["adamw"], min_quantized_numel=64)
