@@ -8,6 +8,7 @@
 
 #include "flashoptim/step.h"
 #include "src/blocks.h"
+#include "src/conversions.h"
 #include "src/inspect.h"
 #include "src/rules.h"
 
@@ -403,6 +404,8 @@ void scatter(const BlockWalker& walker, const float* from, float* to) {
   }
 }
 
+}  // namespace
+
 Status weights_tensor(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction, int64_t count,
                       ParameterTensors* t) {
   t->parameter = const_cast<void*>(parameter);
@@ -412,8 +415,6 @@ Status weights_tensor(DType dtype, MasterWeights master_weights, const void* par
   t->master_weights = master_weights;
   return check_tensor(*t, 0, 0);
 }
-
-}  // namespace
 
 Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction, float* weights,
                      int64_t count) {
@@ -445,8 +446,6 @@ Status split_weights(DType dtype, MasterWeights master_weights, const float* wei
   return status;
 }
 
-namespace {
-
 Status check_states_tensor(OptimizerKind optimizer, bool has_momentum, ParameterTensors* t) {
   // Parameter and correction are not touched: allow them to be absent.
   static char untouched;
@@ -454,17 +453,16 @@ Status check_states_tensor(OptimizerKind optimizer, bool has_momentum, Parameter
   t->correction = nullptr;
   t->parameter_dtype = t->gradient_dtype = DType::kFloat32;
   t->master_weights = MasterWeights::kNone;
-  return check_tensor(*t, 0, state_count(optimizer, has_momentum));
+  const Status status = check_tensor(*t, 0, state_count(optimizer, has_momentum));
+  t->parameter = nullptr;
+  return status;
 }
-
-}  // namespace
 
 Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values) {
   ParameterTensors t = tensor;
   Status status = check_states_tensor(optimizer, has_momentum, &t);
   const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
   if (!status.is_ok()) return status;
-  t.parameter = nullptr;
   const cpu::Stage decode = kernels->decode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
   const int states = state_count(optimizer, has_momentum);
   for_each_block(
@@ -480,7 +478,6 @@ Status encode_states(OptimizerKind optimizer, bool has_momentum, const Parameter
   Status status = check_states_tensor(optimizer, has_momentum, &t);
   const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
   if (!status.is_ok()) return status;
-  t.parameter = nullptr;
   const cpu::Stage encode = kernels->encode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
   const int states = state_count(optimizer, has_momentum);
   for_each_block(

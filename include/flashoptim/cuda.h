@@ -94,7 +94,19 @@ class Plan {
   std::unique_ptr<Impl> impl_;
 };
 
+// The conversions of step.h for arrays that `device` can access: launched on `stream` (cudaStream_t, null: the default
+// stream), not waited for. The same checks and the same bits, but for what NaNs carry.
+
+Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
+                     float* weights, int64_t count, int32_t device, void* stream);
+Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter,
+                     void* correction, int64_t count, int32_t device, void* stream);
+Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
+                     float* const* values, int32_t device, void* stream);
+Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
+                     const float* const* values, int32_t device, void* stream);
+
 /// *counter += 1 on the device, unless found_inf is set and non-zero: a step counter for StepOptions::step.
-Status advance_step(int64_t* counter, const float* found_inf, void* stream);
+Status advance_step(int64_t* counter, const float* found_inf, int32_t device, void* stream);
 
 }  // namespace flashoptim::cuda

@@ -105,6 +105,9 @@ StableIValue give_tensors(TensorList tensors) {
   return to_bits(list);
 }
 
+StableIValue give_bool(bool value) { return to_bits(value); }
+StableIValue give_int(int64_t value) { return to_bits(value); }
+
 StableIValue give_ints(const std::vector<int64_t>& values) {
   StableListHandle list = new_list(values.size());
   for (const int64_t value : values) check_torch(torch_list_push_back(list, to_bits(value)), "torch_list_push_back");

@@ -51,6 +51,8 @@ bool take_bool(StableIValue value);
 // Each makes a value that its receiver owns.
 StableIValue give_tensor(Tensor tensor);
 StableIValue give_tensors(TensorList tensors);
+StableIValue give_bool(bool value);
+StableIValue give_int(int64_t value);
 StableIValue give_ints(const std::vector<int64_t>& values);
 StableIValue give_string(const std::string& text);
 

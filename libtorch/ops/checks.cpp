@@ -132,8 +132,11 @@ constexpr const char* kHyperNames[] = {"lr",        "beta1",    "beta2",    "eps
                                        "dampening", "decay_lr", "nesterov", "maximize", "step",         "seed"};
 constexpr size_t kHyperCount = std::size(kHyperNames);
 
-void unpack_hypers(Op op, const std::vector<double>& values, bool holds_momentum_slot, bool momentum_decides,
+}  // namespace
+
+void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer, bool holds_momentum_slot,
                    std::vector<Hyperparameters>* hypers) {
+  const bool momentum_decides = state_count(optimizer, true) != state_count(optimizer, false);
   if (values.size() % kHyperCount != 0) {
     op.fail("hypers has " + std::to_string(values.size()) + " numbers; needed are " + std::to_string(kHyperCount) +
             " per set");
@@ -169,20 +172,27 @@ void unpack_hypers(Op op, const std::vector<double>& values, bool holds_momentum
   }
 }
 
-void* unpack_scalar(Op op, const char* argument, const Tensor& tensor, int32_t dtype, Device device) {
+void* unpack_array(Op op, Name name, const Tensor& tensor, int32_t dtype, int64_t count, Device device) {
   if (!tensor.has_value()) return nullptr;
-  const TensorInfo info = read_tensor(op, {argument}, tensor);
-  check_dtype(op, {argument}, info.dtype, dtype, "this argument");
-  if (info.numel != 1)
-    op.fail(std::string(argument) + " has shape " + ints(info.sizes, info.dim) + "; needed is 1 element");
+  const TensorInfo info = read_tensor(op, name, tensor);
+  check_dtype(op, name, info.dtype, dtype, "this argument");
+  if (info.numel != count) {
+    op.fail(name.str() + " has shape " + ints(info.sizes, info.dim) + "; needed is " + std::to_string(count) +
+            (count == 1 ? " element" : " elements"));
+  }
+  int64_t expected = 1;
+  for (int64_t d = info.dim - 1; d >= 0 && count > 0; --d) {
+    if (info.sizes[d] != 1 && info.strides[d] != expected) {
+      op.fail(name.str() + " has strides " + ints(info.strides, info.dim) + "; it must be contiguous");
+    }
+    expected *= info.sizes[d];
+  }
   if (info.device != device) {
-    op.fail(std::string(argument) + " is on " + device_name(info.device) + ", but params[0] on " + device_name(device) +
+    op.fail(name.str() + " is on " + device_name(info.device) + ", but params[0] on " + device_name(device) +
             "; all tensors must be on one device");
   }
   return mutable_data(tensor);
 }
-
-}  // namespace
 
 OptimizerKind parse_optimizer(Op op, const std::string& name) {
   constexpr std::pair<const char*, OptimizerKind> kNames[] = {{"adamw", OptimizerKind::kAdamW},
@@ -225,17 +235,16 @@ void unpack_step(Op op, const StepArguments& a, StepInput* input) {
   check_count(op, "first_elements", a.first_elements.size(), n);
   check_count(op, "hyper_index", a.hyper_index.size(), n);
   const int slots = slots_per_tensor(op, input->optimizer, "states", a.states.size(), n, &input->has_momentum);
-  const bool momentum_decides = state_count(input->optimizer, true) != state_count(input->optimizer, false);
   if (a.scales.size() != a.states.size()) {
     op.fail("scales has " + std::to_string(a.scales.size()) + " tensors; needed are " +
             std::to_string(a.states.size()) + ", one per tensor of states (of 0 elements for float32 states)");
   }
-  if (n > 0) unpack_hypers(op, a.hypers, input->has_momentum, momentum_decides, &input->hypers);
+  if (n > 0) unpack_hypers(op, a.hypers, input->optimizer, input->has_momentum, &input->hypers);
   const float grad_scale = static_cast<float>(a.grad_scale);
   if (!std::isfinite(grad_scale)) op.fail("grad_scale = " + number(a.grad_scale) + "; must be a finite float32");
 
   const DtypeCodes& c = codes();
-  Device device;
+  Device& device = input->device;
   input->backend = Backend::kCpu;
   input->tensors.reserve(n);
   for (size_t i = 0; i < n; ++i) {
@@ -291,12 +300,11 @@ void unpack_step(Op op, const StepArguments& a, StepInput* input) {
     }
     t.hyper_index = static_cast<int32_t>(a.hyper_index[i]);
   }
-  input->options = {};
-  input->options.gradient_scale = grad_scale;
+  input->controls = {};
+  input->controls.gradient_scale = grad_scale;
   if (input->backend == Backend::kMeta || n == 0) return;
-  input->options.found_inf = static_cast<const float*>(unpack_scalar(op, "found_inf", a.found_inf, c.float32, device));
-  input->options.nonfinite_gradients =
-      static_cast<int64_t*>(unpack_scalar(op, "nonfinite", a.nonfinite, c.int64, device));
+  input->controls.found_inf = static_cast<const float*>(unpack_array(op, {"found_inf"}, a.found_inf, c.float32, 1, device));
+  input->controls.nonfinite_gradients = static_cast<int64_t*>(unpack_array(op, {"nonfinite"}, a.nonfinite, c.int64, 1, device));
 }
 
 void check_no_overlap(Op op, const std::vector<ParameterTensors>& tensors) {

@@ -8,7 +8,7 @@
 
 #include "flashoptim/step.h"
 #include "libtorch/ops/boxed.h"
-#include "libtorch/ops/device.h"
+#include "libtorch/ops/device_plan.h"
 #include "libtorch/ops/tensor_info.h"
 
 namespace flashoptim::ops {
@@ -32,10 +32,18 @@ struct StepInput {
   OptimizerKind optimizer;
   bool has_momentum;
   Backend backend;
+  Device device;
   std::vector<ParameterTensors> tensors;
   std::vector<Hyperparameters> hypers;
-  StepOptions options;
+  StepControls controls;
 };
+
+/// Sets of 12 numbers as step_ documents them, appended to *hypers.
+void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer, bool has_momentum,
+                   std::vector<Hyperparameters>* hypers);
+
+/// Address of an optional tensor of `count` elements of a dtype, contiguous, on `device`; null where there is none.
+void* unpack_array(Op op, Name name, const Tensor& tensor, int32_t dtype, int64_t count, Device device);
 
 /// Checks everything but what a plan checks when it is made (overlapping memory). Clears and fills *input.
 void unpack_step(Op op, const StepArguments& arguments, StepInput* input);

@@ -1,5 +1,7 @@
 #include "libtorch/ops/device.h"
 
+#include <dlfcn.h>
+
 #include <stdexcept>
 
 #include "libtorch/ops/boxed.h"
@@ -27,12 +29,40 @@ Backend select_backend(const char* op, const std::string& argument, Device devic
   static const int32_t cpu = aoti_torch_device_type_cpu(), meta = aoti_torch_device_type_meta();
   if (device.type == cpu) return Backend::kCpu;
   if (device.type == meta) return Backend::kMeta;
+#if FLASHOPTIM_HAS_CUDA
+  static const int32_t cuda = aoti_torch_device_type_cuda();
+  if (device.type == cuda) return Backend::kCuda;
+#endif
   std::string message = std::string("flashoptim::") + op + ": " + argument + " is on " + device_name(device) +
-                        ", but this build of flashoptim runs on cpu only";
+                        ", but this build of flashoptim runs on ";
+#if FLASHOPTIM_HAS_CUDA
+  message += "cpu and cuda only";
+#else
+  message += "cpu only";
   if (device.type == aoti_torch_device_type_cuda()) {
     message += "; for CUDA, build with nvcc on PATH and -DFLASHOPTIM_CUDA=ON, or install a wheel built that way";
   }
+#endif
   throw std::runtime_error(message);
+}
+
+void* current_stream(Device device) {
+  // By name: torch's CUDA library is there where CUDA tensors are, and this library must load without it. torch loads its
+  // libraries locally, so a weak symbol would stay null.
+  using GetStream = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const GetStream get_stream = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* const found = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<GetStream>(found);
+  }();
+  if (get_stream == nullptr) {
+    throw std::runtime_error("flashoptim: " + device_name(device) +
+                             " is in use, but libtorch_cuda.so with aoti_torch_get_current_cuda_stream is not loaded: is this "
+                             "torch built with CUDA?");
+  }
+  void* stream = nullptr;
+  check_torch(get_stream(device.index, &stream), "get_current_cuda_stream");
+  return stream;
 }
 
 void parallel_for_erased(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {

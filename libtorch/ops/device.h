@@ -17,13 +17,23 @@ struct Device {
 /// "cpu", "cuda:0", ...
 std::string device_name(Device device);
 
+#if FLASHOPTIM_HAS_CUDA
+inline constexpr bool kHasCuda = true;
+#else
+inline constexpr bool kHasCuda = false;
+#endif
+
 enum class Backend {
   kMeta,  ///< tensors without data (torch.compile's tracing): shapes are all there is to do
   kCpu,
+  kCuda,
 };
 
 /// The back end for tensors on `device`; throws where this build has none, saying how to get one.
 Backend select_backend(const char* op, const std::string& argument, Device device);
+
+/// The CUDA stream that torch's work on `device` goes to at the moment.
+void* current_stream(Device device);
 
 /// `options` with the threads of the host: torch's own pool.
 StepOptions with_torch_threads(StepOptions options);

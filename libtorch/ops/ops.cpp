@@ -2,18 +2,25 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
+#include <memory>
+#include <mutex>
 
 #include "libtorch/ops/boxed.h"
 #include "libtorch/ops/checks.h"
 #include "libtorch/ops/device.h"
 #include "libtorch/ops/plan_cache.h"
+#include "libtorch/ops/prepared.h"
 
 namespace flashoptim::ops {
 namespace {
 
 /// Elements of one slice of a conversion, and how many of them are worth a thread.
 constexpr int64_t kSliceElements = 64 * 512;
+
+/// int64 places of one tensor's telemetry.
+constexpr int64_t kTelemetryNumbers = 6;
 
 Tensor new_float_like(const TensorInfo& like) {
   AtenTensorHandle handle = nullptr;
@@ -88,7 +95,7 @@ constexpr const char* kStepSchema =
     "Tensor(d!)[] scales, int[] master_weights, int[] state_codecs, int[] rows, int[] first_elements, "
     "int[] hyper_index, float[] hypers, float grad_scale, Tensor? found_inf, Tensor(e!)? nonfinite) -> ()";
 
-void step_on_cpu(Op op, const StepInput& input) {
+void step_on_device(Op op, StepInput& input) {
   PlanCache& cache = PlanCache::instance();
   std::unique_ptr<PlanCache::Entry> entry = cache.take(input.optimizer, input.has_momentum, input.tensors);
   if (entry == nullptr) {
@@ -97,16 +104,14 @@ void step_on_cpu(Op op, const StepInput& input) {
     entry->hash = PlanCache::hash(input.optimizer, input.has_momentum, input.tensors);
     entry->optimizer = input.optimizer;
     entry->has_momentum = input.has_momentum;
-    op.check(Plan::make(input.optimizer, input.has_momentum, input.tensors.data(),
-                        static_cast<int64_t>(input.tensors.size()), &entry->plan));
+    op.check(DevicePlan::make(input.backend, input.device, input.optimizer, input.has_momentum, input.tensors, &entry->plan));
   } else {
     for (size_t i = 0; i < input.tensors.size(); ++i) {
       op.check(entry->plan.set_gradient(static_cast<int64_t>(i), input.tensors[i].gradient));
       op.check(entry->plan.set_hyper_index(static_cast<int64_t>(i), input.tensors[i].hyper_index));
     }
   }
-  const Status status = entry->plan.step(input.hypers.data(), static_cast<int64_t>(input.hypers.size()),
-                                         with_torch_threads(input.options));
+  const Status status = entry->plan.step(input.hypers, input.controls);
   cache.put(std::move(entry));
   op.check(status);
 }
@@ -133,12 +138,168 @@ void step_kernel(StableIValue* stack, uint64_t, uint64_t) {
   thread_local StepInput input;  // keeps its memory from step to step
   unpack_step(op, arguments, &input);
   if (input.tensors.empty()) return;
-  switch (input.backend) {
-    case Backend::kMeta:
-      return;
-    case Backend::kCpu:
-      return step_on_cpu(op, input);
+  if (input.backend != Backend::kMeta) step_on_device(op, input);
+}
+
+// ---- plans that callers hold ----------------------------------------------------------------------------------------
+
+constexpr const char* kPlanNewSchema =
+    "plan_new(str optimizer, Tensor[] params, Tensor[] grads, Tensor[] corrections, Tensor[] states, Tensor[] scales, "
+    "int[] master_weights, int[] state_codecs, int[] rows, int[] first_elements) -> int";
+
+void plan_new_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"plan_new"};
+  StepArguments arguments;
+  arguments.optimizer = take_string(stack[0]);
+  arguments.params = take_tensors(stack[1]);
+  arguments.grads = take_tensors(stack[2]);
+  arguments.corrections = take_tensors(stack[3]);
+  arguments.states = take_tensors(stack[4]);
+  arguments.scales = take_tensors(stack[5]);
+  arguments.master_weights = take_ints(stack[6]);
+  arguments.state_codecs = take_ints(stack[7]);
+  arguments.rows = take_ints(stack[8]);
+  arguments.first_elements = take_ints(stack[9]);
+  arguments.hyper_index.assign(arguments.params.size(), 0);
+  arguments.grad_scale = 1.0;
+  // Hyperparameters come with the steps; what they must say about momentum follows from the states.
+  const OptimizerKind optimizer = parse_optimizer(op, arguments.optimizer);
+  const auto with = static_cast<size_t>(state_count(optimizer, true));
+  const bool has_momentum = arguments.states.size() == with * arguments.params.size();
+  arguments.hypers = {0, 0, 0, 0, 0, has_momentum ? 0.5 : 0.0, 0, 0, 0, 0, 1, 0};
+
+  if (arguments.params.empty()) op.fail("params is empty; a plan needs at least one tensor");
+  StepInput input;
+  unpack_step(op, arguments, &input);
+  stack[0] = give_int(PreparedPlans::instance().add(std::make_shared<PreparedPlan>(op, input, arguments.params)));
+}
+
+constexpr const char* kPlanFreeSchema = "plan_free(int plan) -> ()";
+
+void plan_free_kernel(StableIValue* stack, uint64_t, uint64_t) { PreparedPlans::instance().remove(take_int(stack[0])); }
+
+constexpr const char* kPlanCheckSchema = "plan_check(int plan, Tensor[] grads) -> ()";
+
+void plan_check_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"plan_check"};
+  const int64_t plan_number = take_int(stack[0]);
+  const TensorList grads = take_tensors(stack[1]);
+  const std::shared_ptr<PreparedPlan> plan = PreparedPlans::instance().find(op, plan_number);
+  const std::lock_guard lock(plan->mutex());
+  plan->set_gradients(op, grads);
+}
+
+// grads: one per tensor of the plan, of 0 elements where one is left out. hyper_index: one per tensor, or empty for those
+// of the step before. lrs, steps: one per set of hypers, or empty; 0 elements where a set has none. telemetry: [tensors, 6].
+constexpr const char* kPlanStepSchema =
+    "plan_step_(int plan, Tensor[] grads, int[] hyper_index, float[] hypers, float grad_scale, Tensor? grad_divisor, "
+    "Tensor? clip_coefficient, Tensor? found_inf, Tensor[] lrs, Tensor(a!)[] steps, Tensor(b!)? nonfinite, "
+    "Tensor(c!)? telemetry, int telemetry_stride) -> ()";
+
+float checked_scale(Op op, double scale) {
+  const auto narrow = static_cast<float>(scale);
+  if (!std::isfinite(narrow)) op.fail("grad_scale = " + number(scale) + "; must be a finite float32");
+  return narrow;
+}
+
+/// Addresses of one optional scalar per set.
+template <class T>
+std::vector<T*> unpack_per_set(Op op, const char* argument, const TensorList& tensors, size_t sets, int32_t dtype,
+                               Device device) {
+  if (!tensors.empty() && tensors.size() != sets) {
+    op.fail(std::string(argument) + " has " + std::to_string(tensors.size()) + " entries; needed are none or " +
+            std::to_string(sets) + ", one per set of hypers");
   }
+  std::vector<T*> out;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Name name{argument, static_cast<int64_t>(i)};
+    const bool absent = read_tensor(op, name, tensors[i]).numel == 0;
+    out.push_back(absent ? nullptr : static_cast<T*>(unpack_array(op, name, tensors[i], dtype, 1, device)));
+  }
+  return out;
+}
+
+void plan_step_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"plan_step_"};
+  const int64_t number = take_int(stack[0]);
+  const TensorList grads = take_tensors(stack[1]);
+  const std::vector<int64_t> hyper_index = take_ints(stack[2]);
+  const std::vector<double> values = take_floats(stack[3]);
+  const double grad_scale = take_float(stack[4]);
+  const Tensor grad_divisor = take_optional_tensor(stack[5]), clip_coefficient = take_optional_tensor(stack[6]),
+               found_inf = take_optional_tensor(stack[7]);
+  const TensorList lrs = take_tensors(stack[8]), steps = take_tensors(stack[9]);
+  const Tensor nonfinite = take_optional_tensor(stack[10]), telemetry = take_optional_tensor(stack[11]);
+  const int64_t stride = take_int(stack[12]);
+
+  const std::shared_ptr<PreparedPlan> plan = PreparedPlans::instance().find(op, number);
+  const std::lock_guard lock(plan->mutex());
+  thread_local std::vector<Hyperparameters> hypers;
+  hypers.clear();
+  unpack_hypers(op, values, plan->optimizer(), plan->has_momentum(), &hypers);
+  if (!hyper_index.empty() && hyper_index.size() != static_cast<size_t>(plan->size())) {
+    op.fail("hyper_index has " + std::to_string(hyper_index.size()) + " entries; needed are none or " +
+            std::to_string(plan->size()) + ", one per tensor of the plan");
+  }
+  for (size_t i = 0; i < hyper_index.size(); ++i) {
+    if (hyper_index[i] < 0 || hyper_index[i] >= static_cast<int64_t>(hypers.size())) {
+      op.fail("hyper_index[" + std::to_string(i) + "] = " + std::to_string(hyper_index[i]) + "; hypers has " +
+              std::to_string(hypers.size()) + " sets");
+    }
+  }
+  if (stride < 1) op.fail("telemetry_stride = " + std::to_string(stride) + "; must be at least 1");
+  const Device device = plan->device();
+  StepControls controls;
+  controls.gradient_scale = checked_scale(op, grad_scale);
+  const DtypeCodes& c = codes();
+  const bool is_meta = plan->backend() == Backend::kMeta;
+  if (!is_meta) {
+    const auto scalar = [&](const char* name, const Tensor& tensor, int32_t dtype) {
+      return unpack_array(op, {name}, tensor, dtype, 1, device);
+    };
+    controls.gradient_divisor = static_cast<const float*>(scalar("grad_divisor", grad_divisor, c.float32));
+    controls.clip_coefficient = static_cast<const float*>(scalar("clip_coefficient", clip_coefficient, c.float32));
+    controls.found_inf = static_cast<const float*>(scalar("found_inf", found_inf, c.float32));
+    controls.nonfinite_gradients = static_cast<int64_t*>(scalar("nonfinite", nonfinite, c.int64));
+    controls.lrs = unpack_per_set<const float>(op, "lrs", lrs, hypers.size(), c.float32, device);
+    controls.steps = unpack_per_set<int64_t>(op, "steps", steps, hypers.size(), c.int64, device);
+    static_assert(sizeof(StepTelemetry) == kTelemetryNumbers * sizeof(int64_t));
+    controls.telemetry = static_cast<StepTelemetry*>(
+        unpack_array(op, {"telemetry"}, telemetry, c.int64, plan->size() * kTelemetryNumbers, device));
+    controls.telemetry_stride = stride;
+  }
+  plan->set_gradients(op, grads);
+  if (is_meta) return;
+  for (size_t i = 0; i < hyper_index.size(); ++i) {
+    op.check(plan->plan().set_hyper_index(static_cast<int64_t>(i), static_cast<int32_t>(hyper_index[i])));
+  }
+  op.check(plan->plan().step(hypers, controls));
+}
+
+// result: 4 float32: the sum of squares as one double, the norm, the clipping coefficient.
+constexpr const char* kPlanNormSchema =
+    "plan_norm_(int plan, Tensor[] grads, float grad_scale, Tensor? grad_divisor, float max_norm, Tensor(a!) result) -> ()";
+
+void plan_norm_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"plan_norm_"};
+  const int64_t plan_number = take_int(stack[0]);
+  const TensorList grads = take_tensors(stack[1]);
+  const double grad_scale = take_float(stack[2]);
+  const Tensor grad_divisor = take_optional_tensor(stack[3]);
+  const double max_norm = take_float(stack[4]);
+  const Tensor result = take_tensor(stack[5]);
+  const std::shared_ptr<PreparedPlan> plan = PreparedPlans::instance().find(op, plan_number);
+  const std::lock_guard lock(plan->mutex());
+  const float scale = checked_scale(op, grad_scale);
+  if (!(max_norm >= 0.0)) op.fail("max_norm = " + number(max_norm) + "; must be at least 0 (0: no clipping)");
+  const int32_t float32 = codes().float32;
+  const Device device = plan->device();
+  const bool is_meta = plan->backend() == Backend::kMeta;
+  const float* const divisor =
+      is_meta ? nullptr : static_cast<const float*>(unpack_array(op, {"grad_divisor"}, grad_divisor, float32, 1, device));
+  auto* const out = is_meta ? nullptr : static_cast<NormResult*>(unpack_array(op, {"result"}, result, float32, 4, device));
+  plan->set_gradients(op, grads);
+  if (!is_meta) op.check(plan->plan().gradient_norm(scale, divisor, static_cast<float>(max_norm), out));
 }
 
 // ---- weights --------------------------------------------------------------------------------------------------------
@@ -150,7 +311,13 @@ void merge_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor param = take_tensor(stack[0]), correction = take_optional_tensor(stack[1]);
   const WeightInput input = unpack_weight(op, param, correction, take_int(stack[2]));
   Tensor weights = new_float_like(input.param);
-  if (input.backend != Backend::kMeta) {
+  if (input.backend == Backend::kCuda) {
+#if FLASHOPTIM_HAS_CUDA
+    const Device device = input.param.device;
+    op.check(cuda::merge_weights(input.dtype, input.master_weights, input.param.data, input.correction, float_data(weights),
+                                 input.param.numel, device.index, current_stream(device)));
+#endif
+  } else if (input.backend != Backend::kMeta) {
     float* const to = float_data(weights);
     convert_slices(op, input.param.numel, [&](int64_t first, int64_t count) {
       return merge_weights(input.dtype, input.master_weights,
@@ -171,6 +338,13 @@ void split_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const WeightInput input = unpack_weight(op, param, correction, take_int(stack[3]));
   const TensorInfo from = unpack_float_like(op, "weights", weights, input.param, "param");
   if (input.backend == Backend::kMeta) return;
+#if FLASHOPTIM_HAS_CUDA
+  if (input.backend == Backend::kCuda) {
+    const Device device = input.param.device;
+    return op.check(cuda::split_weights(input.dtype, input.master_weights, static_cast<const float*>(from.data), input.param.data,
+                                        input.correction, input.param.numel, device.index, current_stream(device)));
+  }
+#endif
   convert_slices(op, input.param.numel, [&](int64_t first, int64_t count) {
     return split_weights(input.dtype, input.master_weights, static_cast<const float*>(from.data) + first,
                          advance(input.param.data, first, dtype_bytes(input.dtype)),
@@ -193,7 +367,13 @@ void decode_kernel(StableIValue* stack, uint64_t, uint64_t) {
   if (input.backend != Backend::kMeta) {
     float* to[kMaxStates] = {};
     for (size_t k = 0; k < values.size(); ++k) to[k] = float_data(values[k]);
-    convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
+#if FLASHOPTIM_HAS_CUDA
+    if (input.backend == Backend::kCuda && !values.empty()) {
+      const Device device = input.infos[0].device;
+      op.check(cuda::decode_states(input.optimizer, input.has_momentum, input.tensor, to, device.index, current_stream(device)));
+    }
+#endif
+    if (input.backend == Backend::kCpu) convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
       float* slice_to[kMaxStates];
       for (int k = 0; k < kMaxStates; ++k) slice_to[k] = to[k] == nullptr ? nullptr : to[k] + first;
       return decode_states(input.optimizer, input.has_momentum, slice, slice_to);
@@ -222,6 +402,13 @@ void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
         unpack_float_like(op, "values[" + index + "]", values[k], input.infos[k], "states[" + index + "]").data);
   }
   if (input.backend == Backend::kMeta) return;
+#if FLASHOPTIM_HAS_CUDA
+  if (input.backend == Backend::kCuda) {
+    const Device device = input.infos[0].device;
+    return op.check(
+        cuda::encode_states(input.optimizer, input.has_momentum, input.tensor, from, device.index, current_stream(device)));
+  }
+#endif
   convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
     const float* slice_from[kMaxStates];
     for (int k = 0; k < kMaxStates; ++k) slice_from[k] = from[k] == nullptr ? nullptr : from[k] + first;
@@ -252,6 +439,11 @@ void cpu_isa_kernel(StableIValue* stack, uint64_t, uint64_t) {
   Op{"cpu_isa"}.check(cpu_isa(&name));
   stack[0] = give_string(name);
 }
+
+constexpr const char* kHasCudaSchema = "has_cuda() -> bool";
+
+/// Whether this build steps CUDA tensors; not whether there is a device.
+void has_cuda_kernel(StableIValue* stack, uint64_t, uint64_t) { stack[0] = give_bool(kHasCuda); }
 
 constexpr const char* kStateNamesSchema = "state_names(str optimizer, bool has_momentum) -> str";
 
@@ -286,7 +478,8 @@ extern "C" __attribute__((visibility("default"))) int flashoptim_ops_version() {
 STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
   for (const char* schema : {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kGroupLayoutSchema,
-                             kCpuIsaSchema, kStateNamesSchema, kStateSignsSchema}) {
+                             kCpuIsaSchema, kStateNamesSchema, kStateSignsSchema, kHasCudaSchema, kPlanNewSchema,
+                             kPlanFreeSchema, kPlanCheckSchema, kPlanStepSchema, kPlanNormSchema}) {
     m.def(schema);
   }
 }
@@ -303,4 +496,10 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", cpu_isa_kernel);
   m.impl("state_names", state_names_kernel);
   m.impl("state_signs", state_signs_kernel);
+  m.impl("has_cuda", has_cuda_kernel);
+  m.impl("plan_new", plan_new_kernel);
+  m.impl("plan_free", plan_free_kernel);
+  m.impl("plan_check", plan_check_kernel);
+  m.impl("plan_step_", plan_step_kernel);
+  m.impl("plan_norm_", plan_norm_kernel);
 }

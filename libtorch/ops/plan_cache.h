@@ -7,7 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "flashoptim/step.h"
+#include "libtorch/ops/device_plan.h"
 
 namespace flashoptim::ops {
 
@@ -20,7 +20,7 @@ class PlanCache {
     uint64_t hash;
     OptimizerKind optimizer;
     bool has_momentum;
-    Plan plan;
+    DevicePlan plan;
   };
 
   /// The process's cache.

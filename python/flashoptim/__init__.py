@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from ._ops import cpu_isa
 from .casting import cast_model
-from .numerics import NumericsError, NumericsReport
+from .gradient_release import GradientReleaseHandle, enable_gradient_release
+from .numerics import NumericsError, NumericsReport, ParameterNumerics
 from .optimizer import FlashOptimizer
 from .optimizers import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
 from .weights import (
@@ -26,11 +27,14 @@ __all__ = [
     "FlashOptimizer",
     "FlashSGD",
     "FlashSGDW",
+    "GradientReleaseHandle",
     "NumericsError",
     "NumericsReport",
+    "ParameterNumerics",
     "cast_model",
     "compute_ecc_bits",
     "cpu_isa",
+    "enable_gradient_release",
     "get_fp32_model_state_dict",
     "reconstruct_fp32_param",
     "set_fp32_model_state_dict",

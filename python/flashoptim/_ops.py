@@ -92,6 +92,11 @@ def _load() -> None:
 _load()
 
 step_ = torch.ops.flashoptim.step_.default
+plan_new = torch.ops.flashoptim.plan_new.default
+plan_free = torch.ops.flashoptim.plan_free.default
+plan_check = torch.ops.flashoptim.plan_check.default
+plan_step_ = torch.ops.flashoptim.plan_step_.default
+plan_norm_ = torch.ops.flashoptim.plan_norm_.default
 merge_weights = torch.ops.flashoptim.merge_weights.default
 split_weights_ = torch.ops.flashoptim.split_weights_.default
 decode_states = torch.ops.flashoptim.decode_states.default
@@ -112,6 +117,12 @@ def state_names(optimizer: str, has_momentum: bool) -> tuple[str, ...]:
     return tuple(names.split(",")) if names else ()
 
 
+def has_cuda() -> bool:
+    """Whether this build steps CUDA tensors (not whether the machine has a device)."""
+    return bool(torch.ops.flashoptim.has_cuda())
+
+
+@functools.lru_cache(maxsize=1)
 def cpu_isa() -> str:
     """The instruction set that steps on CPU tensors use: ``scalar``, ``avx2`` or ``avx512``."""
     isa: str = torch.ops.flashoptim.cpu_isa()

@@ -268,7 +268,7 @@ class Plan:
             view, weights = weights, weights.contiguous()
             call.copies.append((view, weights))
         empty = self._empty(call.device)
-        step = param_state[STEP] + 1
+        step = int(param_state[STEP]) + 1
         call.params.append(weights)
         call.grads.append(ordered(grad.detach(), order).contiguous())
         call.corrections.append(ordered(param_state[CORRECTION], order) if CORRECTION in param_state else empty)

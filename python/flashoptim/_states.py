@@ -14,6 +14,7 @@ along it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -118,6 +119,51 @@ def new_state(param: Tensor, slots: Sequence[str], form: Format) -> dict[str, An
     return state
 
 
+#: Bytes of one allocation that the states of several parameters share.
+_CHUNK_BYTES = 1 << 28
+_ALIGNMENT = 256
+
+
+def new_states(items: Sequence[tuple[Tensor, Sequence[str], Format]]) -> list[dict[str, Any]]:
+    """As new_state() for many parameters, in a few allocations: per dtype, arrays lie one behind the other in a chunk."""
+    wanted: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str, Sequence[int], Any]]] = {}
+    states: list[dict[str, Any]] = []
+    for param, slots, form in items:
+        order = storage_order(param)
+        rows, groups = rows_of(param.shape, order)
+        state: dict[str, Any] = {STEP: 0}
+        sizes = tuple(param.shape) if order is None else tuple(param.shape[d] for d in order)
+
+        def want(name: str, dtype: torch.dtype, shape: Sequence[int], order: Any) -> None:
+            state[name] = None  # noqa: B023 (keeps the order of entries; called at once)
+            wanted.setdefault((param.device, dtype), []).append((state, name, shape, order))  # noqa: B023
+
+        for slot in slots:
+            want(slot, code_dtype(slot, form.codec), sizes, order)
+            if form.codec != StateCodec.FLOAT32:
+                want(slot + SCALE, SCALE_DTYPES[form.codec], (rows, groups), None)
+        if form.master_weights in CORRECTION_DTYPES:
+            want(CORRECTION, CORRECTION_DTYPES[form.master_weights], sizes, order)
+        states.append(state)
+    for (device, dtype), arrays in wanted.items():
+        step = _ALIGNMENT // dtype.itemsize
+        lengths = [-(-math.prod(shape) // step) * step for _, _, shape, _ in arrays]
+        first = 0
+        while first < len(arrays):
+            end, total = first + 1, lengths[first]
+            while end < len(arrays) and (total + lengths[end]) * dtype.itemsize <= _CHUNK_BYTES:
+                total += lengths[end]
+                end += 1
+            chunk = torch.zeros(total, dtype=dtype, device=device)
+            offset = 0
+            for (state, name, shape, order), length in zip(arrays[first:end], lengths[first:end]):
+                array = chunk[offset : offset + math.prod(shape)].view(tuple(shape))
+                state[name] = array if order is None else array.permute(sorted(range(len(order)), key=order.__getitem__))
+                offset += length
+            first = end
+    return states
+
+
 def stored_codec(state: Mapping[str, Any], slots: Sequence[str]) -> StateCodec:
     """The codec that a state's tensors are in, from the dtypes of its scales. Raises ValueError for a mixture."""
     if not slots:
@@ -144,9 +190,14 @@ def stored_codec(state: Mapping[str, Any], slots: Sequence[str]) -> StateCodec:
     return found.pop()
 
 
+def is_count(step: Any) -> bool:
+    """Whether a step count can stay as it is: an int, or an int64 tensor of one element (counted on the device)."""
+    return type(step) is int or (isinstance(step, Tensor) and step.dtype == torch.int64 and step.numel() == 1)
+
+
 def conforms(state: Mapping[str, Any], param: Tensor, slots: Sequence[str], form: Format) -> bool:
     """Whether a step can run on a state as it is."""
-    if type(state.get(STEP)) is not int or any(slot not in state for slot in slots):
+    if not is_count(state.get(STEP)) or any(slot not in state for slot in slots):
         return False
     order = state_order(state, slots, param)
     scale_dtype = SCALE_DTYPES.get(form.codec)

@@ -38,6 +38,16 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> fl
     return number
 
 
+def check_lr_tensor(lr: torch.Tensor) -> torch.Tensor:
+    """A learning rate that the device reads at every step; its value is the caller's affair."""
+    if lr.dtype != torch.float32 or lr.numel() != 1:
+        raise TypeError(
+            f"lr is a CUDA tensor of dtype {lr.dtype} and shape {tuple(lr.shape)}; allowed with capturable=True is torch.float32 "
+            "with one element"
+        )
+    return lr
+
+
 def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} = {value!r} is a {type(value).__name__}; allowed are True and False")

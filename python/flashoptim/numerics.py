@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from ._states import ordered, storage_order
 
 if TYPE_CHECKING:
     from ._plan import Call, Entry
+    from ._prepared import Prepared
 
 #: Explicit mantissa bits of a stored weight, by parameter dtype and way of keeping the rest.
 _MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
@@ -24,6 +25,10 @@ _SPACINGS_NEEDED = 1 / 0.49
 #: The share of lr that a step of Adam is taken to have at least; Lion's is lr exactly, SGD's is taken as lr.
 _STEP_SHARE = {"adamw": 0.1, "adam": 0.1}
 _SAMPLE_SIZE = 4096
+#: Elements up to which check_numerics looks at every group, and the share it looks at beyond: 1 / stride.
+_SMALL_MODEL = 1 << 20
+_STRIDE = 64
+_MOST_KEPT = 16
 
 
 class NumericsError(RuntimeError):
@@ -41,6 +46,27 @@ class NumericsReport:
     #: How many of them kept every bit. With nearest rounding such an update is lost; with unbiased rounding (the default
     #: codec's corrections, ``stochastic_rounding=True``) it is not: others round the other way.
     unchanged_weights: int
+    #: States other than 0 that were stored as 0, in the sample. The default codec rounds small momentum up or down at random,
+    #: without bias, and never a variance to 0; the paper's loses what it floors.
+    floored_codes: int = 0
+    #: States beyond the largest that their codec stores, in the sample.
+    saturated_codes: int = 0
+    #: The largest update in the sample over what the rule allows (Adam's and Lion's bounds: docs/numerics.md, "Telemetry").
+    largest_update_ratio: float = 0.0
+    #: The same for every parameter that was looked at, by name.
+    parameters: dict[str, ParameterNumerics] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ParameterNumerics:
+    """One parameter's counts, in a sample of its groups (every one of them for small models)."""
+
+    examined: int
+    nonfinite_gradients: int
+    lost_updates: int
+    floored_codes: int
+    saturated_codes: int
+    largest_update_ratio: float
 
 
 def smallest_certain_step(largest_weight: float, dtype: torch.dtype, master_weights: MasterWeights) -> float:
@@ -59,6 +85,8 @@ class NumericsMonitor:
         self.turn = 0
         self.sampled = 0
         self.unchanged = 0
+        self.kept: list[tuple[list[str], Tensor]] = []
+        self.settled: dict[str, ParameterNumerics] = {}
 
     def counter(self, device: torch.device) -> Tensor:
         """What a step on ``device`` adds its count of non-finite gradient elements to."""
@@ -67,9 +95,45 @@ class NumericsMonitor:
             counter = self.nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return counter
 
-    def report(self) -> NumericsReport:
+    def stride(self, prepared: Iterable[Prepared]) -> int:
+        """Which share of the groups is looked at: all of a small model, every 64th of another, others at every step."""
+        elements = sum(param.numel() for one in prepared for param in one.params)
+        return 1 if elements <= _SMALL_MODEL else _STRIDE
+
+    def keep(self, prepared: Prepared) -> None:
+        """Takes over the telemetry of a Prepared that ends."""
+        if prepared.telemetry is not None:
+            self.kept.append(([entry.name for entry in prepared.entries], prepared.telemetry))
+            if len(self.kept) > _MOST_KEPT:
+                self.settled = self._parameters([])
+                self.kept = []
+
+    def _parameters(self, prepared: Iterable[Prepared]) -> dict[str, ParameterNumerics]:
+        """Every parameter's counts so far. Waits for the device."""
+        found = dict(self.settled)
+        live = [([entry.name for entry in one.entries], one.telemetry) for one in prepared if one.telemetry is not None]
+        for names, telemetry in [*self.kept, *live]:
+            table = telemetry.cpu()
+            ratios = table.view(torch.float32)[:, 10].tolist()
+            for name, counts, ratio in zip(names, table[:, :5].tolist(), ratios):
+                old = found.get(name, ParameterNumerics(0, 0, 0, 0, 0, 0.0))
+                sums = [a + b for a, b in zip(counts, astuple(old)[:5])]
+                found[name] = ParameterNumerics(*sums, max(ratio, old.largest_update_ratio))
+        return found
+
+    def report(self, prepared: Iterable[Prepared] = ()) -> NumericsReport:
         count = sum(int(counter.item()) for counter in self.nonfinite.values())
-        return NumericsReport(count, self.sampled, self.unchanged)
+        parameters = self._parameters(prepared)
+        each = parameters.values()
+        return NumericsReport(
+            count,
+            self.sampled + sum(one.examined for one in each),
+            self.unchanged + sum(one.lost_updates for one in each),
+            sum(one.floored_codes for one in each),
+            sum(one.saturated_codes for one in each),
+            max((one.largest_update_ratio for one in each), default=0.0),
+            parameters,
+        )
 
     def check_learning_rates(self, kind: str, entries: Iterable[Entry], lrs: list[float]) -> None:
         """Raises NumericsError where a step of a group's lr may round away on a parameter's largest weight."""
@@ -145,4 +209,4 @@ def largest_magnitude(param: Tensor) -> float:
     return max(abs(float(smallest)), abs(float(largest)))
 
 
-__all__ = ["NumericsError", "NumericsMonitor", "NumericsReport", "smallest_certain_step"]
+__all__ = ["NumericsError", "NumericsMonitor", "NumericsReport", "ParameterNumerics", "smallest_certain_step"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _checkpoint, _ops, _states, _validate, weights
+from . import _checkpoint, _ops, _prepared, _states, _validate, weights
 from ._ops import CORRECTION_DTYPES
+from ._prepared import Controls, Prepared
 from ._plan import Call, Entry, Plan, PlanIsStale, parameter_name
 from .numerics import NumericsError, NumericsMonitor, NumericsReport
 
@@ -32,6 +34,8 @@ class FlashOptimizer(torch.optim.Optimizer):
         check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded to
             nearest, and count lost updates (docs/python_api.md, "Numerics").
         fused: accepted for compatibility; there is one implementation, and it is fused.
+        capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may be a
+            float32 tensor there, which a replay reads anew. Call step() once before the capture.
     """
 
     #: Name of the update rule, as the operators know it.
@@ -54,6 +58,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
         self._compress_state_dict = _validate.check_bool("compress_state_dict", compress_state_dict)
         self._check_numerics = _validate.check_bool("check_numerics", check_numerics)
@@ -68,15 +73,22 @@ class FlashOptimizer(torch.optim.Optimizer):
             "master_weight_bits": master_weight_bits,
             "min_quantized_numel": min_quantized_numel,
             "stochastic_rounding": stochastic_rounding,
+            "capturable": _validate.check_bool("capturable", capturable),
         }
         self._reset()
         super().__init__(params, defaults)
         self._warn_of_lost_precision()
 
     def _reset(self) -> None:
+        self._prepared: list[Prepared] = []
         self._plan: Plan | None = None
-        self._group_cache: list[tuple[Any, list[float]]] = []
         self._monitor = NumericsMonitor()
+        self._group_cache: list[tuple[Any, list[float]]] = []
+        self._lrs: list[Tensor | None] = []
+        self._drop_prepared()
+        self._prepare_after = 0
+        self._waits = 1
+        self._clip: Tensor | None = None
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
@@ -114,6 +126,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         cache = self._group_cache
         if len(cache) != len(self.param_groups):
             cache = self._group_cache = [(None, [])] * len(self.param_groups)
+            self._lrs = [None] * len(self.param_groups)
             self._plan = None
         for index, group in enumerate(self.param_groups):
             get_options = _options_with_decay if "decay_lr" in group else _options
@@ -127,6 +140,11 @@ class FlashOptimizer(torch.optim.Optimizer):
                     self._plan = None
                 cache[index] = (options, values)
             lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.is_cuda and group["capturable"]:
+                self._lrs[index] = _validate.check_lr_tensor(lr)
+                values[0] = 0.0
+                continue
+            self._lrs[index] = None
             values[0] = lr if type(lr) is float and 0.0 <= lr < math.inf else _validate.check_range("lr", lr, 0.0)
         return [values for _, values in cache]
 
@@ -155,6 +173,10 @@ class FlashOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         hypers = self._read_groups()
+        if self._step_prepared(hypers):
+            return loss
+        self._check_not_capturing()
+        self._fill_in_lrs(hypers)
         try:
             self._run(self._gather(hypers), hypers)
             return loss
@@ -167,6 +189,141 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._run(self._gather(hypers, careful=True), hypers)
         return loss
 
+    def _step_prepared(self, hypers: list[list[float]]) -> bool:
+        """The quick way; False, with nothing changed, where the slower one must be gone."""
+        if not self._make_prepared():
+            return False
+        monitor, controls = self._monitor, self._controls()
+        if controls is None:  # the gradients overflowed: nothing changes
+            return True
+        stride = 0
+        if self._check_numerics:
+            lrs = [group["lr"] if lr is None else float(lr) for group, lr in zip(self.param_groups, self._lrs)]
+            for prepared in self._prepared:
+                monitor.check_learning_rates(self.kind, prepared.entries, lrs)
+            stride = monitor.stride(self._prepared)
+        try:
+            if len(self._prepared) > 1:  # a refusal of any must come before a change by one
+                for prepared in self._prepared:
+                    prepared.check()
+            for prepared in self._prepared:
+                on_device = controls.on(prepared.device)
+                prepared.step(hypers, self._lrs, on_device, monitor.counter(prepared.device), stride)
+                _prepared.commit(prepared, self.state)
+        except RuntimeError:
+            self._drop_prepared()
+            self._wait_to_prepare()
+            return False
+        if len(self._state_dicts) != len(self.state):
+            self._state_dicts = list(self.state.values())
+        self._clip = None
+        return True
+
+    def _make_prepared(self) -> bool:
+        """Whether there is a Prepared for every parameter that a step would take."""
+        if self._plan is not None and self._plan is self._prepared_plan and self._plan.is_current(self.param_groups):
+            state = self.state
+            if (
+                len(state) == len(self._state_dicts)
+                and all(map(is_, state.values(), self._state_dicts))
+                and all(map(Prepared.is_current, self._prepared))
+            ):
+                return True
+        self._drop_prepared()
+        if self._prepare_after > 0:
+            self._prepare_after -= 1
+            return False
+        plan = self._current_plan()
+        try:
+            prepared = _prepared.prepare(self.kind, plan, self.state)
+        except (RuntimeError, ValueError, TypeError, PlanIsStale):
+            prepared = None  # the slower way says what is wrong
+        if prepared is None:
+            self._wait_to_prepare()
+            return False
+        self._waits = 1
+        self._prepared, self._prepared_plan = prepared, plan
+        self._state_dicts = list(self.state.values())
+        if any(group["capturable"] for group in self.param_groups):
+            for one in prepared:
+                one.count_on_device()
+        return True
+
+    def _drop_prepared(self) -> None:
+        for prepared in self._prepared:
+            self._monitor.keep(prepared)
+        self._prepared = []
+        self._prepared_plan: Plan | None = None
+        self._state_dicts: list[dict[str, Any]] = []
+
+    def _wait_to_prepare(self) -> None:
+        """What failed now probably fails again: try less and less often."""
+        self._prepare_after = self._waits
+        self._waits = min(64, 2 * self._waits)
+
+    def _controls(self) -> Controls | None:
+        """What GradScaler and clip_grad_norm_() left for this step; None where it is skipped, as far as the host knows."""
+        controls = Controls()
+        controls.clip_coefficient = self._clip
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        scale: Tensor | float | None = getattr(self, "grad_scale", None)
+        if any(prepared.device.type == "cuda" for prepared in self._prepared):
+            controls.found_inf = found_inf
+            if isinstance(scale, Tensor):
+                controls.grad_divisor = scale
+            elif scale is not None:
+                controls.grad_scale = 1.0 / scale
+            return controls
+        if found_inf is not None and float(found_inf) != 0.0:
+            return None
+        if scale is not None:
+            controls.grad_scale = 1.0 / float(scale)
+        return controls
+
+    def _check_not_capturing(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() cannot be captured in a CUDA graph as things are: make the optimizer with capturable=True, call step() "
+                "once before the capture, and keep parameters and states where they are (dense parameters, and gradients in "
+                "their storage order)"
+            )
+
+    def _fill_in_lrs(self, hypers: list[list[float]]) -> None:
+        for values, lr in zip(hypers, self._lrs):
+            if lr is not None:
+                values[0] = _validate.check_range("lr", float(lr), 0.0)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clips the next step to gradients of a total norm of at most ``max_norm``; returns the norm of what there is.
+
+        On one CUDA device the norm is one pass over all gradients, in an order that does not depend on the device, and the
+        next step() multiplies by ``min(1, max_norm / (norm + 1e-6))`` as it reads them: nothing is written, and the host does
+        not wait. zero_grad() forgets it. Elsewhere this is torch.nn.utils.clip_grad_norm_, which scales the gradients.
+
+        Raises:
+            ValueError: ``max_norm`` is not a finite number > 0.
+        """
+        max_norm = _validate.check_range("max_norm", max_norm, 0.0)
+        if max_norm == 0.0:
+            raise ValueError("max_norm = 0.0 is not allowed; allowed is a finite number > 0")
+        self._read_groups()
+        if self._make_prepared() and len(self._prepared) == 1 and self._prepared[0].device.type == "cuda":
+            try:
+                result = self._prepared[0].gradient_norm(max_norm, Controls())
+            except RuntimeError:
+                pass
+            else:
+                self._clip = result[3]
+                return result[2].clone()
+        params = [p for group in self.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(params, max_norm)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim.Optimizer.zero_grad."""
+        self._clip = None
+        super().zero_grad(set_to_none)
+
     def _gather(self, hypers: list[list[float]], careful: bool = False) -> list[Call]:
         try:
             return self._current_plan().gather(self.state, hypers, careful)
@@ -178,6 +335,7 @@ class FlashOptimizer(torch.optim.Optimizer):
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
         """A step of one parameter alone (``group`` is found where it is not given)."""
         hypers = self._read_groups()
+        self._fill_in_lrs(hypers)
         entry = self._entry(p)
         call = Call(p.device)
         self._current_plan().gather_entry(entry, call, self.state, hypers)
@@ -190,6 +348,9 @@ class FlashOptimizer(torch.optim.Optimizer):
         if found_inf is not None and float(found_inf) != 0.0:
             return
         grad_scale = 1.0 if scale is None else 1.0 / float(scale)
+        if self._clip is not None:
+            grad_scale *= float(self._clip)
+            self._clip = None
         sample = None
         if self._check_numerics:
             lrs = [values[0] for values in hypers]
@@ -280,10 +441,11 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def numerics_report(self) -> NumericsReport:
         """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
-        return self._monitor.report()
+        return self._monitor.report(self._prepared)
 
     def reset_numerics(self) -> None:
         """Starts the counts of numerics_report() anew."""
+        self._drop_prepared()
         self._monitor = NumericsMonitor()
 
     def recompute_param_stats(self) -> None:

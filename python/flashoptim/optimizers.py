@@ -5,6 +5,7 @@ are this package's own:
     min_quantized_numel: parameters with fewer elements keep fp32 states; 0 quantizes all.
     seed: seed of the unbiased rounding, 0 <= seed < 2**53.
     maximize: maximize the objective instead of minimizing it.
+    capturable: see FlashOptimizer.
     stochastic_rounding: with master_weight_bits=None, round 16-bit weights without bias instead of to nearest.
 
 and common to all:
@@ -57,6 +58,7 @@ class FlashAdamW(FlashOptimizer):
         seed: int = 0,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
         super().__init__(
@@ -72,6 +74,7 @@ class FlashAdamW(FlashOptimizer):
             seed=seed,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
         )
 
 
@@ -98,6 +101,7 @@ class FlashAdam(FlashOptimizer):
         seed: int = 0,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
@@ -113,6 +117,7 @@ class FlashAdam(FlashOptimizer):
             seed=seed,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
         )
 
 
@@ -143,6 +148,7 @@ class FlashSGD(FlashOptimizer):
         seed: int = 0,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -164,6 +170,7 @@ class FlashSGD(FlashOptimizer):
             seed=seed,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
         )
 
 
@@ -196,6 +203,7 @@ class FlashSGDW(FlashOptimizer):
         seed: int = 0,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -218,6 +226,7 @@ class FlashSGDW(FlashOptimizer):
             seed=seed,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
         )
 
 
@@ -248,6 +257,7 @@ class FlashLion(FlashOptimizer):
         seed: int = 0,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
         super().__init__(
@@ -263,6 +273,7 @@ class FlashLion(FlashOptimizer):
             seed=seed,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
         )
 
 

@@ -129,6 +129,18 @@ struct InspectArguments {
   uint32_t chunk_count;
 };
 
+enum class Conversion : int32_t { kMergeWeights, kSplitWeights, kDecodeStates, kEncodeStates };
+
+/// One tensor's conversion from or to fp32.
+struct ConvertArguments {
+  TensorEntry tensor;
+  float* values[kMaxStates];  ///< fp32 weights (the first), or one array per state slot; read or written
+  int64_t groups;
+  Conversion conversion;
+  RuleKind rule;     ///< states only
+  StateCodec codec;  ///< states only
+};
+
 /// Launches a step over `chunk_count` chunks; `stream` is a cudaStream_t. Returns cudaError_t as int.
 using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
@@ -154,6 +166,7 @@ const StepLaunches& step_launches(RuleKind rule);
 int launch_prepare(const PrepareArguments& arguments, void* stream);
 int launch_update(const UpdateArguments& arguments, void* stream);
 int launch_inspect(RuleKind rule, const InspectArguments& arguments, void* stream);
+int launch_convert(const ConvertArguments& arguments, void* stream);
 int launch_norm(const NormArguments& arguments, void* stream);
 int launch_advance(int64_t* counter, const float* found_inf, void* stream);
 

@@ -10,6 +10,7 @@
 #include "flashoptim/cuda.h"
 #include "src/blocks.h"
 #include "src/cuda/arguments.h"
+#include "src/cuda/device.h"
 #include "src/rules.h"
 
 namespace flashoptim::cuda {
@@ -40,62 +41,6 @@ constexpr bool rules_in_order() {
     if (kRuleOrder[i] != i) return false;
   }
   return true;
-}
-
-Status device_status(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return Status::ok();
-  return Status::device_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-}
-
-/// Makes a device current for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  cudaError_t error_;
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-TensorEntry make_entry(const ParameterTensors& t) {
-  TensorEntry e{};
-  e.parameter = t.parameter;
-  e.gradient = t.gradient;
-  e.correction = t.correction;
-  bool aligned = is_aligned(t.parameter) && is_aligned(t.correction);
-  for (int k = 0; k < kMaxStates; ++k) {
-    e.states[k] = t.states[k];
-    e.scales[k] = static_cast<uint16_t*>(t.scales[k]);
-    aligned = aligned && is_aligned(t.states[k]);
-  }
-  e.row_size = t.layout.row_size;
-  e.groups_per_row = t.layout.groups_per_row();
-  e.numel = t.layout.numel();
-  e.first_element = t.first_element;
-  e.hyper_index = t.hyper_index;
-  e.parameter_dtype = static_cast<uint8_t>(t.parameter_dtype);
-  e.gradient_dtype = static_cast<uint8_t>(t.gradient_dtype);
-  e.master_weights = static_cast<uint8_t>(t.master_weights);
-  if (aligned) e.flags |= kVectorAligned;
-  if (t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0) e.flags |= kShortRows;
-  if (t.state_codec == StateCodec::kPaper) e.flags |= kPaperStates;
-  if (t.state_codec == StateCodec::kDefault) e.flags |= kDefaultStates;
-  return e;
 }
 
 /// Cuts [0, groups) of a tensor into chunks.
@@ -390,6 +335,7 @@ Status Plan::set_gradients(const void* const* gradients) {
 
 Status Plan::set_hyper_index(int64_t index, int32_t hyper_index) {
   if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
+  if (index >= 0 && index < size() && tensor(index).hyper_index == hyper_index) return Status::ok();
   Status status = impl_->tensors.set_hyper_index(index, hyper_index);
   if (status.is_ok()) impl_->mark_dirty(index, index + 1);
   return status;
@@ -494,8 +440,11 @@ Status Plan::gradient_norm(const NormOptions& options, GradientNorm* result) {
   return device_status(static_cast<cudaError_t>(launch_norm(args, options.stream)), "launching the gradient norm");
 }
 
-Status advance_step(int64_t* counter, const float* found_inf, void* stream) {
+Status advance_step(int64_t* counter, const float* found_inf, int32_t device, void* stream) {
   if (counter == nullptr) return Status::invalid_argument("counter is null");
+  DeviceGuard guard(device);
+  const Status status = device_status(guard.error(), "cannot use the device of the counter");
+  if (!status.is_ok()) return status;
   return device_status(static_cast<cudaError_t>(launch_advance(counter, found_inf, stream)), "launching the step counter");
 }
 

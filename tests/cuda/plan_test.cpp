@@ -155,12 +155,12 @@ TEST(CudaPlan, PreparedOnTheDeviceLikeOnTheHost) {
       const int64_t* steps[] = {step_counter.pointer()};
       options.lr = lrs;
       options.step = steps;
-      ASSERT_OK(cuda::advance_step(step_counter.pointer(), found_inf.pointer(), nullptr));
+      ASSERT_OK(cuda::advance_step(step_counter.pointer(), found_inf.pointer(), 0, nullptr));
       ASSERT_OK(pair.cuda().step(&hyper, 1, options));
       ASSERT_EQ(pair.difference(), "") << "step " << step;
       // A step with found_inf changes nothing, the counter included.
       found_inf.set(1.0f);
-      ASSERT_OK(cuda::advance_step(step_counter.pointer(), found_inf.pointer(), nullptr));
+      ASSERT_OK(cuda::advance_step(step_counter.pointer(), found_inf.pointer(), 0, nullptr));
       ASSERT_OK(pair.cuda().step(&hyper, 1, options));
       ASSERT_EQ(pair.difference(), "") << "found_inf at step " << step;
       EXPECT_EQ(step_counter.get(), step);
@@ -189,7 +189,7 @@ TEST(CudaPlan, GraphReplaysLikeEager) {
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   ASSERT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  EXPECT_OK(cuda::advance_step(counter.pointer(), found_inf.pointer(), stream));
+  EXPECT_OK(cuda::advance_step(counter.pointer(), found_inf.pointer(), 0, stream));
   EXPECT_OK(pair.cuda().step(hypers.data(), 2, options));
   ASSERT_CUDA(cudaStreamEndCapture(stream, &graph));
   ASSERT_CUDA(cudaGraphInstantiate(&executable, graph, 0));
@@ -210,7 +210,7 @@ TEST(CudaPlan, GraphReplaysLikeEager) {
       ASSERT_OK(pair.cuda().step(hypers.data(), 2, options));
       for (size_t i = 0; i < pair.size(); ++i) none[i] = pair.tensor(i).device().gradient;
       ASSERT_OK(pair.cuda().set_gradients(none.data()));
-      ASSERT_OK(cuda::advance_step(counter.pointer(), nullptr, stream));
+      ASSERT_OK(cuda::advance_step(counter.pointer(), nullptr, 0, stream));
       ASSERT_OK(pair.cuda().step(hypers.data(), 2, options));
     } else {
       ASSERT_CUDA(cudaGraphLaunch(executable, stream));

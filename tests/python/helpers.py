@@ -49,7 +49,7 @@ def run(optimizer, params, first, last):
 
 def bits(tensor):
     """The bytes of a tensor in logical order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_same_bits(a, b):

@@ -1,0 +1,224 @@
+"""Memory and time of training steps of a model of Llama-3.1-8B's shape, with random weights and one batch of random tokens.
+
+    python benchmarks/memory/llama_shape.py                                  FlashAdamW
+    python benchmarks/memory/llama_shape.py --gradient-release
+    python benchmarks/memory/llama_shape.py --optimizer torch-fused-bf16     torch's fused AdamW, all in bf16
+    python benchmarks/memory/llama_shape.py --layers 8 --optimizer torch-fused
+    python benchmarks/memory/llama_shape.py --device cpu --tiny              tries the script
+
+Each is one process; on an H100 with 80 GB some 30 seconds are expected. Weights are made on the device in the dtype that they
+have; every block is checkpointed; the loss is computed for 256 tokens at a time (chunked_cross_entropy in common.py), so that
+logits take 0.3 GB and not 2. torch-fused has fp32 weights under autocast (16 bytes a parameter: not for 80 GB with all
+layers). report.py makes tables of the JSON files.
+"""
+
+import argparse
+import contextlib
+import time
+
+import torch
+from common import (
+    GIB,
+    StepTimes,
+    add_options,
+    chunked_cross_entropy,
+    gradient_bytes,
+    held_bytes,
+    peak_memory,
+    say,
+    start_measuring,
+    write_run,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import flashoptim
+
+NAME = "llama_shape"
+FULL = {"layers": 32, "dim": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 128256, "tokens": 2048}
+TINY = {"layers": 2, "dim": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 512, "tokens": 64}
+ROPE_BASE = 500000.0
+ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+OPTIMIZERS = ("flash", "torch-fused", "torch-fused-bf16")
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of [batch, head, position, width], in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, shape: dict) -> None:
+        super().__init__()
+        dim, width = shape["dim"], shape["dim"] // shape["heads"]
+        self.width = width
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.query = nn.Linear(dim, shape["heads"] * width, bias=False)
+        self.key = nn.Linear(dim, shape["kv_heads"] * width, bias=False)
+        self.value = nn.Linear(dim, shape["kv_heads"] * width, bias=False)
+        self.output = nn.Linear(shape["heads"] * width, dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.gate = nn.Linear(dim, shape["ffn"], bias=False)
+        self.up = nn.Linear(dim, shape["ffn"], bias=False)
+        self.down = nn.Linear(shape["ffn"], dim, bias=False)
+
+    def forward(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        y = self.attention_norm(x)
+        query, key, value = (
+            layer(y).unflatten(-1, (-1, self.width)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        x = x + self.output(y.transpose(1, 2).flatten(2))
+        y = self.ffn_norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Llama(nn.Module):
+    """Decoder with grouped-query attention, SwiGLU and a head of its own."""
+
+    def __init__(self, shape: dict) -> None:
+        super().__init__()
+        self.width = shape["dim"] // shape["heads"]
+        self.embedding = nn.Embedding(shape["vocab"], shape["dim"])
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape["layers"]))
+        self.norm = nn.RMSNorm(shape["dim"], eps=1e-5)
+        self.head = nn.Linear(shape["dim"], shape["vocab"], bias=False)
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+        exponents = torch.arange(0, self.width, 2, device=tokens.device) / self.width
+        angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device), ROPE_BASE**-exponents)
+        cosine, sine = angles.cos(), angles.sin()
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x, cosine, sine, use_reentrant=False)
+        return chunked_cross_entropy(self.norm(x), self.head.weight, targets, chunk)
+
+
+@torch.no_grad()
+def make_model(shape: dict, device: torch.device, dtype: torch.dtype, seed: int) -> Llama:
+    """Made without memory first, then given its final memory and random weights: there is never a copy in another dtype."""
+    with torch.device("meta"):
+        model = Llama(shape)
+    model = model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for param in model.parameters():
+        if param.ndim == 1:
+            param.fill_(1.0)
+        else:
+            param.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    if args.optimizer != "flash":
+        return torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
+    weights = {"master_weight_bits": None, "stochastic_rounding": True} if args.no_correction else {}
+    return flashoptim.FlashAdamW(model.parameters(), state_codec=args.state_codec, **weights, **ADAMW)
+
+
+def variant_of(args: argparse.Namespace) -> str:
+    name = args.optimizer
+    if args.optimizer == "flash":
+        name += "-paper" * (args.state_codec == "paper") + "-no-correction" * args.no_correction
+    return name + "-release" * args.gradient_release
+
+
+def measure(args: argparse.Namespace, shape: dict, start: float) -> dict:
+    device = torch.device(args.device)
+    is_mixed = args.optimizer == "torch-fused"
+    start_measuring(device)
+    model = make_model(shape, device, torch.float32 if is_mixed else torch.bfloat16, args.seed)
+    optimizer = make_optimizer(args, model)
+    if args.gradient_release:
+        flashoptim.enable_gradient_release(model, optimizer)
+    count = sum(p.numel() for p in model.parameters())
+    say(NAME, start, f"{variant_of(args)}: {count / 1e9:.3f} G parameters on {args.device}")
+
+    data = torch.randint(
+        shape["vocab"], (args.batch, shape["tokens"] + 1), generator=torch.Generator().manual_seed(args.seed)
+    ).to(device)
+    # Weights are used once a pass: copies that autocast would keep are of no use.
+    autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    times, losses, gradients = StepTimes(device), [], 0
+    for step in range(args.steps):
+        optimizer.zero_grad()
+        marks = [times.clock.mark()]
+        with autocast if is_mixed else contextlib.nullcontext():
+            loss = model.loss(data[:, :-1], data[:, 1:], args.chunk)
+        marks.append(times.clock.mark())
+        loss.backward()
+        marks.append(times.clock.mark())
+        gradients = max(gradients, gradient_bytes(model))
+        optimizer.step()
+        marks.append(times.clock.mark())
+        times.add(*marks)
+        losses.append(loss.item())
+        say(NAME, start, f"step {step + 1} of {args.steps}: loss {losses[-1]:.4f}")
+    return {
+        **peak_memory(device),
+        **held_bytes(model, optimizer, gradients),
+        **times.medians(),
+        "loss": losses,
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="flash")
+    parser.add_argument("--state-codec", choices=("default", "paper"), default="default")
+    parser.add_argument("--gradient-release", action="store_true")
+    parser.add_argument(
+        "--no-correction", action="store_true", help="master_weight_bits=None, rounded without bias: bf16 weights alone"
+    )
+    parser.add_argument("--layers", type=int, help="fewer blocks than the 32")
+    parser.add_argument("--tokens", type=int, help="length of a sequence (default: 2048)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=256, help="tokens whose logits exist at a time")
+    parser.add_argument("--steps", type=int, default=12, help="the first two are for warming up (default: 12)")
+    add_options(parser)
+    args = parser.parse_args(arguments)
+    if args.optimizer != "flash" and (args.gradient_release or args.no_correction or args.state_codec != "default"):
+        parser.error("--gradient-release, --no-correction and --state-codec go with --optimizer flash")
+    if args.steps < 1 or (args.layers is not None and args.layers < 1):
+        parser.error("--steps and --layers are 1 or more")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    args = parse(arguments)
+    start = time.monotonic()
+    shape = dict(TINY if args.tiny else FULL)
+    default_layers = shape["layers"]
+    for name in ("layers", "tokens"):
+        if getattr(args, name) is not None:
+            shape[name] = getattr(args, name)
+    config = {
+        **shape,
+        "full_depth": shape["layers"] == default_layers,
+        "batch": args.batch,
+        "chunk": args.chunk,
+        "steps": args.steps,
+        "seed": args.seed,
+        "adamw": ADAMW,
+    }
+    try:
+        results = measure(args, shape, start)
+    except torch.OutOfMemoryError as error:
+        say(NAME, start, f"{variant_of(args)} does not fit: {str(error).splitlines()[0]}")
+        results = None
+    if results is not None:
+        say(
+            NAME,
+            start,
+            f"peak {results['peak_gib']:.2f} GiB ({results['peak_gib'] * GIB / results['parameters']:.3f} bytes a "
+            f"parameter; weights, states and gradients {results['bytes_per_parameter']:.3f}), optimizer.step() "
+            f"{results['optimizer_ms']:.2f} ms, whole step {results['step_ms']:.1f} ms",
+        )
+    return write_run(args, NAME, variant_of(args), config, results)
+
+
+if __name__ == "__main__":
+    main()

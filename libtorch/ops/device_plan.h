@@ -1,0 +1,63 @@
+// A plan on whatever device its tensors are: the library's plans behind one interface.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "flashoptim/step.h"
+#include "libtorch/ops/device.h"
+#if FLASHOPTIM_HAS_CUDA
+#include "flashoptim/cuda.h"
+#endif
+
+namespace flashoptim::ops {
+
+/// What a step takes beside tensors and hyperparameters. Pointers are to memory of the plan's device, or null.
+struct StepControls {
+  float gradient_scale = 1.0f;
+  const float* gradient_divisor = nullptr;
+  const float* clip_coefficient = nullptr;
+  const float* found_inf = nullptr;
+  int64_t* nonfinite_gradients = nullptr;
+  /// One entry per tensor, or null: what the step will do is looked at first, in every telemetry_stride-th group.
+  StepTelemetry* telemetry = nullptr;
+  int64_t telemetry_stride = 1;
+  /// One entry per hyperparameter set, or empty. A step counter counts up, unless found_inf, and is then the set's step.
+  std::vector<const float*> lrs;
+  std::vector<int64_t*> steps;
+};
+
+/// cuda::GradientNorm, on every device.
+struct NormResult {
+  double sum_of_squares;
+  float norm;
+  float coefficient;
+};
+
+class DevicePlan {
+ public:
+  /// `backend` is kCpu or kCuda.
+  static Status make(Backend backend, Device device, OptimizerKind optimizer, bool has_momentum,
+                     const std::vector<ParameterTensors>& tensors, DevicePlan* plan);
+
+  int64_t size() const;
+  const ParameterTensors& tensor(int64_t index) const;
+  Status set_gradient(int64_t index, const void* gradient);
+  Status set_hyper_index(int64_t index, int32_t hyper_index);
+
+  /// On the device's current stream. Hyperparameters are changed where controls say otherwise.
+  Status step(std::vector<Hyperparameters>& hypers, const StepControls& controls);
+  /// The CPU has none: kUnsupported.
+  Status gradient_norm(float gradient_scale, const float* gradient_divisor, float max_norm, NormResult* result);
+
+ private:
+#if FLASHOPTIM_HAS_CUDA
+  std::variant<Plan, cuda::Plan> plan_;
+#else
+  std::variant<Plan> plan_;
+#endif
+  Device device_;
+};
+
+}  // namespace flashoptim::ops

@@ -1,0 +1,87 @@
+#include "libtorch/ops/prepared.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace flashoptim::ops {
+
+PreparedPlan::PreparedPlan(Op op, const StepInput& input, const TensorList& params)
+    : backend_(input.backend),
+      device_(input.device),
+      optimizer_(input.optimizer),
+      has_momentum_(input.has_momentum),
+      gradients_(params.size()) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    const TensorInfo info = read_tensor(op, {"params", static_cast<int64_t>(i)}, params[i]);
+    const bool same = input.tensors[i].gradient_dtype == input.tensors[i].parameter_dtype;
+    shapes_.push_back({{info.sizes, info.sizes + info.dim},
+                       {info.strides, info.strides + info.dim},
+                       info.numel,
+                       same ? info.dtype : codes().float32});
+  }
+  if (backend_ == Backend::kMeta) return;
+  check_no_overlap(op, input.tensors);
+  op.check(DevicePlan::make(backend_, device_, optimizer_, has_momentum_, input.tensors, &plan_));
+}
+
+void PreparedPlan::set_gradients(Op op, const TensorList& grads) {
+  if (grads.size() != shapes_.size()) {
+    op.fail("grads has " + std::to_string(grads.size()) + " entries; needed are " + std::to_string(shapes_.size()) +
+            ", one per tensor of the plan");
+  }
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Shape& shape = shapes_[i];
+    const Name name{"grads", static_cast<int64_t>(i)};
+    const TensorInfo grad = read_tensor(op, name, grads[i]);
+    if (grad.numel == 0 && shape.numel != 0) {
+      gradients_[i] = nullptr;
+      continue;
+    }
+    TensorInfo like = grad;
+    like.dim = static_cast<int64_t>(shape.sizes.size());
+    like.sizes = shape.sizes.data();
+    like.strides = shape.strides.data();
+    like.device = device_;
+    check_like(op, name, grad, {"params", static_cast<int64_t>(i)}, like);
+    check_dtype(op, name, grad.dtype, shape.gradient_dtype, "the plan");
+    gradients_[i] = backend_ == Backend::kMeta ? nullptr : const_data(grads[i]);
+  }
+  if (backend_ == Backend::kMeta) return;
+  for (size_t i = 0; i < grads.size(); ++i) op.check(plan_.set_gradient(static_cast<int64_t>(i), gradients_[i]));
+}
+
+PreparedPlans& PreparedPlans::instance() {
+  // Never destroyed: plans may be given back while the process ends.
+  static PreparedPlans& plans = *new PreparedPlans;
+  return plans;
+}
+
+int64_t PreparedPlans::add(std::shared_ptr<PreparedPlan> plan) {
+  const std::lock_guard lock(mutex_);
+  if (free_.empty()) {
+    plans_.push_back(std::move(plan));
+    return static_cast<int64_t>(plans_.size());
+  }
+  const size_t index = free_.back();
+  free_.pop_back();
+  plans_[index] = std::move(plan);
+  return static_cast<int64_t>(index) + 1;
+}
+
+std::shared_ptr<PreparedPlan> PreparedPlans::find(Op op, int64_t number) {
+  const std::lock_guard lock(mutex_);
+  if (number < 1 || number > static_cast<int64_t>(plans_.size()) || plans_[static_cast<size_t>(number - 1)] == nullptr) {
+    op.fail("plan = " + std::to_string(number) + "; no such plan: plan_new gives numbers, plan_free takes them back");
+  }
+  return plans_[static_cast<size_t>(number - 1)];
+}
+
+void PreparedPlans::remove(int64_t number) {
+  std::shared_ptr<PreparedPlan> removed;  // destroyed outside the lock
+  const std::lock_guard lock(mutex_);
+  if (number < 1 || number > static_cast<int64_t>(plans_.size())) return;
+  removed = std::move(plans_[static_cast<size_t>(number - 1)]);
+  if (removed != nullptr) free_.push_back(static_cast<size_t>(number - 1));
+}
+
+}  // namespace flashoptim::ops

@@ -1,0 +1,65 @@
+// Plans that callers hold: made once from all tensors, stepped with the gradients alone. A call with every list costs a
+// handle per tensor and list in torch's stable ABI, which is more than the step of a small model.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "libtorch/ops/checks.h"
+#include "libtorch/ops/device_plan.h"
+
+namespace flashoptim::ops {
+
+class PreparedPlan {
+ public:
+  /// From checked tensors, whose gradients give their dtypes; `params` are read for shapes.
+  PreparedPlan(Op op, const StepInput& input, const TensorList& params);
+
+  const std::mutex& mutex() const { return mutex_; }
+  std::mutex& mutex() { return mutex_; }
+  Backend backend() const { return backend_; }
+  Device device() const { return device_; }
+  OptimizerKind optimizer() const { return optimizer_; }
+  bool has_momentum() const { return has_momentum_; }
+  int64_t size() const { return static_cast<int64_t>(shapes_.size()); }
+  DevicePlan& plan() { return plan_; }
+
+  /// Takes one gradient per tensor, of the parameter's shape and strides and the dtype that the plan was made for; one of
+  /// 0 elements where a parameter is left out of this step. Throws before any is taken.
+  void set_gradients(Op op, const TensorList& grads);
+
+ private:
+  struct Shape {
+    std::vector<int64_t> sizes, strides;
+    int64_t numel;
+    int32_t gradient_dtype;
+  };
+
+  std::mutex mutex_;
+  Backend backend_;
+  Device device_;
+  OptimizerKind optimizer_;
+  bool has_momentum_;
+  std::vector<Shape> shapes_;
+  std::vector<const void*> gradients_;
+  DevicePlan plan_;
+};
+
+/// Numbers for plans, from 1.
+class PreparedPlans {
+ public:
+  static PreparedPlans& instance();
+  int64_t add(std::shared_ptr<PreparedPlan> plan);
+  /// Throws where there is none.
+  std::shared_ptr<PreparedPlan> find(Op op, int64_t number);
+  void remove(int64_t number);
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<PreparedPlan>> plans_;
+  std::vector<size_t> free_;
+};
+
+}  // namespace flashoptim::ops
