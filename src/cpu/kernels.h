@@ -49,12 +49,16 @@ struct Block {
   alignas(64) float gradient_f32[kBlockElements];
   alignas(64) float delta[kBlockElements];
   alignas(64) float state_f32[kMaxStates][kBlockElements];
-  /// Constants of the encoders, per group: found by one stage from statistics over the group, used by the next.
+  /// Constants of the encoders, per group: found by one stage from statistics over the group, used by the next. The
+  /// window's shifts are the variance's, or those of momentum alone.
   alignas(64) uint32_t window_shift[kBlockGroups];
   alignas(64) uint32_t window_dither_shift[kBlockGroups];
   alignas(64) uint32_t window_base_minus_one[kBlockGroups];
   alignas(64) uint32_t window_below[kBlockGroups];
   alignas(64) float encoding_factor[kMaxStates][kBlockGroups];
+  alignas(64) uint32_t mu_law_mask[kBlockGroups];
+  alignas(64) float mu_law_offset[kBlockGroups];
+  alignas(64) uint32_t mu_law_lowest[kBlockGroups];
   /// Groups that store_weights works on.
   int store_begin, store_end;
 };

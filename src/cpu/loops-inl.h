@@ -394,8 +394,10 @@ struct Loops {
   struct DefaultStates {
     static constexpr int kSlots = Rule::kStateCount;
     static constexpr bool kHasVariance = kSlots > 1;
-    using MuLaw = core::MuLawCodec<Rule::kStates[0].mantissa_bits>;
+    using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
+    static constexpr bool kGroupChooses = kSlots > 0 && Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
     static_assert(kSlots == 0 || Rule::kStates[0].kind == core::StateKind::kSigned);
+    static_assert(!kHasVariance || !kGroupChooses);
     static_assert(!kHasVariance || (Rule::kStates[1].kind == core::StateKind::kUnsigned && Rule::kStates[0].relative_to == 1));
 
     static FLASHOPTIM_HD void make_variance_header(Block& b, const GroupVectors& largest, const GroupVectors& smallest) {
@@ -408,6 +410,44 @@ struct Loops {
         store_window(b, group, core::WindowCodec::window<H>(h));
       });
       store_headers(b, 1, header);
+    }
+
+    /// Stores momentum alone of vector i and takes it into its group's extremes.
+    static FLASHOPTIM_HD void keep_momentum(Block& b, int i, F m, I& largest, I& smallest) {
+      core::store_f32(b.state_f32[0] + i, m);
+      const I bits = core::to_bits(core::abs(m));
+      largest = core::int_max(largest, bits);
+      if constexpr (kGroupChooses) smallest = core::unsigned_min(smallest, bits - core::splat_bits<F>(1u));
+    }
+
+    /// Not finite becomes 0, and the extremes are taken again.
+    [[gnu::cold, gnu::noinline]] static void drop_nonfinite(Block& b, GroupVectors& largest, GroupVectors& smallest) {
+      for (int group = 0; group < b.groups; ++group) {
+        I high = core::splat_bits<F>(0u), low = core::splat_bits<F>(0xffffffffu);
+        for (int i = group * kGroup; i < (group + 1) * kGroup; i += kWidth) {
+          keep_momentum(b, i, core::finite_or_zero(core::load_f32<F>(b.state_f32[0] + i)), high, low);
+        }
+        largest.store(group, core::fold_int_max(high));
+        smallest.store(group, core::fold_unsigned_min(low));
+      }
+    }
+
+    /// Patterns order as magnitudes, infinity and NaN last: that a group has one shows in its largest.
+    static FLASHOPTIM_HD void make_chosen_header(Block& b, GroupVectors& largest, GroupVectors& smallest) {
+      PerGroup high, low, header;
+      largest.maxima(high);
+      if (*std::max_element(std::begin(high.bits), std::end(high.bits)) >= 0x7f800000u) {
+        drop_nonfinite(b, largest, smallest);
+        largest.maxima(high);
+      }
+      smallest.unsigned_minima(low);
+      for_each_header([&](int group) {
+        const HI h = MuLaw::template header<H>(high.load(group), low.load(group));
+        header.store(group, h);
+        core::store_f32(b.encoding_factor[0] + group, MuLaw::template inverse_scale<H>(h));
+        store_chosen(b, group, MuLaw::template group<H>(h));
+      });
+      store_headers(b, 0, header);
     }
 
     static FLASHOPTIM_HD void make_momentum_header(Block& b, const GroupVectors& largest) {
@@ -426,6 +466,18 @@ struct Loops {
       core::store_u32(b.window_dither_shift + group, w.dither_shift);
       core::store_u32(b.window_base_minus_one + group, w.base_minus_one);
       core::store_u32(b.window_below + group, w.below);
+    }
+    static FLASHOPTIM_HD void store_chosen(Block& b, int group, const core::MuLawGroupCodec::Group<H>& g) {
+      core::store_u32(b.window_shift + group, g.shift);
+      core::store_u32(b.window_dither_shift + group, g.dither_shift);
+      core::store_u32(b.mu_law_mask + group, g.mask);
+      core::store_f32(b.mu_law_offset + group, g.offset);
+      core::store_u32(b.mu_law_lowest + group, g.lowest);
+    }
+    static FLASHOPTIM_HD core::MuLawGroupCodec::Group<F> chosen(const Block& b, int group) {
+      return {core::splat_bits<F>(b.window_shift[group]), core::splat_bits<F>(b.window_dither_shift[group]),
+              core::splat_bits<F>(b.mu_law_mask[group]), core::splat<F>(b.mu_law_offset[group]),
+              core::splat_bits<F>(b.mu_law_lowest[group])};
     }
     /// One group's window in every lane.
     static FLASHOPTIM_HD core::WindowCodec::Window<I> window(const Block& b, int group) {
@@ -457,7 +509,12 @@ struct Loops {
       for_each_dithered<core::DitherStream::kMomentum>(b, 0, b.groups, [&](int i, int group, I dither) {
         const F x = core::load_f32<F>(b.state_f32[0] + i);
         const F inverse = core::splat<F>(b.encoding_factor[0][group]);
-        core::store_8(codes(b, 0) + i, MuLaw::template encode<F>(x, inverse, rounding_word<kDithered>(dither)));
+        const I word = rounding_word<kDithered>(dither);
+        if constexpr (kGroupChooses) {
+          core::store_8(codes(b, 0) + i, MuLaw::template encode<F>(x, inverse, chosen(b, group), word));
+        } else {
+          core::store_8(codes(b, 0) + i, MuLaw::template encode<F>(x, inverse, word));
+        }
       });
     }
 
@@ -473,7 +530,15 @@ struct Loops {
       PerGroup scale;
       if constexpr (kDecode && kSlots > 0) {
         scale = load_headers(b, 0);
-        for_each_header([&](int group) { scale.store(group, core::to_bits(MuLaw::template decoding_scale<kHasVariance, H>(scale.load(group)))); });
+        for_each_header([&](int group) {
+          const HI header = scale.load(group);
+          if constexpr (kGroupChooses) {
+            store_chosen(b, group, MuLaw::template group<H>(header));
+            scale.store(group, core::to_bits(MuLaw::template scale<H>(header)));
+          } else {
+            scale.store(group, core::to_bits(MuLaw::template decoding_scale<kHasVariance, H>(header)));
+          }
+        });
       }
       if constexpr (kDecode && kHasVariance) {
         const PerGroup headers = load_headers(b, 1);
@@ -488,7 +553,12 @@ struct Loops {
           const int i = group * kGroup + j * kWidth;
           F s[kMaxStates];
           if constexpr (kDecode && kSlots > 0) {
-            s[0] = MuLaw::template decode<F>(core::load_u8<F>(codes(b, 0) + i)) * scale.spread_f32(group);
+            if constexpr (kGroupChooses) {
+              s[0] = MuLaw::template decode<F>(core::load_i8<F>(codes(b, 0) + i), chosen(b, group));
+            } else {
+              s[0] = MuLaw::template decode<F>(core::load_u8<F>(codes(b, 0) + i));
+            }
+            s[0] = s[0] * scale.spread_f32(group);
           }
           if constexpr (kDecode && kHasVariance) {
             s[1] = core::WindowCodec::decode<F>(core::load_u8<F>(codes(b, 1) + i), window(b, group));
@@ -502,16 +572,16 @@ struct Loops {
             group_largest = core::int_max(group_largest, bits);
             group_smallest = core::unsigned_min(group_smallest, bits - core::splat_bits<F>(1u));
           } else if constexpr (kEncode && kSlots > 0) {
-            const F m = core::finite_or_zero(s[0]);
-            core::store_f32(b.state_f32[0] + i, m);
-            group_largest = core::int_max(group_largest, core::to_bits(core::abs(m)));
+            keep_momentum(b, i, kGroupChooses ? s[0] : core::finite_or_zero(s[0]), group_largest, group_smallest);
           }
         }
         if constexpr (kEncode && kSlots > 0) largest.store(group, core::fold_int_max(group_largest));
-        if constexpr (kEncode && kHasVariance) smallest.store(group, core::fold_unsigned_min(group_smallest));
+        if constexpr (kEncode && (kHasVariance || kGroupChooses)) smallest.store(group, core::fold_unsigned_min(group_smallest));
       }
       if constexpr (kEncode && kHasVariance) {
         make_variance_header(b, largest, smallest);
+      } else if constexpr (kEncode && kGroupChooses) {
+        make_chosen_header(b, largest, smallest);
       } else if constexpr (kEncode && kSlots > 0) {
         make_momentum_header(b, largest);
       }

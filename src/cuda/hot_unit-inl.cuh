@@ -210,7 +210,8 @@ template <class Rule>
 struct HotStates {
   static constexpr bool kHasVariance = Rule::kStateCount > 1;
   static constexpr uint32_t kExponentMask = 0x7f800000u;
-  using MuLaw = core::MuLawCodec<Rule::kStates[0].mantissa_bits>;
+  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
+  using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
 
   HotWords<4> codes[kMaxStates];
   uint32_t header[kMaxStates];
@@ -266,6 +267,44 @@ struct HotStates {
       m[i] = m[i] * core::from_bits(~(sum >> 1) & kExponentMask);
     }
     codes[1] = pack_top_bytes(top);
+  }
+
+  /// Codec::decode of momentum whose K its group chooses, where no code is 0; false where one is.
+  __device__ __forceinline__ bool decode_chosen(float (&m)[kHotUnit]) const {
+    const uint32_t scale = core::to_bits(MuLaw::template scale<float>(header[0]));
+    const auto group = MuLaw::template group<float>(header[0]);
+    const uint32_t factor = 1u << (group.shift - 16u);
+    bool ok = true;
+#pragma unroll
+    for (int i = 0; i < kHotUnit; ++i) {
+      const uint32_t word = codes[0].w[i / 4];
+      const uint32_t a = permute(word & 0x7f7f7f7fu, 0u, 0x4044u + ((i % 4) << 8));
+      const float magnitude = core::from_bits(a * factor + MuLaw::kTwoBits) - group.offset;
+      const uint32_t sign = (word << (24 - 8 * (i % 4))) & 0x80000000u;
+      m[i] = magnitude * core::from_bits(scale ^ sign);
+      if (i % 4 == 0) ok &= !has_zero_byte(word & 0x7f7f7f7fu);
+    }
+    return ok;
+  }
+
+  /// Codec::encode for 2^-96 <= |m| <= 2^40, so that no |m| / G is 0; `largest` and `smallest` over this thread's.
+  __device__ __forceinline__ void encode_chosen(const float (&m)[kHotUnit], float largest, float smallest,
+                                                uint32_t dither_start) {
+    constexpr auto kStream = core::DitherStream::kMomentum;
+    header[0] = MuLaw::template header<float>(group_int_max<kHotThreadsPerGroup>(core::to_bits(largest)),
+                                              group_unsigned_min<kHotThreadsPerGroup>(core::to_bits(smallest) - 1u));
+    const float inverse = MuLaw::template inverse_scale<float>(header[0]);
+    const auto group = MuLaw::template group<float>(header[0]);
+    const float lowest = core::from_bits(group.lowest);
+    const uint32_t factor = 1u << (24u - group.shift);  // at least 2^4, as below
+    uint32_t top[kHotUnit];
+#pragma unroll
+    for (int i = 0; i < kHotUnit; ++i) {
+      const float y = fmaxf(fabsf(m[i]) * inverse + group.offset, lowest);
+      const uint32_t code = core::to_bits(y) * factor + (DitherSource::word<kStream>(dither_start, i) >> 8);
+      top[i] = (core::to_bits(m[i]) & 0x80000000u) | code;
+    }
+    codes[0] = pack_top_bytes(top);
   }
 
   __device__ __forceinline__ void encode_momentum(const float (&m)[kHotUnit], uint32_t dither_start) {
@@ -415,12 +454,18 @@ __device__ __forceinline__ bool hot_unit(const HotContext& context, HotStage<Rul
   weights.correction = Stage::template take<Stage::kCorrectionQuads>(stage.correction, thread);
 
   float value[kHotUnit], m[kHotUnit], v[kHotUnit], delta[kHotUnit];
-  bool ok = states.decode(m, v);
+  bool ok;
+  if constexpr (HotStates<Rule>::kGroupChooses) {
+    ok = states.decode_chosen(m);
+  } else {
+    ok = states.decode(m, v);
+  }
   const Hyper& hyper = reinterpret_cast<const Hyper&>(context.prepared.rule);
   const float gradient_scale = context.prepared.gradient_scale;
   UpdateGuard guard;
   float poison = 0.0f;  // NaN once something is not finite
   uint32_t largest = 0u, smallest = 0xffffffffu;
+  float largest_m = 0.0f, smallest_m = core::from_bits(0x7f800000u);
 #pragma unroll
   for (int i = 0; i < kHotUnit; ++i) {
     const float n = narrow_element<Narrow>(weights.parameter, i);
@@ -444,6 +489,10 @@ __device__ __forceinline__ bool hot_unit(const HotContext& context, HotStage<Rul
       smallest = core::unsigned_min(smallest, core::to_bits(v[i]));
     } else {
       poison = __fmaf_rn(m[i], 0.0f, poison);
+      if constexpr (HotStates<Rule>::kGroupChooses) {
+        largest_m = fmaxf(largest_m, fabsf(m[i]));
+        smallest_m = fminf(smallest_m, fabsf(m[i]));
+      }
     }
   }
   ok = ok && guard.holds() && poison == 0.0f;
@@ -451,6 +500,7 @@ __device__ __forceinline__ bool hot_unit(const HotContext& context, HotStage<Rul
     constexpr uint32_t kLargestVariance = (127u + 124u) << 23;  // far below where storable() saturates
     ok = ok && smallest >= 0x00800000u && largest <= kLargestVariance;
   }
+  if constexpr (HotStates<Rule>::kGroupChooses) ok = ok && smallest_m >= 0x1p-96f && largest_m <= 0x1p40f;
   if (!__all_sync(0xffffffffu, ok)) return false;
 
   const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
@@ -463,7 +513,12 @@ __device__ __forceinline__ bool hot_unit(const HotContext& context, HotStage<Rul
     states.encode_variance(m, v, group_int_max<kHotThreadsPerGroup>(largest), group_unsigned_min<kHotThreadsPerGroup>(smallest),
                            stream_start<core::DitherStream::kVariance>(context.phase_variance, hash, lane));
   }
-  states.encode_momentum(m, stream_start<core::DitherStream::kMomentum>(context.phase_momentum, hash, lane));
+  const uint32_t momentum_start = stream_start<core::DitherStream::kMomentum>(context.phase_momentum, hash, lane);
+  if constexpr (HotStates<Rule>::kGroupChooses) {
+    states.encode_chosen(m, largest_m, smallest_m, momentum_start);
+  } else {
+    states.encode_momentum(m, momentum_start);
+  }
 
   // Read the addresses again rather than keep them.
   asm volatile("" ::: "memory");

@@ -132,10 +132,18 @@ template <class Rule>
 struct Codec<Rule, StateCodec::kDefault> {
   using Stored = StoredStates<StateCodec::kDefault>;
   static constexpr bool kHasVariance = Rule::kStateCount > 1;
-  using MuLaw = core::MuLawCodec<Rule::kStates[0].mantissa_bits>;
+  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
+  using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
 
   static __device__ __forceinline__ void decode(const Stored& stored, States& s) {
-    if constexpr (Rule::kStateCount > 0) {
+    if constexpr (Rule::kStateCount > 0 && kGroupChooses) {
+      const F scale = MuLaw::template scale<F>(stored.header[0]);
+      const auto group = MuLaw::template group<F>(stored.header[0]);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        s[i][0] = MuLaw::template decode<F>(signed_element(stored.words[0], i), group) * scale;
+      }
+    } else if constexpr (Rule::kStateCount > 0) {
       const F scale = MuLaw::template decoding_scale<kHasVariance, F>(stored.header[0]);
       core::WindowCodec::Window<uint32_t> window{};
       if constexpr (kHasVariance) window = core::WindowCodec::window<F>(stored.header[1]);
@@ -153,17 +161,23 @@ struct Codec<Rule, StateCodec::kDefault> {
   template <class Dither>
   static __device__ __forceinline__ void encode(States& s, const Dither& dither, Stored& stored) {
     if constexpr (Rule::kStateCount > 0) {
-      uint32_t momentum_largest = 0u;
+      uint32_t momentum_largest = 0u, momentum_smallest = 0xffffffffu;
       if constexpr (kHasVariance) {
         momentum_largest = encode_variance(s, dither, stored);
       } else {
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) {
           s[i][0] = core::finite_or_zero(s[i][0]);
-          momentum_largest = core::int_max(momentum_largest, core::to_bits(core::abs(s[i][0])));
+          const uint32_t bits = core::to_bits(core::abs(s[i][0]));
+          momentum_largest = core::int_max(momentum_largest, bits);
+          if constexpr (kGroupChooses) momentum_smallest = core::unsigned_min(momentum_smallest, bits - 1u);
         }
       }
-      encode_momentum(s, group_int_max(momentum_largest), dither, stored);
+      if constexpr (kGroupChooses) {
+        encode_chosen(s, group_int_max(momentum_largest), group_unsigned_min(momentum_smallest), dither, stored);
+      } else {
+        encode_momentum(s, group_int_max(momentum_largest), dither, stored);
+      }
     }
   }
 
@@ -205,6 +219,22 @@ struct Codec<Rule, StateCodec::kDefault> {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       codes[i] = MuLaw::template encode<F>(s[i][0], inverse, Dither::template word<kStream>(start, i));
+    }
+    stored.words[0] = pack<1>(codes);
+  }
+
+  template <class Dither>
+  static __device__ __forceinline__ void encode_chosen(States& s, uint32_t largest, uint32_t smallest_minus_one,
+                                                       const Dither& dither, Stored& stored) {
+    constexpr auto kStream = core::DitherStream::kMomentum;
+    stored.header[0] = MuLaw::template header<F>(largest, smallest_minus_one);
+    const F inverse = MuLaw::template inverse_scale<F>(stored.header[0]);
+    const auto group = MuLaw::template group<F>(stored.header[0]);
+    const uint32_t start = dither.template start<kStream>();
+    uint32_t codes[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      codes[i] = MuLaw::template encode<F>(s[i][0], inverse, group, Dither::template word<kStream>(start, i));
     }
     stored.words[0] = pack<1>(codes);
   }

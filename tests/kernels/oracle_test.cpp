@@ -123,14 +123,20 @@ double window_bound(const TestTensor& t, int64_t i, double exact) {
 }
 
 /// Default, momentum: less than one step of the mu-law code, 2^-K of (2 + |x| / G) for every octave of it, times G S; S
-/// is the power of two below the root of the variance as stored, or 1; G the header's scale.
+/// is the power of two below the root of the variance as stored, or 1; G the header's scale. Where a group chooses K, its
+/// header says so, and codes lie up to a first step 2^(1 - K) higher.
 double mu_law_bound(const TestTensor& t, int64_t i, const OptimizerChoice& o, double exact, double stored_variance) {
-  const double g = float_of(static_cast<uint32_t>(t.scale_at(0, group_of(t, i))) << 15);
+  const uint32_t header = t.scale_at(0, group_of(t, i));
+  const bool chosen = mantissa_bits(o.name) == 0;
+  const int k = chosen ? 6 - static_cast<int>(header & 3u) : mantissa_bits(o.name);
+  const double g = float_of(chosen ? header >> 2 << 17 : header << 15);
   // Where v is 0, g^2 was below the smallest float: momentum is dropped.
   if (o.states == 2 && stored_variance == 0.0) return 1e-20;
   const double s = o.states == 2 ? std::exp2(std::floor(std::log2(stored_variance) / 2.0)) : 1.0;
   // A group whose scale is below the normal range is stored as zeros.
-  return (2.0 * g * s + std::fabs(exact)) * std::exp2(-mantissa_bits(o.name)) * (1.0 + 1e-5) + 0x1p-116 * s;
+  const double zeros = chosen ? 0x1p-109 : 0x1p-116;
+  const double start = chosen ? 2.0 + std::exp2(1 - k) : 2.0;
+  return (start * g * s + std::fabs(exact)) * std::exp2(-k) * (1.0 + 1e-5) + zeros * s;
 }
 
 /// One step at a time, from what is stored: the bound is that of one step.

@@ -153,9 +153,23 @@ def test_stored_states_are_within_the_codecs_bounds(kind, codec):
         if codec == "paper":  # half a step of 1/127, times a slope of at most 2, and the scale
             allowed = np.abs(signed).max(-1, keepdims=True) * (1 / 127 + 2.0**-10)
         else:  # mu-law: 2^-K of |x| + G, with G = the group's largest |x| over what K bits cover; S is within 2x of root v
-            k, covered = (4, 246.0) if kind == "lion" else (5, 14.7) if "sgd" in kind else (6, 2.96)
-            g = 2 * (np.abs(signed) / relative_to).max(-1, keepdims=True) / covered * relative_to
-            allowed = 2.0**-k * (np.abs(signed) + g) * (1 + 2**-7)
+            magnitude = np.abs(signed) / relative_to
+            largest = magnitude.max(-1, keepdims=True)
+
+            def mu_law_step(k, covered):
+                return 2.0**-k * (np.abs(signed) + 2 * largest / covered * relative_to) * (1 + 2**-6)
+
+            if kind == "lion":  # K by the octaves that the group spans; near a threshold, either
+                bits = magnitude.astype(np.float32).view(np.int32)
+                smallest = np.where(bits > 0, bits, bits.max(-1, keepdims=True)).min(-1, keepdims=True)
+                octaves = (bits.max(-1, keepdims=True) - smallest) / 2**23
+                allowed = np.zeros_like(magnitude)
+                for near in (octaves - 1e-4, octaves + 1e-4):
+                    k = 6 - (near >= 6.5).astype(int) - (near >= 8.5) - (near >= 12.5)
+                    covered = np.array([61440.0, 246.9, 14.7, 2.95])[k - 3]
+                    allowed = np.maximum(allowed, mu_law_step(k, covered))
+            else:
+                allowed = mu_law_step(*((5, 14.7) if "sgd" in kind else (6, 2.96)))
         assert (np.abs(stored_signed - signed) <= allowed).all()
 
 

@@ -136,18 +136,26 @@ void add_momentum_rows(Rows& rows, bool lion) {
   static const char* const kNames[] = {"K3", "K4", "K5", "K6"};
   for (int k = 3; k <= 6; ++k) {
     rows.momentum(kNames[k - 3], "mu-law with this K", [k](Options& o) { o.mantissa_bits = k; }).by_default =
-        k != (lion ? 4 : 5);
+        lion || k != 5;
   }
-  rows.momentum("nearest", "default, rounded to nearest", [lion](Options& o) {
-    o.mantissa_bits = lion ? 4 : 5;
+  const auto like_default = [lion](Options& o) {
+    if (!lion) return;
+    o.rule = Rule::kSmallest;
+    o.thresholds = {6.5, 8.5, 12.5};
+    o.scale_mantissa_bits = 6;
+    o.sign_floor = 0.125;
+  };
+  rows.momentum("nearest", "default, rounded to nearest", [like_default](Options& o) {
+    like_default(o);
     o.dither = DitherKind::kNearest;
   });
-  rows.momentum("white", "default, independent random dither", [lion](Options& o) {
-    o.mantissa_bits = lion ? 4 : 5;
+  rows.momentum("white", "default, independent random dither", [like_default](Options& o) {
+    like_default(o);
     o.dither = DitherKind::kWhite;
   });
-  const auto rule = [&](const char* name, const char* what, Rule r, std::array<double, 3> thresholds, double floor) {
-    rows.momentum(name, what, [=](Options& o) {
+  const auto rule = [&](const char* name, const char* what, Rule r, std::array<double, 3> thresholds,
+                        double floor) -> CandidateInfo& {
+    return rows.momentum(name, what, [=](Options& o) {
       o.rule = r;
       o.thresholds = thresholds;
       o.scale_mantissa_bits = 6;
@@ -155,11 +163,12 @@ void add_momentum_rows(Rows& rows, bool lion) {
     });
   };
   rule("auto.mean", "K by the mean of log2(max / |m|)", Rule::kMean, {2.6, 4.0, 6.2}, 0.0);
-  rule("auto.smallest", "K by log2(max / smallest non-zero |m|), sign floor 1/8", Rule::kSmallest, {6.5, 8.5, 12.5},
-       0.125);
+  rule("auto.no-floor", "K by log2(max / smallest non-zero |m|)", Rule::kSmallest, {6.5, 8.5, 12.5}, 0.0);
+  // The formulas of Lion's default again.
+  rule("auto.smallest", "the same, sign floor 1/8", Rule::kSmallest, {6.5, 8.5, 12.5}, 0.125).by_default = !lion;
   rule("auto.pairs", "K by log2(max / smallest maximum of a pair), sign floor 1/8", Rule::kPairs, {4.0, 5.5, 9.0},
        0.125);
-  rows.momentum("sign-floor", "default with a sign floor of 1/8",
+  rows.momentum("sign-floor", lion ? "K = 4 with a sign floor of 1/8" : "default with a sign floor of 1/8",
                 [lion](Options& o) {
                   o.mantissa_bits = lion ? 4 : 5;
                   o.sign_floor = 0.125;

@@ -23,10 +23,10 @@ class MomentumCodec : public LabCodec {
     const size_t first = static_cast<size_t>(block) * 32;
     const float scale = scales_[static_cast<size_t>(block)];
     const auto shift = static_cast<uint32_t>(23 - bits_[static_cast<size_t>(block)]);
-    const float floor = floor_value(shift);
+    const float offset = floor_offset(shift);
     for (size_t i = 0; i < 32; ++i) {
       const uint32_t code = codes_[first + i], magnitude = code & 127u;
-      float x = from_bits(((magnitude - offset()) << shift) + 0x40000000u) - 2.0f + floor;
+      float x = from_bits((magnitude << shift) | 0x40000000u) - offset;
       x = magnitude == 0u ? 0.0f : x;
       m[i] = from_bits(to_bits(x * scale) | (code >> 7 << 31));
     }
@@ -38,8 +38,8 @@ class MomentumCodec : public LabCodec {
     for (size_t i = 0; i < 32; ++i) largest = std::max(largest, std::fabs(m[i]));
     const int bits = choose_bits(m, largest);
     const auto shift = static_cast<uint32_t>(23 - bits);
-    const float floor = floor_value(shift);
-    const float top = from_bits(((127u - offset()) << shift) | 0x40000000u) - 2.0f + floor;
+    const float offset = floor_offset(shift);
+    const float top = from_bits((127u << shift) | 0x40000000u) - offset;
     const auto dropped = static_cast<uint32_t>(23 - o_.scale_mantissa_bits);
     uint32_t pattern = to_bits(largest / top * (1.0f + 0x1p-22f));
     pattern = (pattern + ((1u << dropped) - 1u)) >> dropped << dropped;
@@ -51,17 +51,19 @@ class MomentumCodec : public LabCodec {
     uint32_t words[32];
     fill_dither<core::DitherStream::kMomentum>(o_.dither, key, block, words);
     for (size_t i = 0; i < 32; ++i) {
-      const float y = std::max(std::fabs(m[i]) * inverse - floor, 0.0f) + 2.0f;
-      uint32_t code = ((to_bits(y) + (words[i] >> (32u - shift)) - 0x40000000u) >> shift) + offset();
+      const float y = std::max(std::fabs(m[i]) * inverse + offset, lowest(shift));
+      uint32_t code = (to_bits(y) + (words[i] >> (32u - shift)) - 0x40000000u) >> shift;
       code = m[i] == 0.0f ? 0u : std::min(code, 127u);
       codes_[first + i] = static_cast<uint8_t>(empty ? 0u : code | (to_bits(m[i]) >> 31 << 7));
     }
   }
 
  private:
-  uint32_t offset() const { return o_.sign_floor > 0.0 ? 1u : 0u; }
-  float floor_value(uint32_t shift) const {
-    return static_cast<float>(o_.sign_floor) * (from_bits((1u << shift) | 0x40000000u) - 2.0f);
+  /// What code 1 (0 without a floor) is as a float, and what that is above |x| / G.
+  float lowest(uint32_t shift) const { return from_bits((o_.sign_floor > 0.0 ? 1u << shift : 0u) | 0x40000000u); }
+  float floor_offset(uint32_t shift) const {
+    const float step = lowest(shift) - 2.0f;
+    return 2.0f + step - static_cast<float>(o_.sign_floor) * step;
   }
 
   /// Bits of the pattern, in octaves, from |m| up to the largest.

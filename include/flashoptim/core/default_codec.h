@@ -14,6 +14,10 @@
 // sqrt(v) as stored (Adam bounds |x|, whatever the spread of the group); otherwise x = m. A group's header is a scale
 // G (the top 16 bits of fp32 below the sign: 8 of exponent, 8 of mantissa), and the code a sign and 7 bits a of
 //     |x| / G = float(bits(2.0) | a << (23 - K)) - 2     (mu-law: K bits of mantissa, 127 / 2^K octaves)
+//
+// Momentum whose K a group chooses (Lion: MuLawGroupCodec). The header gives 2 bits of G's mantissa to K = 3 ... 6, and
+// code 1 keeps the sign of what is far below the first step d = 2^(1 - K):
+//     |x| / G = float(bits(2.0) | a << (23 - K)) - (2 + d - f),  f = d / 8, for a >= 1;  a = 0 is x = 0 alone
 #pragma once
 
 #include "flashoptim/core/lanes.h"
@@ -160,6 +164,104 @@ struct MuLawCodec {
     const IntOf<F> sign = shift_right(to_bits(x), 24);
     return (cut & splat_bits<F>(0x7fu)) | (sign & splat_bits<F>(0x80u));
   }
+};
+
+/// Codec of signed slots alone in their group, which choose K themselves: 6 where magnitudes lie within 6.5 octaves, 3
+/// where they span 12.5 and more (of fp32's pattern: docs/numerics.md).
+struct MuLawGroupCodec {
+  static constexpr uint32_t kFinestShift = 17;  ///< K = 6; the header's low 2 bits are the shift above this
+  static constexpr uint32_t kTwoBits = 0x40000000u;
+  /// Octaves, in patterns, from a group's smallest non-zero |x| to its largest, from which on K is 5, 4, 3.
+  static constexpr uint32_t kWide5 = 13u << 22, kWide4 = 17u << 22, kWide3 = 25u << 22;
+
+  /// Per-group constants unpacked from headers, one group per lane.
+  template <class F>
+  struct Group {
+    IntOf<F> shift;  ///< 23 - K
+    IntOf<F> dither_shift;
+    IntOf<F> mask;    ///< the code's 7 bits in place
+    F offset;         ///< 2 + d - f
+    IntOf<F> lowest;  ///< pattern of 2 + d, that of code 1
+  };
+  template <class F>
+  static FLASHOPTIM_HD Group<F> group(IntOf<F> header) {
+    Group<F> g;
+    g.shift = (header & splat_bits<F>(3u)) + splat_bits<F>(kFinestShift);
+    g.dither_shift = splat_bits<F>(32u) - g.shift;
+    const IntOf<F> step = shift_left_each(splat_bits<F>(1u), g.shift);
+    g.mask = shift_left(step, 7) - step;
+    g.lowest = splat_bits<F>(kTwoBits) + step;
+    g.offset = from_bits(g.lowest - shift_right(step, 3));
+    return g;
+  }
+
+  /// Largest |x| / G of a shift, that of code 127.
+  static FLASHOPTIM_HD float largest(uint32_t shift) {
+    return from_bits((127u << shift) | kTwoBits) - group<float>(shift - kFinestShift).offset;
+  }
+
+  /// Header of a group, (pattern of G >> 17) << 2 | shift - 17, from the pattern of its largest |x| and that of the
+  /// smallest non-zero one minus 1 (as unsigned: zeros give 2^32 - 1). G is the largest |x| over largest(), rounded up
+  /// to 6 bits of mantissa, so that no code saturates. Below the normal range the group is stored as zeros, header 0.
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> header(IntOf<F> largest_bits, IntOf<F> smallest_minus_one) {
+    using I = IntOf<F>;
+    const I one = splat_bits<F>(1u);
+    const I octaves = largest_bits - (smallest_minus_one + one);  // 0 for a group of zeros
+    const I at5 = int_greater_bits<F>(octaves, splat_bits<F>(kWide5 - 1u)) & one;
+    const I at4 = int_greater_bits<F>(octaves, splat_bits<F>(kWide4 - 1u)) & one;
+    const I at3 = int_greater_bits<F>(octaves, splat_bits<F>(kWide3 - 1u)) & one;
+    const F wide = select(int_equal(at3, one), splat<F>(inverse_largest(20)), splat<F>(inverse_largest(19)));
+    const F narrow = select(int_equal(at5, one), splat<F>(inverse_largest(18)), splat<F>(inverse_largest(17)));
+    const F scale = from_bits(largest_bits) * select(int_equal(at4, one), wide, narrow);
+    const I up = shift_right(to_bits(scale) + splat_bits<F>(0x1ffffu), 17);
+    const I packed = shift_left(up, 2) + (at5 + at4 + at3);
+    return select(int_greater(splat_bits<F>(0x0040u), up), splat_bits<F>(0u), packed);
+  }
+
+  /// G, and 1 / G; both 0 for header 0.
+  template <class F>
+  static FLASHOPTIM_HD F scale(IntOf<F> header) {
+    return from_bits(shift_left(shift_right(header, 2), 17));
+  }
+  template <class F>
+  static FLASHOPTIM_HD F inverse_scale(IntOf<F> header) {
+    return select(int_equal(header, splat_bits<F>(0u)), splat<F>(0.0f), splat<F>(1.0f) / scale<F>(header));
+  }
+
+  /// x / G with its sign, from a code extended by its sign. Every operation is exact; code 0 is f - d before max().
+  template <class F>
+  static FLASHOPTIM_HD F decode(IntOf<F> code, const Group<F>& g) {
+    const IntOf<F> y = (shift_left_each(code, g.shift) & g.mask) | splat_bits<F>(kTwoBits);
+    const F magnitude = max(from_bits(y) - g.offset, splat<F>(0.0f));
+    return from_bits(to_bits(magnitude) | (code & splat_bits<F>(0x80000000u)));
+  }
+
+  /// `inverse_scale` and `g` those of the header made from the group: the code then stays within 127. Its 7 bits are 0
+  /// where |x| / G is 0 as fp32: for x = 0, in a group stored as zeros, and from 2^-150 down.
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> encode(F x, F inverse_scale, const Group<F>& g, IntOf<F> dither) {
+    const F ratio = abs(x) * inverse_scale;
+    const IntOf<F> y = select(greater(ratio, splat<F>(0.0f)), int_max(to_bits(ratio + g.offset), g.lowest),
+                              splat_bits<F>(0u));
+    const IntOf<F> cut = shift_right_each(y + shift_right_each(dither, g.dither_shift), g.shift);
+    const IntOf<F> sign = shift_right(to_bits(x), 24);
+    return (cut & splat_bits<F>(0x7fu)) | (sign & splat_bits<F>(0x80u));
+  }
+
+ private:
+  /// 2^-21 above 1 / largest(), which covers the roundings of header()'s product and of encode().
+  static FLASHOPTIM_HD float inverse_largest(uint32_t shift) { return (1.0f / largest(shift)) * (1.0f + 0x1p-21f); }
+};
+
+/// The codec of a rule's signed slot by StateSlot::mantissa_bits; 0: each group's own choice.
+template <int kMantissaBits>
+struct SignedCodec {
+  using type = MuLawCodec<kMantissaBits>;
+};
+template <>
+struct SignedCodec<0> {
+  using type = MuLawGroupCodec;
 };
 
 /// The power of two S that momentum is stored relative to, 2^floor(log2(v) / 2), and its inverse, for the pattern of a

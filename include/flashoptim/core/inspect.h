@@ -240,25 +240,34 @@ struct InspectedStates<Rule, StateCodec::kPaper> {
 template <class Rule>
 struct InspectedStates<Rule, StateCodec::kDefault> {
   static constexpr bool kHasVariance = Rule::kStateCount > 1;
-  using MuLaw = MuLawCodec<Rule::kStates[0].mantissa_bits>;
+  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
+  using MuLaw = typename SignedCodec<Rule::kStates[0].mantissa_bits>::type;
   using Window = WindowCodec::Window<uint32_t>;
 
-  static FLASHOPTIM_HD float decode_momentum(uint32_t code, float scale, float variance) {
-    const float x = MuLaw::template decode<float>(code) * scale;
-    if constexpr (kHasVariance) return x * root_scale<float>(to_bits(variance));
-    return x;
+  static FLASHOPTIM_HD float scale(uint32_t header) {
+    if constexpr (kGroupChooses) return MuLaw::template scale<float>(header);
+    else return MuLaw::template decoding_scale<kHasVariance, float>(header);
+  }
+  static FLASHOPTIM_HD float decode_momentum(uint32_t code, uint32_t header, float variance) {
+    if constexpr (kGroupChooses) {
+      const uint32_t extended = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(code)));
+      return MuLaw::template decode<float>(extended, MuLaw::template group<float>(header)) * scale(header);
+    } else {
+      const float x = MuLaw::template decode<float>(code) * scale(header);
+      if constexpr (kHasVariance) return x * root_scale<float>(to_bits(variance));
+      return x;
+    }
   }
 
   template <int N>
   static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
     if constexpr (Rule::kStateCount > 0) {
-      const float scale = MuLaw::template decoding_scale<kHasVariance, float>(e.scales[0]);
       Window window{};
       if constexpr (kHasVariance) window = WindowCodec::window<float>(e.scales[1]);
       for (int i = 0; i < N; ++i) {
         float v = 0.0f;
         if constexpr (kHasVariance) s[i][1] = v = WindowCodec::decode<float>(e.states[1][i], window);
-        s[i][0] = decode_momentum(e.states[0][i], scale, v);
+        s[i][0] = decode_momentum(e.states[0][i], e.scales[0], v);
       }
     }
   }
@@ -273,14 +282,28 @@ struct InspectedStates<Rule, StateCodec::kDefault> {
       } else {
         for (int i = 0; i < N; ++i) x[i] = finite_or_zero(s[i][0]);
       }
-      uint32_t largest = 0u;
-      for (int i = 0; i < N; ++i) largest = int_max(largest, to_bits(abs(x[i])));
-      const uint32_t header = MuLaw::template header<float>(from_bits(group.largest(largest)));
-      const float scale = MuLaw::template scale<float>(header), inverse = MuLaw::template inverse_scale<float>(header);
+      uint32_t largest = 0u, smallest = 0xffffffffu;
+      for (int i = 0; i < N; ++i) {
+        const uint32_t bits = to_bits(abs(x[i]));
+        largest = int_max(largest, bits);
+        smallest = unsigned_min(smallest, bits - 1u);
+      }
+      uint32_t header;
+      if constexpr (kGroupChooses) {
+        header = MuLaw::template header<float>(group.largest(largest), group.smallest(smallest));
+      } else {
+        header = MuLaw::template header<float>(from_bits(group.largest(largest)));
+      }
+      const float inverse = MuLaw::template inverse_scale<float>(header);
       for (int i = 0; i < valid; ++i) {
-        const uint32_t code =
-            MuLaw::template encode<float>(x[i], inverse, dither.template word<DitherStream::kMomentum>(i));
-        out.add_code(s[i][0], decode_momentum(code, scale, kHasVariance ? variance[i] : 0.0f), false);
+        const uint32_t word = dither.template word<DitherStream::kMomentum>(i);
+        uint32_t code;
+        if constexpr (kGroupChooses) {
+          code = MuLaw::template encode<float>(x[i], inverse, MuLaw::template group<float>(header), word);
+        } else {
+          code = MuLaw::template encode<float>(x[i], inverse, word);
+        }
+        out.add_code(s[i][0], decode_momentum(code, header, kHasVariance ? variance[i] : 0.0f), false);
       }
     }
   }

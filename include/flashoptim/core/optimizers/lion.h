@@ -13,7 +13,7 @@ namespace flashoptim::core {
 struct Lion {
   static constexpr bool kDecoupledDecay = true;
   static constexpr int kStateCount = 1;
-  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, kNoSlot, 4}, {}};
+  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, kNoSlot, 0}, {}};
 
   struct Hyper {
     float lr;

@@ -31,7 +31,8 @@ struct StateSlot {
   /// The default codec stores a signed slot relative to the square root of this unsigned slot (kNoSlot: to its group).
   int relative_to = kNoSlot;
   /// Bits of mantissa in the default codec's codes of a signed slot: 127 / 2^K octaves of range. 6 relative to a variance,
-  /// where the range is narrow; alone, fewer, to cover the spread of magnitudes in a group (docs/numerics.md).
+  /// where the range is narrow; alone, fewer, to cover the spread of magnitudes in a group; 0, and only alone: each group
+  /// chooses 3 to 6 (docs/numerics.md).
   int mantissa_bits = 0;
 };
 
