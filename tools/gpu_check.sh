@@ -12,16 +12,18 @@ usage() { sed -n '2,8p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
 [ -n "$directory" ] || usage
 
 build() {
-  cmake -S "$root" -B "$directory-cmake" -DFLASHOPTIM_CUDA=ON -DFLASHOPTIM_BUILD_TESTS=OFF -DFLASHOPTIM_BUILD_EXAMPLES=OFF \
+  cmake -S "$root" -B "$directory-cmake" -DFLASHOPTIM_CUDA=ON -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_LIBTORCH_FRONTEND=OFF \
+    -DCMAKE_PREFIX_PATH="$(${PYTHON:-python3} -c 'import torch; print(torch.utils.cmake_prefix_path)')" -DFLASHOPTIM_BUILD_TESTS=OFF -DFLASHOPTIM_BUILD_EXAMPLES=OFF \
     -DFLASHOPTIM_CUDA_CHECKS=ON -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON \
     -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" >/dev/null || exit 1
   cmake --build "$directory-cmake" -j"${GPU_CHECK_JOBS:-2}" \
-    --target flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda || exit 1
+    --target flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda flashoptim_ops || exit 1
   local program
   for program in flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda; do
     cp "$(find "$directory-cmake" -name "$program" -type f -perm -u+x | head -1)" "$directory/"
     strip "$directory/$program"
   done
+  cp "$directory-cmake/libtorch/ops/libflashoptim_ops.so" "$directory/" && strip "$directory/libflashoptim_ops.so"
 }
 
 failures=0
@@ -32,7 +34,7 @@ row() {
   "$@" >"$logs/${name// /_}.log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
   printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")"
 }
-summary() { grep -E 'PASSED|FAILED  \]|ERROR SUMMARY|^learned' "$1" | tail -1 | tr -s ' ='; }
+summary() { grep -E 'PASSED|FAILED  \]|ERROR SUMMARY|^learned|^[0-9]+ (passed|failed)|all quantized ' "$1" | tail -1 | tr -s ' ='; }
 
 run() {
   logs=${OUT:-$directory/logs}
@@ -43,6 +45,14 @@ run() {
   row "bits against the CPU, plans, graphs, norm" ./flashoptim_cuda_test --gtest_brief=1
   [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "every division" env FLASHOPTIM_TEST_ALL=1 ./flashoptim_cuda_test --gtest_filter='CudaArithmetic.*'
   row "plain_cuda example" ./plain_cuda
+  if python3 -c 'import pytest, hypothesis, torch' 2>/dev/null; then
+    row "Python front end" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
+      python3 -m pytest -q "$root/tests/python/test_cuda.py"
+    row "host time of step()" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
+      python3 "$root/tests/python/measure_step.py" cuda
+  else
+    echo "no pytest, hypothesis and torch in python3: the Python front end is not checked"
+  fi
   if command -v compute-sanitizer >/dev/null; then
     local tool
     for tool in memcheck racecheck initcheck; do

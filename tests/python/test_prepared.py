@@ -1,0 +1,148 @@
+"""The quick way through step(): what it notices, what it leaves to the slower way, and the operators behind it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import CLASSES, HYPERS, assert_same_bits, make_params, run, set_grads
+
+import flashoptim
+from flashoptim import _ops
+
+
+def pair(kind="adamw", **options):
+    result = []
+    for _ in range(2):
+        params = make_params()
+        result.append((params, CLASSES[kind](params, min_quantized_numel=64, **HYPERS[kind], **options)))
+    return result
+
+
+def slow(optimizer):
+    """Keeps an optimizer on the slower way."""
+    optimizer._prepare_after = 10**9
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", list(CLASSES))
+def test_both_ways_give_the_same_bits(kind):
+    a, b = pair(kind)
+    slow(b[1])
+    for step in range(5):
+        for params, optimizer in (a, b):
+            set_grads(params, step)
+            if step % 2:
+                params[1].grad = None  # left out, and so is its step count
+            optimizer.step()
+    assert a[1]._prepared and not b[1]._prepared
+    assert_same_bits(a, b)
+    assert a[1].state[a[0][1]]["step"] == 3 and a[1].state[a[0][0]]["step"] == 5
+
+
+@pytest.mark.parametrize("what", ["state tensor", "state dict", "parameter data", "option", "group", "step"])
+def test_whatever_changes_is_seen(what):
+    a, b = pair()
+    run(a[1], a[0], 0, 2)
+    run(b[1], b[0], 0, 2)
+    for index, (params, optimizer) in enumerate((a, b)):
+        p = params[0]
+        if what == "state tensor":
+            optimizer.state[p]["exp_avg"] = torch.zeros_like(optimizer.state[p]["exp_avg"])
+        elif what == "state dict":
+            optimizer.state[p] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[p].items()}
+        elif what == "parameter data":
+            p.data = p.data.clone() * 2
+        elif what == "option":
+            optimizer.param_groups[0]["master_weight_bits"] = 32
+        elif what == "group":
+            torch.manual_seed(5)
+            params.append(torch.nn.Parameter(torch.randn(100)))
+            optimizer.add_param_group({"params": [params[-1]], "lr": 0.5})
+        else:
+            optimizer.state[p]["step"] = 7
+        if index == 1:
+            slow(optimizer)._drop_prepared()
+        run(optimizer, params, 2, 4)
+    assert_same_bits(a, b)
+
+
+def test_a_refused_gradient_changes_nothing_and_the_next_step_is_quick_again():
+    (params, optimizer), _ = pair()
+    run(optimizer, params, 0, 2)
+    before = params[0].detach().clone()
+    params[0].grad = params[0].grad[:1].expand(params[0].shape)  # strides that a plan does not take
+    optimizer.step()
+    assert not torch.equal(before, params[0])
+    run(optimizer, params, 3, 9)
+    assert optimizer._prepared
+
+
+def test_states_share_few_allocations_and_a_checkpoint_holds_them(tmp_path):
+    params = make_params(shapes=[(64, 64)] * 30)
+    optimizer = flashoptim.FlashAdamW(params, lr=1e-2, min_quantized_numel=64)
+    run(optimizer, params, 0, 1)
+    storages = {
+        value.untyped_storage().data_ptr()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    assert len(storages) == 3  # uint8, int16, int8
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin = make_params(shapes=[(64, 64)] * 30)
+    for p, q in zip(twin, params, strict=True):
+        p.data.copy_(q)
+    again = flashoptim.FlashAdamW(twin, lr=1e-2, min_quantized_numel=64)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    run(optimizer, params, 1, 3)
+    run(again, twin, 1, 3)
+    assert_same_bits((params, optimizer), (twin, again))
+
+
+def test_plans_end_with_their_optimizer():
+    (params, optimizer), _ = pair()
+    run(optimizer, params, 0, 1)
+    number = optimizer._prepared[0].plan
+    grads = [p.grad for p in params]
+    _ops.plan_check(number, grads)
+    with pytest.raises(RuntimeError, match=r"grads has 1 entries; needed are"):
+        _ops.plan_check(number, grads[:1])
+    with pytest.raises(RuntimeError, match=r"grads\[0\] has shape"):
+        _ops.plan_check(number, [grads[0].t(), *grads[1:]])
+    optimizer._drop_prepared()
+    with pytest.raises(RuntimeError, match=f"plan = {number}; no such plan"):
+        _ops.plan_check(number, grads)
+
+
+def test_clipping_on_the_cpu_is_torchs():
+    a, b = pair()
+    for params, optimizer in (a, b):
+        set_grads(params, 0, scale=5.0)
+    norm = a[1].clip_grad_norm_(1.0)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(b[0], 1.0))
+    a[1].step()
+    b[1].step()
+    assert_same_bits(a, b)
+    with pytest.raises(ValueError, match=r"max_norm = 0.0"):
+        a[1].clip_grad_norm_(0.0)
+    with pytest.raises(ValueError, match=r"max_norm = nan"):
+        a[1].clip_grad_norm_(float("nan"))
+
+
+def test_telemetry_of_every_parameter_by_name():
+    torch.manual_seed(1)
+    model = torch.nn.Linear(64, 64).bfloat16()
+    optimizer = flashoptim.FlashAdamW(model.named_parameters(), lr=1e-2, check_numerics=True, min_quantized_numel=64)
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.1 * (step + 1))
+        model.bias.grad[3] = float("nan")
+        optimizer.step()
+    report = optimizer.numerics_report()
+    assert set(report.parameters) == {"parameter 'weight'", "parameter 'bias'"}
+    assert report.parameters["parameter 'weight'"].examined == 3 * 4096
+    assert report.parameters["parameter 'weight'"].nonfinite_gradients == 0
+    assert report.parameters["parameter 'bias'"].nonfinite_gradients == 3
+    assert 0.0 < report.largest_update_ratio <= 1.1
+    optimizer.reset_numerics()
+    assert optimizer.numerics_report().sampled_updates == 0
