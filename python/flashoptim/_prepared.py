@@ -59,8 +59,15 @@ class Controls:
 class Prepared:
     """All parameters of a plan on one device with one number of slots that have a state or, now, a gradient."""
 
-    def __init__(self, kind: str, device: torch.device, entries: Sequence[Entry], others: Sequence[Entry],
-                 dicts: list[dict[str, Any]], new: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        device: torch.device,
+        entries: Sequence[Entry],
+        others: Sequence[Entry],
+        dicts: list[dict[str, Any]],
+        new: list[tuple[Tensor, dict[str, Any]]],
+    ) -> None:
         self.device = device
         self.entries = entries
         self.params = [entry.param for entry in entries]
@@ -80,7 +87,6 @@ class Prepared:
         self.telemetry: Tensor | None = None
         self.norm: Tensor | None = None
         self.addresses: list[int] = []
-        self.dtypes = [param.dtype for param in self.params]
         self.plan = self._new_plan(kind)
         self._remember()
 
