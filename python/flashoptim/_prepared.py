@@ -51,7 +51,8 @@ class Controls:
         for name in ("clip_coefficient", "found_inf", "grad_divisor"):
             tensor = getattr(self, name)
             if tensor is not None and (tensor.device != device or tensor.dtype != torch.float32):
-                tensor = tensor.to(device, torch.float32, non_blocking=True)
+                # To the host it must have arrived before the operator reads it.
+                tensor = tensor.to(device, torch.float32, non_blocking=device.type == "cuda")
             setattr(moved, name, tensor)
         return moved
 
@@ -266,15 +267,24 @@ class Prepared:
 
     def check(self) -> None:
         """Raises RuntimeError where the gradients are not what the plan was made for."""
-        _ops.plan_check(self.plan, [self.empty if param.grad is None else param.grad for param in self.params])
+        _ops.plan_check(self.plan, self._grads())
 
-    def gradient_norm(self, max_norm: float, controls: Controls) -> Tensor:
+    def gradient_norm(self, max_norm: float) -> Tensor:
         """4 float32: the sum of squares as a double, the norm, the coefficient that clips to ``max_norm`` (0: 1)."""
-        grads: list[Any] = [self.empty if param.grad is None else param.grad for param in self.params]
         if self.norm is None:
             self.norm = torch.zeros(4, device=self.device)
-        _ops.plan_norm_(self.plan, grads, controls.grad_scale, controls.grad_divisor, max_norm, self.norm)
+        _ops.plan_norm_(self.plan, self._grads(), 1.0, None, max_norm, self.norm)
         return self.norm
+
+    def _grads(self) -> list[Tensor]:
+        """As the operators take them: nothing where a parameter is left out."""
+        return [self.empty if param.grad is None else param.grad for param in self.params]
+
+    def commit(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """New states become the optimizer's."""
+        for param, held in self.new_states:
+            state[param] = held
+        self.new_states = []
 
 
 def prepare(kind: str, plan: Plan, state: MutableMapping[Tensor, dict[str, Any]]) -> list[Prepared] | None:
@@ -326,11 +336,4 @@ def _same_memory_order(a: Tensor, b: Tensor) -> bool:
     return all(x == y or size == 1 for x, y, size in zip(a.stride(), b.stride(), a.shape)) or a.numel() == 0
 
 
-def commit(prepared: Prepared, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-    """New states become the optimizer's."""
-    for param, held in prepared.new_states:
-        state[param] = held
-    prepared.new_states = []
-
-
-__all__ = ["Controls", "Prepared", "commit", "prepare"]
+__all__ = ["Controls", "Prepared", "prepare"]

@@ -86,12 +86,9 @@ def rows_of(sizes: Sequence[int], order: tuple[int, ...] | None) -> tuple[int, i
     return rows, groups
 
 
-def zeros_in_order(param: Tensor, order: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
-    if order is None:
-        return torch.zeros(param.shape, dtype=dtype, device=param.device)
-    sizes = [param.shape[d] for d in order]
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return torch.zeros(sizes, dtype=dtype, device=param.device).permute(inverse)
+def from_storage_order(array: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    """The view with the parameter's sizes of an array that lies in storage order: the inverse of :func:`ordered`."""
+    return array if order is None else array.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def state_order(state: Mapping[str, Any], slots: Sequence[str], param: Tensor) -> tuple[int, ...] | None:
@@ -105,17 +102,34 @@ def state_order(state: Mapping[str, Any], slots: Sequence[str], param: Tensor) -
 # Creation and conversion
 
 
+class Array(NamedTuple):
+    """One tensor of a state."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # as it lies in memory
+    order: tuple[int, ...] | None
+
+
+def arrays_of(param: Tensor, slots: Sequence[str], form: Format) -> list[Array]:
+    """The tensors that the state of a parameter consists of."""
+    order = storage_order(param)
+    shape = tuple(ordered(param, order).shape)
+    arrays = []
+    for slot in slots:
+        arrays.append(Array(slot, code_dtype(slot, form.codec), shape, order))
+        if form.codec != StateCodec.FLOAT32:
+            arrays.append(Array(slot + SCALE, SCALE_DTYPES[form.codec], rows_of(param.shape, order), None))
+    if form.master_weights in CORRECTION_DTYPES:
+        arrays.append(Array(CORRECTION, CORRECTION_DTYPES[form.master_weights], shape, order))
+    return arrays
+
+
 def new_state(param: Tensor, slots: Sequence[str], form: Format) -> dict[str, Any]:
     """The state of a parameter that has taken no step: zeros, which every codec stores as zero bytes."""
-    order = storage_order(param)
     state: dict[str, Any] = {STEP: 0}
-    rows, groups = rows_of(param.shape, order)
-    for slot in slots:
-        state[slot] = zeros_in_order(param, order, code_dtype(slot, form.codec))
-        if form.codec != StateCodec.FLOAT32:
-            state[slot + SCALE] = torch.zeros((rows, groups), dtype=SCALE_DTYPES[form.codec], device=param.device)
-    if form.master_weights in CORRECTION_DTYPES:
-        state[CORRECTION] = zeros_in_order(param, order, CORRECTION_DTYPES[form.master_weights])
+    for name, dtype, shape, order in arrays_of(param, slots, form):
+        state[name] = from_storage_order(torch.zeros(shape, dtype=dtype, device=param.device), order)
     return state
 
 
@@ -126,39 +140,28 @@ _ALIGNMENT = 256
 
 def new_states(items: Sequence[tuple[Tensor, Sequence[str], Format]]) -> list[dict[str, Any]]:
     """As new_state() for many parameters, in a few allocations: per dtype, arrays lie one behind the other in a chunk."""
-    wanted: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str, Sequence[int], Any]]] = {}
+    wanted: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], Array]]] = {}
     states: list[dict[str, Any]] = []
     for param, slots, form in items:
-        order = storage_order(param)
-        rows, groups = rows_of(param.shape, order)
         state: dict[str, Any] = {STEP: 0}
-        sizes = tuple(param.shape) if order is None else tuple(param.shape[d] for d in order)
-
-        def want(name: str, dtype: torch.dtype, shape: Sequence[int], order: Any) -> None:
-            state[name] = None  # noqa: B023 (keeps the order of entries; called at once)
-            wanted.setdefault((param.device, dtype), []).append((state, name, shape, order))  # noqa: B023
-
-        for slot in slots:
-            want(slot, code_dtype(slot, form.codec), sizes, order)
-            if form.codec != StateCodec.FLOAT32:
-                want(slot + SCALE, SCALE_DTYPES[form.codec], (rows, groups), None)
-        if form.master_weights in CORRECTION_DTYPES:
-            want(CORRECTION, CORRECTION_DTYPES[form.master_weights], sizes, order)
+        for array in arrays_of(param, slots, form):
+            state[array.name] = None  # entries in new_state()'s order
+            wanted.setdefault((param.device, array.dtype), []).append((state, array))
         states.append(state)
-    for (device, dtype), arrays in wanted.items():
+    for (device, dtype), places in wanted.items():
         step = _ALIGNMENT // dtype.itemsize
-        lengths = [-(-math.prod(shape) // step) * step for _, _, shape, _ in arrays]
+        lengths = [-(-math.prod(array.shape) // step) * step for _, array in places]
         first = 0
-        while first < len(arrays):
+        while first < len(places):
             end, total = first + 1, lengths[first]
-            while end < len(arrays) and (total + lengths[end]) * dtype.itemsize <= _CHUNK_BYTES:
+            while end < len(places) and (total + lengths[end]) * dtype.itemsize <= _CHUNK_BYTES:
                 total += lengths[end]
                 end += 1
             chunk = torch.zeros(total, dtype=dtype, device=device)
             offset = 0
-            for (state, name, shape, order), length in zip(arrays[first:end], lengths[first:end]):
-                array = chunk[offset : offset + math.prod(shape)].view(tuple(shape))
-                state[name] = array if order is None else array.permute(sorted(range(len(order)), key=order.__getitem__))
+            for (state, array), length in zip(places[first:end], lengths[first:end]):
+                values = chunk[offset : offset + math.prod(array.shape)].view(array.shape)
+                state[array.name] = from_storage_order(values, array.order)
                 offset += length
             first = end
     return states

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import _checkpoint, _ops, _prepared, _states, _validate, weights
 from ._ops import CORRECTION_DTYPES
-from ._prepared import Controls, Prepared
 from ._plan import Call, Entry, Plan, PlanIsStale, parameter_name
+from ._prepared import Controls, Prepared
 from .numerics import NumericsError, NumericsMonitor, NumericsReport
 
 #: Options of a group that say how weights and states are stored; a checkpoint does not change them.
@@ -80,12 +80,13 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._warn_of_lost_precision()
 
     def _reset(self) -> None:
-        self._prepared: list[Prepared] = []
         self._plan: Plan | None = None
-        self._monitor = NumericsMonitor()
         self._group_cache: list[tuple[Any, list[float]]] = []
         self._lrs: list[Tensor | None] = []
-        self._drop_prepared()
+        self._monitor = NumericsMonitor()
+        self._prepared: list[Prepared] = []
+        self._prepared_plan: Plan | None = None
+        self._state_dicts: list[dict[str, Any]] = []
         self._prepare_after = 0
         self._waits = 1
         self._clip: Tensor | None = None
@@ -198,20 +199,23 @@ class FlashOptimizer(torch.optim.Optimizer):
             return True
         stride = 0
         if self._check_numerics:
-            lrs = [group["lr"] if lr is None else float(lr) for group, lr in zip(self.param_groups, self._lrs)]
+            lrs = [values[0] if lr is None else float(lr) for values, lr in zip(hypers, self._lrs)]
             for prepared in self._prepared:
                 monitor.check_learning_rates(self.kind, prepared.entries, lrs)
             stride = monitor.stride(self._prepared)
+        has_stepped = False
         try:
             if len(self._prepared) > 1:  # a refusal of any must come before a change by one
                 for prepared in self._prepared:
                     prepared.check()
             for prepared in self._prepared:
                 on_device = controls.on(prepared.device)
-                prepared.step(hypers, self._lrs, on_device, monitor.counter(prepared.device), stride)
-                _prepared.commit(prepared, self.state)
+                has_stepped |= prepared.step(hypers, self._lrs, on_device, monitor.counter(prepared.device), stride)
+                prepared.commit(self.state)
         except RuntimeError:
             self._drop_prepared()
+            if has_stepped:  # the slower way would step the same parameters again
+                raise
             self._wait_to_prepare()
             return False
         if len(self._state_dicts) != len(self.state):
@@ -253,8 +257,8 @@ class FlashOptimizer(torch.optim.Optimizer):
         for prepared in self._prepared:
             self._monitor.keep(prepared)
         self._prepared = []
-        self._prepared_plan: Plan | None = None
-        self._state_dicts: list[dict[str, Any]] = []
+        self._prepared_plan = None
+        self._state_dicts = []
 
     def _wait_to_prepare(self) -> None:
         """What failed now probably fails again: try less and less often."""
@@ -310,7 +314,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._read_groups()
         if self._make_prepared() and len(self._prepared) == 1 and self._prepared[0].device.type == "cuda":
             try:
-                result = self._prepared[0].gradient_norm(max_norm, Controls())
+                result = self._prepared[0].gradient_norm(max_norm)
             except RuntimeError:
                 pass
             else:

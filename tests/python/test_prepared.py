@@ -146,3 +146,33 @@ def test_telemetry_of_every_parameter_by_name():
     assert 0.0 < report.largest_update_ratio <= 1.1
     optimizer.reset_numerics()
     assert optimizer.numerics_report().sampled_updates == 0
+
+
+def test_an_error_behind_a_step_is_raised_and_nothing_is_stepped_twice(monkeypatch):
+    def make():
+        params = make_params(shapes=[(64, 64), (64, 64)])
+        groups = [{"params": params[:1], "momentum": 0.9}, {"params": params[1:]}]
+        return params, flashoptim.FlashSGD(groups, lr=1e-2, min_quantized_numel=64)  # two numbers of slots: two plans
+
+    (params, optimizer), (expected, once) = make(), make()
+    for tensors, one in ((params, optimizer), (expected, once)):
+        run(one, tensors, 0, 2)
+    set_grads(params, 2)
+    set_grads(expected, 2)
+    once.step()
+    calls = []
+    plan_step = _ops.plan_step_
+
+    def second_fails(*arguments):
+        calls.append(arguments[0])
+        if len(calls) == 2:
+            raise RuntimeError("the device is gone")
+        return plan_step(*arguments)
+
+    monkeypatch.setattr(_ops, "plan_step_", second_fails)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        optimizer.step()
+    assert len(calls) == 2
+    assert torch.equal(params[0], expected[0])
+    assert optimizer.state[params[0]]["step"] == 3
+    assert not torch.equal(params[1], expected[1])
