@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "flashoptim/core/optimizers/rule.h"
 #include "flashoptim/step.h"
 #include "src/blocks.h"
 #include "src/conversions.h"
@@ -325,7 +326,7 @@ Status Plan::Impl::prepare(const Hyperparameters* given, int64_t count, const St
     PreparedHyper& prepared = hypers[static_cast<size_t>(i)];
     make_hyper(rule, given[i], &prepared.rule);
     prepared.dither = core::make_dither_key(given[i].seed, static_cast<uint64_t>(given[i].step));
-    prepared.gradient_scale = given[i].maximize ? -options.gradient_scale : options.gradient_scale;
+    prepared.gradient_scale = core::directed_factor(options.gradient_scale, given[i]);
     prepared.largest_update = largest_update(rule, given[i]);
   }
   return Status::ok();

@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "flashoptim/core/optimizers/rule.h"
+
 namespace flashoptim::ops {
 namespace {
 
@@ -11,9 +13,8 @@ namespace {
 StepOptions read_controls(const StepControls& controls, std::vector<Hyperparameters>& hypers) {
   StepOptions out, *const options = &out;
   options->nonfinite_gradients = controls.nonfinite_gradients;
-  options->gradient_scale = controls.gradient_scale;
-  if (controls.gradient_divisor != nullptr) options->gradient_scale = options->gradient_scale / *controls.gradient_divisor;
-  if (controls.clip_coefficient != nullptr) options->gradient_scale = options->gradient_scale * *controls.clip_coefficient;
+  options->gradient_scale =
+      core::gradient_factor(controls.gradient_scale, controls.gradient_divisor, controls.clip_coefficient);
   options->found_inf = controls.found_inf;
   const bool skipped = controls.found_inf != nullptr && *controls.found_inf != 0.0f;
   for (size_t i = 0; i < controls.lrs.size(); ++i) {

@@ -77,8 +77,7 @@ __device__ double sum_of_squares(const TensorEntry& t, int64_t first, int64_t en
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormArguments args) {
   const Chunk chunk = args.chunks[blockIdx.x];
   const TensorEntry& t = args.tensors[chunk.tensor];
-  float scale = args.gradient_scale;
-  if (args.gradient_divisor != nullptr) scale = __fdiv_rn(scale, *args.gradient_divisor);
+  const float scale = core::gradient_factor(args.gradient_scale, args.gradient_divisor, nullptr);
   double sum = 0.0;
   if (t.gradient != nullptr) {
     const int64_t first = chunk.first_group * kGroupSize;

@@ -253,7 +253,7 @@ Status Plan::Impl::prepare_inline(const Hyperparameters* given, int32_t used, co
     PreparedHyper& prepared = args->inline_hypers[i];
     make_hyper(rule, given[i], &prepared.rule);
     prepared.dither = core::make_dither_key(given[i].seed, static_cast<uint64_t>(given[i].step));
-    prepared.gradient_scale = given[i].maximize ? -options.gradient_scale : options.gradient_scale;
+    prepared.gradient_scale = core::directed_factor(options.gradient_scale, given[i]);
     prepared.skip = 0;
   }
   return Status::ok();

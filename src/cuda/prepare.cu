@@ -34,10 +34,8 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareArguments args) {
       break;
   }
   out.dither = core::make_dither_key(p.seed, static_cast<uint64_t>(p.step));
-  float scale = args.gradient_scale;
-  if (args.gradient_divisor != nullptr) scale = __fdiv_rn(scale, *args.gradient_divisor);
-  if (args.clip_coefficient != nullptr) scale = scale * *args.clip_coefficient;
-  out.gradient_scale = p.maximize ? -scale : scale;
+  const float factor = core::gradient_factor(args.gradient_scale, args.gradient_divisor, args.clip_coefficient);
+  out.gradient_scale = core::directed_factor(factor, p);
   out.skip = args.found_inf != nullptr && *args.found_inf != 0.0f;
   args.out[i] = out;
 }

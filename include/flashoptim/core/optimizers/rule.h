@@ -61,4 +61,15 @@ FLASHOPTIM_HD double decoupled_decay(const Hyperparameters& p) {
   return p.decay_lr > 0.0 ? p.weight_decay * (p.lr / p.decay_lr) : p.weight_decay * p.lr;
 }
 
+/// What all gradients are multiplied by: scale / *divisor * *clip_coefficient, in this order; null is left out. The
+/// division is IEEE's (-prec-div=true in CUDA).
+FLASHOPTIM_HD float gradient_factor(float scale, const float* divisor, const float* clip_coefficient) {
+  if (divisor != nullptr) scale = scale / *divisor;
+  if (clip_coefficient != nullptr) scale = scale * *clip_coefficient;
+  return scale;
+}
+
+/// The same for one set of hyperparameters: negated where it maximizes.
+FLASHOPTIM_HD float directed_factor(float factor, const Hyperparameters& p) { return p.maximize ? -factor : factor; }
+
 }  // namespace flashoptim::core
