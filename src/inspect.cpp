@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #include "flashoptim/core/inspect.h"
 #include "flashoptim/core/optimizer_list.h"
@@ -107,6 +108,18 @@ void add(const core::Inspection& from, StepTelemetry* to) {
 }
 
 }  // namespace
+
+Status check_inspection(const InspectOptions& options, const StepTelemetry* telemetry, int64_t entries,
+                        const char* where) {
+  if (options.stride < 1) {
+    return Status::invalid_argument("inspect_options.stride = " + std::to_string(options.stride) +
+                                    "; must be at least 1");
+  }
+  if (telemetry == nullptr && entries > 0) {
+    return Status::invalid_argument("telemetry is null; it must have " + std::to_string(entries) + " entries" + where);
+  }
+  return Status::ok();
+}
 
 void inspect_groups(const TensorInspection& in, int64_t begin, int64_t end, StepTelemetry* out) {
   // Counts of so many groups stay below 2^32.

@@ -1,4 +1,5 @@
-// The dry run of Plan::inspect on the CPU: walks the groups of a tensor and adds up what core/inspect.h finds.
+// The dry run of Plan::inspect on the CPU: walks the groups of a tensor and adds up what core/inspect.h finds. And the
+// checks that it shares with the one on the device.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,11 @@
 #include "src/cpu/kernels.h"
 
 namespace flashoptim {
+
+/// What is wrong with the arguments that Plan::inspect has beside step()'s, on any device. `where` ends the message
+/// about the telemetry's `entries`.
+Status check_inspection(const InspectOptions& options, const StepTelemetry* telemetry, int64_t entries,
+                        const char* where = "");
 
 /// What the groups of a tensor share.
 struct TensorInspection {

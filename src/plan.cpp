@@ -349,14 +349,10 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
 Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
                      const InspectOptions& inspect_options, StepTelemetry* telemetry) {
   if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
-  if (inspect_options.stride < 1) {
-    return Status::invalid_argument("inspect_options.stride = " + std::to_string(inspect_options.stride) + "; must be at least 1");
-  }
-  if (telemetry == nullptr && size() > 0) {
-    return Status::invalid_argument("telemetry is null; it must have " + std::to_string(size()) + " entries");
-  }
+  Status status = check_inspection(inspect_options, telemetry, size());
+  if (!status.is_ok()) return status;
   if (options.found_inf != nullptr && *options.found_inf != 0.0f) return Status::ok();
-  const Status status = impl_->prepare(hypers, count, options);
+  status = impl_->prepare(hypers, count, options);
   if (!status.is_ok()) return status;
   struct Work {
     const Impl* impl;

@@ -11,6 +11,7 @@
 #include "src/blocks.h"
 #include "src/cuda/arguments.h"
 #include "src/cuda/device.h"
+#include "src/inspect.h"
 #include "src/rules.h"
 
 namespace flashoptim::cuda {
@@ -394,14 +395,10 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
 Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
                      const InspectOptions& inspect_options, StepTelemetry* telemetry) {
   if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
-  if (inspect_options.stride < 1) {
-    return Status::invalid_argument("inspect_options.stride = " + std::to_string(inspect_options.stride) + "; must be at least 1");
-  }
-  if (telemetry == nullptr && size() > 0) {
-    return Status::invalid_argument("telemetry is null; it must have " + std::to_string(size()) + " entries in device memory");
-  }
+  Status status = check_inspection(inspect_options, telemetry, size(), " in device memory");
+  if (!status.is_ok()) return status;
   Impl::Use use;
-  Status status = impl_->check(hypers, count, options, &use);
+  status = impl_->check(hypers, count, options, &use);
   if (!status.is_ok() || use.hypers == 0 || impl_->inspect_chunk_count == 0) return status;
   DeviceGuard guard(impl_->device);
   status = device_status(guard.error(), "cannot use the device of the plan");
