@@ -108,16 +108,16 @@ Status DevicePlan::step(std::vector<Hyperparameters>& hypers, const StepControls
   return plan.step(hypers.data(), count, options);
 }
 
-Status DevicePlan::gradient_norm(float gradient_scale, const float* gradient_divisor, float max_norm, NormResult* result) {
+Status DevicePlan::gradient_norm(float gradient_scale, const float* gradient_divisor, float max_norm,
+                                 cuda::GradientNorm* result) {
 #if FLASHOPTIM_HAS_CUDA
   if (auto* plan = std::get_if<cuda::Plan>(&plan_)) {
-    static_assert(sizeof(NormResult) == sizeof(cuda::GradientNorm));
     cuda::NormOptions options;
     options.stream = current_stream(device_);
     options.gradient_scale = gradient_scale;
     options.gradient_divisor = gradient_divisor;
     options.max_norm = max_norm;
-    return plan->gradient_norm(options, reinterpret_cast<cuda::GradientNorm*>(result));
+    return plan->gradient_norm(options, result);
   }
 #endif
   static_cast<void>(gradient_scale), static_cast<void>(gradient_divisor), static_cast<void>(max_norm);

@@ -5,11 +5,9 @@
 #include <variant>
 #include <vector>
 
+#include "flashoptim/cuda.h"
 #include "flashoptim/step.h"
 #include "libtorch/ops/device.h"
-#if FLASHOPTIM_HAS_CUDA
-#include "flashoptim/cuda.h"
-#endif
 
 namespace flashoptim::ops {
 
@@ -28,13 +26,6 @@ struct StepControls {
   std::vector<int64_t*> steps;
 };
 
-/// cuda::GradientNorm, on every device.
-struct NormResult {
-  double sum_of_squares;
-  float norm;
-  float coefficient;
-};
-
 class DevicePlan {
  public:
   /// `backend` is kCpu or kCuda.
@@ -49,7 +40,7 @@ class DevicePlan {
   /// On the device's current stream. Hyperparameters are changed where controls say otherwise.
   Status step(std::vector<Hyperparameters>& hypers, const StepControls& controls);
   /// The CPU has none: kUnsupported.
-  Status gradient_norm(float gradient_scale, const float* gradient_divisor, float max_norm, NormResult* result);
+  Status gradient_norm(float gradient_scale, const float* gradient_divisor, float max_norm, cuda::GradientNorm* result);
 
  private:
 #if FLASHOPTIM_HAS_CUDA

@@ -22,6 +22,9 @@ constexpr int64_t kSliceElements = 64 * 512;
 /// int64 places of one tensor's telemetry.
 constexpr int64_t kTelemetryNumbers = 6;
 
+/// float32 places of a gradient norm.
+constexpr int64_t kNormNumbers = 4;
+
 Tensor new_float_like(const TensorInfo& like) {
   AtenTensorHandle handle = nullptr;
   check_torch(aoti_torch_empty_strided(like.dim, like.sizes, like.strides, aoti_torch_dtype_float32(), like.device.type,
@@ -297,7 +300,10 @@ void plan_norm_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const bool is_meta = plan->backend() == Backend::kMeta;
   const float* const divisor =
       is_meta ? nullptr : static_cast<const float*>(unpack_array(op, {"grad_divisor"}, grad_divisor, float32, 1, device));
-  auto* const out = is_meta ? nullptr : static_cast<NormResult*>(unpack_array(op, {"result"}, result, float32, 4, device));
+  static_assert(sizeof(cuda::GradientNorm) == kNormNumbers * sizeof(float));
+  auto* const out =
+      is_meta ? nullptr
+              : static_cast<cuda::GradientNorm*>(unpack_array(op, {"result"}, result, float32, kNormNumbers, device));
   plan->set_gradients(op, grads);
   if (!is_meta) op.check(plan->plan().gradient_norm(scale, divisor, static_cast<float>(max_norm), out));
 }

@@ -17,7 +17,6 @@ class PreparedPlan {
   /// From checked tensors, whose gradients give their dtypes; `params` are read for shapes.
   PreparedPlan(Op op, const StepInput& input, const TensorList& params);
 
-  const std::mutex& mutex() const { return mutex_; }
   std::mutex& mutex() { return mutex_; }
   Backend backend() const { return backend_; }
   Device device() const { return device_; }
