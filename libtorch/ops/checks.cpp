@@ -90,18 +90,8 @@ TensorInfo unpack_slot(Op op, OptimizerKind optimizer, int slot, Name state_name
     op.fail(scale_name.str() + " has shape " + ints(scales.sizes, scales.dim) + "; needed are " +
             std::to_string(t->layout.rows) + " x " + std::to_string(t->layout.groups_per_row()) + " elements");
   }
-  int64_t expected = 1;
-  for (int64_t d = scales.dim - 1; d >= 0 && groups > 0; --d) {
-    if (scales.sizes[d] != 1 && scales.strides[d] != expected) {
-      op.fail(scale_name.str() + " has shape " + ints(scales.sizes, scales.dim) + " and strides " +
-              ints(scales.strides, scales.dim) + "; it must be contiguous");
-    }
-    expected *= scales.sizes[d];
-  }
-  if (scales.device != info.device) {
-    op.fail(scale_name.str() + " is on " + device_name(scales.device) + ", but " + state_name.str() + " on " +
-            device_name(info.device) + "; all tensors must be on one device");
-  }
+  check_contiguous(op, scale_name, scales);
+  check_device(op, scale_name, scales.device, state_name, info.device);
   t->scales[slot] = is_meta ? nullptr : mutable_data(scale);
   return info;
 }
@@ -172,6 +162,19 @@ void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optim
   }
 }
 
+float checked_grad_scale(Op op, double value) {
+  const auto scale = static_cast<float>(value);
+  if (!std::isfinite(scale)) op.fail("grad_scale = " + number(value) + "; must be a finite float32");
+  return scale;
+}
+
+void check_hyper_index(Op op, size_t index, int64_t value, size_t sets) {
+  if (value < 0 || value >= static_cast<int64_t>(sets)) {
+    op.fail(Name{"hyper_index", static_cast<int64_t>(index)}.str() + " = " + std::to_string(value) + "; hypers has " +
+            std::to_string(sets) + " sets");
+  }
+}
+
 void* unpack_array(Op op, Name name, const Tensor& tensor, int32_t dtype, int64_t count, Device device) {
   if (!tensor.has_value()) return nullptr;
   const TensorInfo info = read_tensor(op, name, tensor);
@@ -180,17 +183,8 @@ void* unpack_array(Op op, Name name, const Tensor& tensor, int32_t dtype, int64_
     op.fail(name.str() + " has shape " + ints(info.sizes, info.dim) + "; needed is " + std::to_string(count) +
             (count == 1 ? " element" : " elements"));
   }
-  int64_t expected = 1;
-  for (int64_t d = info.dim - 1; d >= 0 && count > 0; --d) {
-    if (info.sizes[d] != 1 && info.strides[d] != expected) {
-      op.fail(name.str() + " has strides " + ints(info.strides, info.dim) + "; it must be contiguous");
-    }
-    expected *= info.sizes[d];
-  }
-  if (info.device != device) {
-    op.fail(name.str() + " is on " + device_name(info.device) + ", but params[0] on " + device_name(device) +
-            "; all tensors must be on one device");
-  }
+  check_contiguous(op, name, info);
+  check_device(op, name, info.device, {"params", 0}, device);
   return mutable_data(tensor);
 }
 
@@ -240,8 +234,7 @@ void unpack_step(Op op, const StepArguments& a, StepInput* input) {
             std::to_string(a.states.size()) + ", one per tensor of states (of 0 elements for float32 states)");
   }
   if (n > 0) unpack_hypers(op, a.hypers, input->optimizer, input->has_momentum, &input->hypers);
-  const float grad_scale = static_cast<float>(a.grad_scale);
-  if (!std::isfinite(grad_scale)) op.fail("grad_scale = " + number(a.grad_scale) + "; must be a finite float32");
+  const float grad_scale = checked_grad_scale(op, a.grad_scale);
 
   const DtypeCodes& c = codes();
   Device& device = input->device;
@@ -254,9 +247,8 @@ void unpack_step(Op op, const StepArguments& a, StepInput* input) {
     if (i == 0) {
       device = param.device;
       input->backend = select_backend(op.name, "params[0]", device);
-    } else if (param.device != device) {
-      op.fail(param_name.str() + " is on " + device_name(param.device) + ", but params[0] on " + device_name(device) +
-              "; all tensors must be on one device");
+    } else {
+      check_device(op, param_name, param.device, {"params", 0}, device);
     }
     const bool is_meta = input->backend == Backend::kMeta;
     ParameterTensors& t = input->tensors.emplace_back();
@@ -294,10 +286,7 @@ void unpack_step(Op op, const StepArguments& a, StepInput* input) {
     if (t.first_element < 0) {
       op.fail(Name{"first_elements", index}.str() + " = " + std::to_string(t.first_element) + "; must be at least 0");
     }
-    if (a.hyper_index[i] < 0 || a.hyper_index[i] >= static_cast<int64_t>(input->hypers.size())) {
-      op.fail(Name{"hyper_index", index}.str() + " = " + std::to_string(a.hyper_index[i]) + "; hypers has " +
-              std::to_string(input->hypers.size()) + " sets");
-    }
+    check_hyper_index(op, i, a.hyper_index[i], input->hypers.size());
     t.hyper_index = static_cast<int32_t>(a.hyper_index[i]);
   }
   input->controls = {};

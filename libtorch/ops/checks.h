@@ -23,7 +23,7 @@ struct StepArguments {
   TensorList params, grads, corrections, states, scales;
   std::vector<int64_t> master_weights, state_codecs, rows, first_elements, hyper_index;
   std::vector<double> hypers;
-  double grad_scale;
+  double grad_scale = 1.0;
   Tensor found_inf, nonfinite;
 };
 
@@ -41,6 +41,12 @@ struct StepInput {
 /// Sets of 12 numbers as step_ documents them, appended to *hypers.
 void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer, bool has_momentum,
                    std::vector<Hyperparameters>* hypers);
+
+/// grad_scale, which must be a finite float32.
+float checked_grad_scale(Op op, double value);
+
+/// Throws unless hyper_index[index] = value is one of `sets`.
+void check_hyper_index(Op op, size_t index, int64_t value, size_t sets);
 
 /// Address of an optional tensor of `count` elements of a dtype, contiguous, on `device`; null where there is none.
 void* unpack_array(Op op, Name name, const Tensor& tensor, int32_t dtype, int64_t count, Device device);

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -119,8 +118,8 @@ void step_on_device(Op op, StepInput& input) {
   op.check(status);
 }
 
-void step_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const Op op{"step_"};
+/// Takes over what the stacks of step_ and plan_new begin with: optimizer ... first_elements.
+StepArguments take_step_lists(StableIValue* stack) {
   StepArguments arguments;
   arguments.optimizer = take_string(stack[0]);
   arguments.params = take_tensors(stack[1]);
@@ -132,6 +131,12 @@ void step_kernel(StableIValue* stack, uint64_t, uint64_t) {
   arguments.state_codecs = take_ints(stack[7]);
   arguments.rows = take_ints(stack[8]);
   arguments.first_elements = take_ints(stack[9]);
+  return arguments;
+}
+
+void step_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"step_"};
+  StepArguments arguments = take_step_lists(stack);
   arguments.hyper_index = take_ints(stack[10]);
   arguments.hypers = take_floats(stack[11]);
   arguments.grad_scale = take_float(stack[12]);
@@ -152,19 +157,8 @@ constexpr const char* kPlanNewSchema =
 
 void plan_new_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"plan_new"};
-  StepArguments arguments;
-  arguments.optimizer = take_string(stack[0]);
-  arguments.params = take_tensors(stack[1]);
-  arguments.grads = take_tensors(stack[2]);
-  arguments.corrections = take_tensors(stack[3]);
-  arguments.states = take_tensors(stack[4]);
-  arguments.scales = take_tensors(stack[5]);
-  arguments.master_weights = take_ints(stack[6]);
-  arguments.state_codecs = take_ints(stack[7]);
-  arguments.rows = take_ints(stack[8]);
-  arguments.first_elements = take_ints(stack[9]);
+  StepArguments arguments = take_step_lists(stack);
   arguments.hyper_index.assign(arguments.params.size(), 0);
-  arguments.grad_scale = 1.0;
   // Hyperparameters come with the steps; what they must say about momentum follows from the states.
   const OptimizerKind optimizer = parse_optimizer(op, arguments.optimizer);
   const auto with = static_cast<size_t>(state_count(optimizer, true));
@@ -198,12 +192,6 @@ constexpr const char* kPlanStepSchema =
     "plan_step_(int plan, Tensor[] grads, int[] hyper_index, float[] hypers, float grad_scale, Tensor? grad_divisor, "
     "Tensor? clip_coefficient, Tensor? found_inf, Tensor[] lrs, Tensor(a!)[] steps, Tensor(b!)? nonfinite, "
     "Tensor(c!)? telemetry, int telemetry_stride) -> ()";
-
-float checked_scale(Op op, double scale) {
-  const auto narrow = static_cast<float>(scale);
-  if (!std::isfinite(narrow)) op.fail("grad_scale = " + number(scale) + "; must be a finite float32");
-  return narrow;
-}
 
 /// Addresses of one optional scalar per set.
 template <class T>
@@ -244,16 +232,11 @@ void plan_step_kernel(StableIValue* stack, uint64_t, uint64_t) {
     op.fail("hyper_index has " + std::to_string(hyper_index.size()) + " entries; needed are none or " +
             std::to_string(plan->size()) + ", one per tensor of the plan");
   }
-  for (size_t i = 0; i < hyper_index.size(); ++i) {
-    if (hyper_index[i] < 0 || hyper_index[i] >= static_cast<int64_t>(hypers.size())) {
-      op.fail("hyper_index[" + std::to_string(i) + "] = " + std::to_string(hyper_index[i]) + "; hypers has " +
-              std::to_string(hypers.size()) + " sets");
-    }
-  }
+  for (size_t i = 0; i < hyper_index.size(); ++i) check_hyper_index(op, i, hyper_index[i], hypers.size());
   if (stride < 1) op.fail("telemetry_stride = " + std::to_string(stride) + "; must be at least 1");
   const Device device = plan->device();
   StepControls controls;
-  controls.gradient_scale = checked_scale(op, grad_scale);
+  controls.gradient_scale = checked_grad_scale(op, grad_scale);
   const DtypeCodes& c = codes();
   const bool is_meta = plan->backend() == Backend::kMeta;
   if (!is_meta) {
@@ -293,7 +276,7 @@ void plan_norm_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor result = take_tensor(stack[5]);
   const std::shared_ptr<PreparedPlan> plan = PreparedPlans::instance().find(op, plan_number);
   const std::lock_guard lock(plan->mutex());
-  const float scale = checked_scale(op, grad_scale);
+  const float scale = checked_grad_scale(op, grad_scale);
   if (!(max_norm >= 0.0)) op.fail("max_norm = " + number(max_norm) + "; must be at least 0 (0: no clipping)");
   const int32_t float32 = codes().float32;
   const Device device = plan->device();

@@ -111,20 +111,23 @@ void* mutable_data(const Tensor& tensor) {
   return data;
 }
 
-bool is_dense(const TensorInfo& t) {
+bool is_contiguous(const TensorInfo& t) {
   if (t.numel == 0) return true;
   int64_t expected = 1;
-  bool contiguous = true;
-  for (int64_t d = t.dim - 1; d >= 0 && contiguous; --d) {
+  for (int64_t d = t.dim - 1; d >= 0; --d) {
     if (t.sizes[d] == 1) continue;
-    contiguous = t.strides[d] == expected;
+    if (t.strides[d] != expected) return false;
     expected *= t.sizes[d];
   }
-  if (contiguous) return true;
+  return true;
+}
+
+bool is_dense(const TensorInfo& t) {
+  if (is_contiguous(t)) return true;
   std::vector<int64_t> order(static_cast<size_t>(t.dim));
   std::iota(order.begin(), order.end(), 0);
   std::sort(order.begin(), order.end(), [&t](int64_t a, int64_t b) { return t.strides[a] < t.strides[b]; });
-  expected = 1;
+  int64_t expected = 1;
   for (const int64_t d : order) {
     if (t.sizes[d] == 1) continue;
     if (t.strides[d] != expected) return false;
@@ -133,11 +136,22 @@ bool is_dense(const TensorInfo& t) {
   return true;
 }
 
-void check_like(Op op, Name name, const TensorInfo& tensor, Name like_name, const TensorInfo& like) {
-  if (tensor.device != like.device) {
-    op.fail(name.str() + " is on " + device_name(tensor.device) + ", but " + like_name.str() + " on " +
-            device_name(like.device) + "; all tensors must be on one device");
+void check_contiguous(Op op, Name name, const TensorInfo& tensor) {
+  if (!is_contiguous(tensor)) {
+    op.fail(name.str() + " has shape " + ints(tensor.sizes, tensor.dim) + " and strides " +
+            ints(tensor.strides, tensor.dim) + "; it must be contiguous");
   }
+}
+
+void check_device(Op op, Name name, Device device, Name like_name, Device like) {
+  if (device != like) {
+    op.fail(name.str() + " is on " + device_name(device) + ", but " + like_name.str() + " on " + device_name(like) +
+            "; all tensors must be on one device");
+  }
+}
+
+void check_like(Op op, Name name, const TensorInfo& tensor, Name like_name, const TensorInfo& like) {
+  check_device(op, name, tensor.device, like_name, like.device);
   if (!same_sizes(tensor, like)) {
     op.fail(name.str() + " has shape " + ints(tensor.sizes, tensor.dim) + ", but " + like_name.str() + " has shape " +
             ints(like.sizes, like.dim) + "; both must be the same");

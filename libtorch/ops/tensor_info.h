@@ -59,10 +59,14 @@ TensorInfo read_tensor(Op op, Name name, const Tensor& tensor);
 const void* const_data(const Tensor& tensor);
 void* mutable_data(const Tensor& tensor);
 
+/// Whether the elements lie one behind the other in the order of their dimensions.
+bool is_contiguous(const TensorInfo& t);
 /// Whether the elements fill one stretch of memory, each once, in whatever order of dimensions.
 bool is_dense(const TensorInfo& t);
 
 // Each throws unless `tensor` is as named.
+void check_contiguous(Op op, Name name, const TensorInfo& tensor);
+void check_device(Op op, Name name, Device device, Name like_name, Device like);
 /// It has device, sizes and element order of `like`.
 void check_like(Op op, Name name, const TensorInfo& tensor, Name like_name, const TensorInfo& like);
 void check_dtype(Op op, Name name, int32_t dtype, int32_t wanted, const char* because);
