@@ -240,6 +240,15 @@ void add_bandwidth(int threads) {
 /// The library runs small plans on one thread: more would only be divided by, not used.
 bool worth_threads(const Workload& workload, int threads) { return threads == 1 || workload.numel() > (1 << 16); }
 
+Hyperparameters hyperparameters(const Case& c, int64_t step) {
+  Hyperparameters hyper;
+  hyper.lr = 1e-4;
+  hyper.weight_decay = 0.01;
+  hyper.momentum = c.optimizer.momentum;
+  hyper.step = step;
+  return hyper;
+}
+
 void add_ours(Registered& registered, const Case& c, const Workload& workload, int threads) {
   const char* isa = "";
   check(cpu_isa(&isa));
@@ -249,11 +258,7 @@ void add_ours(Registered& registered, const Case& c, const Workload& workload, i
   add(registered, name, workload, Ours::arena_bytes(c, workload), [c, workload, threads](benchmark::State& state) {
     omp_set_num_threads(threads);
     Ours ours(c, workload);
-    Hyperparameters hyper;
-    hyper.lr = 1e-4;
-    hyper.weight_decay = 0.01;
-    hyper.momentum = c.optimizer.momentum;
-    hyper.step = 0;
+    Hyperparameters hyper = hyperparameters(c, 0);
     measure(state, threads, workload.numel(), static_cast<double>(ours.held), static_cast<double>(ours.moved), [&] {
       ++hyper.step;
       check(ours.plan.step(&hyper, 1));
@@ -272,11 +277,7 @@ void add_inspect(Registered& registered, const Case& c, const Workload& workload
   add(registered, name, workload, Ours::arena_bytes(c, workload), [c, workload, threads, stride](benchmark::State& state) {
     omp_set_num_threads(threads);
     Ours ours(c, workload);
-    Hyperparameters hyper;
-    hyper.lr = 1e-4;
-    hyper.weight_decay = 0.01;
-    hyper.momentum = c.optimizer.momentum;
-    hyper.step = 1;
+    Hyperparameters hyper = hyperparameters(c, 1);
     check(ours.plan.step(&hyper, 1));
     std::vector<StepTelemetry> telemetry(workload.shapes.size());
     const double held = static_cast<double>(ours.held);
