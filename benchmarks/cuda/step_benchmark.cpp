@@ -127,6 +127,7 @@ struct Model {
   std::string name;
   std::vector<GroupLayout> layouts;
   int64_t min_quantized = 4096;
+  int64_t touched_every = 1;  ///< only every n-th row ever has gradients other than 0
 };
 
 Model one_tensor(int64_t numel) { return {std::to_string(numel >> 20) + "Mi, one tensor", {{1, numel}}}; }
@@ -139,6 +140,13 @@ Model llama_layer() {
   }
   m.layouts.push_back({1, 4096});
   m.layouts.push_back({1, 4096});
+  return m;
+}
+
+/// Most of a vocabulary is in no batch.
+Model embedding() {
+  Model m{"embedding, 1 row in 64", {{128256, 4096}}};
+  m.touched_every = 64;
   return m;
 }
 
@@ -210,6 +218,7 @@ class Benchmark {
       t.state_codec = n < model.min_quantized ? StateCodec::kFloat32 : f.codec;
       t.parameter = memory_.numbers(f.parameter, n);
       t.gradient = memory_.numbers(f.gradient, n);
+      leave_untouched(t, model.touched_every);
       t.correction = correction_bytes(f.master) == 0 ? nullptr : memory_.zeros(n * correction_bytes(f.master));
       const bool quantized = t.state_codec != StateCodec::kFloat32;
       for (int k = 0; k < states; ++k) {
@@ -254,6 +263,14 @@ class Benchmark {
   }
 
  private:
+  static void leave_untouched(const ParameterTensors& t, int64_t touched_every) {
+    const int64_t row_bytes = t.layout.row_size * dtype_bytes(t.gradient_dtype);
+    auto* gradient = static_cast<unsigned char*>(const_cast<void*>(t.gradient));
+    for (int64_t row = 0; row < t.layout.rows && touched_every > 1; ++row) {
+      if (row % touched_every != 0) check(cudaMemsetAsync(gradient + row * row_bytes, 0, static_cast<size_t>(row_bytes)), "cudaMemset");
+    }
+  }
+
   void run_norm(const Model& model, cuda::Plan& plan, int64_t bytes, const Format& f) {
     if (f.codec != StateCodec::kDefault || f.optimizer != OptimizerKind::kAdamW || f.master != MasterWeights::kCorrection8) return;
     auto* result = static_cast<cuda::GradientNorm*>(memory_.zeros(sizeof(cuda::GradientNorm)));
@@ -285,6 +302,7 @@ int main(int argc, char** argv) {
   benchmark.run(llama_layer(), adamw);
   benchmark.run(gpt2(), adamw);
   benchmark.run(resnet50(), adamw);
+  benchmark.run(embedding(), adamw);
   const bool brief = argc > 2 && std::strcmp(argv[2], "brief") == 0;
   const Model large = one_tensor(int64_t{1} << 26);
   for (const StateCodec codec : {StateCodec::kDefault, StateCodec::kPaper, StateCodec::kFloat32}) {

@@ -174,6 +174,9 @@ class FlashOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         hypers = self._read_groups()
+        if all(param.grad is None for group in self.param_groups for param in group["params"]):
+            self._clip = None  # gradient release has stepped, or there was nothing to step
+            return loss
         if self._step_prepared(hypers):
             return loss
         self._check_not_capturing()

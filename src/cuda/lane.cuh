@@ -1,7 +1,7 @@
 // Lane types of the CUDA kernels, and what the quad of threads that holds a group does together.
 //
-// F = float is exact for every input. UpdateLane computes the update rule by shorter sequences that give the same bits
-// wherever its guard holds, which is nearly always; elsewhere the kernel computes the unit again with float.
+// UpdateLane computes the update rule by shorter sequences that give the same bits wherever its guard holds, which is
+// nearly always; elsewhere the kernel computes the unit again with ExactLane, which is exact for every input.
 #pragma once
 
 #include "flashoptim/core/lanes.h"
@@ -11,15 +11,17 @@ namespace flashoptim::cuda {
 
 /// What the values of one thread's update had in common.
 struct UpdateGuard {
-  uint32_t smallest_radicand = 0xffffffffu;  ///< patterns
+  uint32_t smallest_radicand_minus_one = 0xffffffffu;  ///< patterns; as unsigned numbers, so that 0 is no small one
   uint32_t largest_divisor = 0u;
   bool ok = true;  // by & throughout: && would make branches
 
   __device__ __forceinline__ bool holds() const {
-    return ok && smallest_radicand >= (127u - 101u) << 23 && largest_divisor <= (127u + 40u) << 23;
+    return ok && smallest_radicand_minus_one >= ((127u - 101u) << 23) - 1u && largest_divisor <= (127u + 40u) << 23;
   }
 };
 
+/// kZeros: dividends and radicands may be 0.
+template <bool kZeros>
 struct UpdateLane {
   float v;
   UpdateGuard* guard = nullptr;  ///< null for constants
@@ -29,11 +31,23 @@ struct UpdateLane {
   __device__ __forceinline__ UpdateLane(float value, UpdateGuard* g = nullptr) : v(value), guard(g) {}
 };
 
-__device__ __forceinline__ UpdateGuard* either(UpdateLane a, UpdateLane b) { return a.guard != nullptr ? a.guard : b.guard; }
+template <bool kZeros>
+__device__ __forceinline__ UpdateGuard* either(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+  return a.guard != nullptr ? a.guard : b.guard;
+}
 
-__device__ __forceinline__ UpdateLane operator+(UpdateLane a, UpdateLane b) { return {a.v + b.v, either(a, b)}; }
-__device__ __forceinline__ UpdateLane operator-(UpdateLane a, UpdateLane b) { return {a.v - b.v, either(a, b)}; }
-__device__ __forceinline__ UpdateLane operator*(UpdateLane a, UpdateLane b) { return {a.v * b.v, either(a, b)}; }
+template <bool kZeros>
+__device__ __forceinline__ UpdateLane<kZeros> operator+(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+  return {a.v + b.v, either(a, b)};
+}
+template <bool kZeros>
+__device__ __forceinline__ UpdateLane<kZeros> operator-(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+  return {a.v - b.v, either(a, b)};
+}
+template <bool kZeros>
+__device__ __forceinline__ UpdateLane<kZeros> operator*(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+  return {a.v * b.v, either(a, b)};
+}
 
 __device__ __forceinline__ float approximate_reciprocal(float a) {
   float y;
@@ -60,11 +74,14 @@ __device__ __forceinline__ float divide_in_range(float a, float b) {
 #endif
   return q;
 }
-__device__ __forceinline__ UpdateLane operator/(UpdateLane a, UpdateLane b) {
+template <bool kZeros>
+__device__ __forceinline__ UpdateLane<kZeros> operator/(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
   UpdateGuard& guard = *either(a, b);
-  guard.ok &= fabsf(a.v) >= 0x1p-80f;
+  const bool is_zero = kZeros && a.v == 0.0f;
+  guard.ok &= (fabsf(a.v) >= 0x1p-80f) | is_zero;
   guard.largest_divisor = guard.largest_divisor > core::to_bits(b.v) ? guard.largest_divisor : core::to_bits(b.v);
-  return {divide_in_range(a.v, b.v), &guard};
+  const float q = divide_in_range(a.v, b.v);
+  return {is_zero ? a.v : q, &guard};
 }
 
 /// CUDA's own sequence for the correctly rounded root, for 2^-101 <= a; infinity and negative numbers give NaN.
@@ -73,14 +90,19 @@ __device__ __forceinline__ float sqrt_in_range(float a) {
   const float s = __fmul_rn(a, y);
   return __fmaf_rn(__fmaf_rn(-s, s, a), __fmul_rn(0.5f, y), s);
 }
-__device__ __forceinline__ UpdateLane sqrt(UpdateLane a) {
-  a.guard->smallest_radicand = core::unsigned_min(a.guard->smallest_radicand, core::to_bits(a.v));
-  return {sqrt_in_range(a.v), a.guard};
+template <bool kZeros>
+__device__ __forceinline__ UpdateLane<kZeros> sqrt(UpdateLane<kZeros> a) {
+  // Without zeros the 1 is taken off the bound instead.
+  UpdateGuard& guard = *a.guard;
+  guard.smallest_radicand_minus_one = core::unsigned_min(guard.smallest_radicand_minus_one, core::to_bits(a.v) - 1u);
+  const float s = sqrt_in_range(a.v);
+  return {kZeros && a.v == 0.0f ? a.v : s, a.guard};
 }
 
 /// Rules bound a variable by a constant, which they name first: usually the variable stays. A bound below 0 is one half of
 /// a clamp, min(c, max(-c, a)), which is a single comparison.
-__device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
+template <bool kZeros>
+__device__ __forceinline__ UpdateLane<kZeros> max(UpdateLane<kZeros> bound, UpdateLane<kZeros> a) {
   if (bound.v < 0.0f) {
     a.lower = bound.v;
   } else {
@@ -88,7 +110,8 @@ __device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
   }
   return a;
 }
-__device__ __forceinline__ UpdateLane min(UpdateLane bound, UpdateLane a) {
+template <bool kZeros>
+__device__ __forceinline__ UpdateLane<kZeros> min(UpdateLane<kZeros> bound, UpdateLane<kZeros> a) {
   if (a.lower == -bound.v) {
     a.guard->ok &= fabsf(a.v) <= bound.v;
   } else {
@@ -96,8 +119,56 @@ __device__ __forceinline__ UpdateLane min(UpdateLane bound, UpdateLane a) {
   }
   return {a.v, a.guard};
 }
-__device__ __forceinline__ bool greater(UpdateLane a, UpdateLane b) { return a.v > b.v; }
-__device__ __forceinline__ UpdateLane select(bool mask, UpdateLane a, UpdateLane b) { return {mask ? a.v : b.v, either(a, b)}; }
+template <bool kZeros>
+__device__ __forceinline__ bool greater(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+  return a.v > b.v;
+}
+template <bool kZeros>
+__device__ __forceinline__ UpdateLane<kZeros> select(bool mask, UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+  return {mask ? a.v : b.v, either(a, b)};
+}
+
+/// a / b, correctly rounded, for every a and b. CUDA's own has no short way for a dividend of 0, which is what untouched
+/// elements have: a call of 60 instructions.
+__device__ __forceinline__ float divide(float a, float b) {
+  constexpr uint32_t kSmallestA = (127u - 80u) << 23, kLargestA = (127u + 60u) << 23;
+  constexpr uint32_t kSmallestB = (127u - 62u) << 23, kLargestB = (127u + 40u) << 23;
+  const bool is_zero = a == 0.0f;
+  const bool a_in_range = core::to_bits(core::abs(a)) - kSmallestA <= kLargestA - kSmallestA;
+  const bool b_in_range = core::to_bits(b) - kSmallestB <= kLargestB - kSmallestB;
+  if ((a_in_range | is_zero) & b_in_range) return is_zero ? a : divide_in_range(a, b);
+  return __fdiv_rn(a, b);
+}
+
+/// The root, correctly rounded, for every a; likewise.
+__device__ __forceinline__ float root(float a) {
+  constexpr uint32_t kSmallestNormal = 1u << 23, kInfinity = 0x7f800000u;
+  if (core::to_bits(a) - kSmallestNormal < kInfinity - kSmallestNormal) {
+    const bool is_small = a < 0x1p-101f;
+    const float s = sqrt_in_range(is_small ? a * 0x1p48f : a);
+    return is_small ? s * 0x1p-24f : s;
+  }
+  return a == 0.0f ? a : __fsqrt_rn(a);
+}
+
+/// float with this division and root.
+struct ExactLane {
+  float v;
+
+  ExactLane() = default;
+  __device__ __forceinline__ ExactLane(float value) : v(value) {}
+};
+__device__ __forceinline__ ExactLane operator+(ExactLane a, ExactLane b) { return a.v + b.v; }
+__device__ __forceinline__ ExactLane operator-(ExactLane a, ExactLane b) { return a.v - b.v; }
+__device__ __forceinline__ ExactLane operator*(ExactLane a, ExactLane b) { return a.v * b.v; }
+__device__ __forceinline__ ExactLane operator/(ExactLane a, ExactLane b) { return divide(a.v, b.v); }
+__device__ __forceinline__ ExactLane sqrt(ExactLane a) { return root(a.v); }
+__device__ __forceinline__ ExactLane abs(ExactLane a) { return core::abs(a.v); }
+__device__ __forceinline__ ExactLane max(ExactLane a, ExactLane b) { return core::max(a.v, b.v); }
+__device__ __forceinline__ ExactLane min(ExactLane a, ExactLane b) { return core::min(a.v, b.v); }
+__device__ __forceinline__ bool greater(ExactLane a, ExactLane b) { return a.v > b.v; }
+__device__ __forceinline__ ExactLane select(bool mask, ExactLane a, ExactLane b) { return mask ? a.v : b.v; }
+__device__ __forceinline__ uint32_t truncate_to_int(ExactLane a) { return core::truncate_to_int(a.v); }
 
 /// Reductions over a group; every thread of the warp takes part and gets its group's result.
 template <int kThreadCount = kThreadsPerGroup>
@@ -117,15 +188,20 @@ __device__ __forceinline__ uint32_t group_unsigned_min(uint32_t a) {
 
 namespace flashoptim::core {
 
-template <>
-struct LaneTraits<cuda::UpdateLane> {
+template <bool kZeros>
+struct LaneTraits<cuda::UpdateLane<kZeros>> {
   using Int = uint32_t;
   using Mask = bool;
   static constexpr int kWidth = 1;
+  static __device__ __forceinline__ cuda::UpdateLane<kZeros> splat(float value) { return value; }
 };
 template <>
-__device__ __forceinline__ cuda::UpdateLane splat<cuda::UpdateLane>(float value) {
-  return value;
-}
+struct LaneTraits<cuda::ExactLane> {
+  using Int = uint32_t;
+  using Mask = bool;
+  static constexpr int kWidth = 1;
+  static __device__ __forceinline__ cuda::ExactLane splat(float value) { return value; }
+  static __device__ __forceinline__ uint32_t splat_bits(uint32_t bits) { return bits; }
+};
 
 }  // namespace flashoptim::core

@@ -153,7 +153,11 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
   Codec<Rule, kCodec>::decode(stored.states, s);
   const typename Rule::Hyper& hyper = reinterpret_cast<const typename Rule::Hyper&>(context.prepared.rule);
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) delta[i] = Rule::update(w[i], g[i], s[i], hyper);
+  for (int i = 0; i < kUnit; ++i) {
+    ExactLane state[kMaxStates] = {s[i][0], s[i][1]};
+    delta[i] = Rule::update(ExactLane(w[i]), ExactLane(g[i]), state, hyper).v;
+    for (int k = 0; k < Rule::kStateCount; ++k) s[i][k] = state[k].v;
+  }
   const DitherSource dither = dither_source(context, unit.group_first, lane);
   update_weights(types, w, delta, dither, stored.weights);
   Codec<Rule, kCodec>::encode(s, dither, stored.states);
@@ -210,11 +214,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kerne
 
 /// The way out of the hot path, for `count` groups of a warp: a function of its own, so that its registers are not the hot
 /// path's.
-template <class Rule>
+template <class Rule, class Types>
 __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const PreparedHyper& prepared, unsigned long long* nonfinite,
                                                int64_t first_group, int count) {
   const TensorContext context{tensor, prepared, nonfinite};
-  const AnyTypes types(tensor);
+  const Types types(tensor);
   const bool aligned = all_aligned(tensor);
   const int thread = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
@@ -222,6 +226,19 @@ __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const 
     const int local = done + thread / kThreadsPerGroup;
     exact_unit<Rule, StateCodec::kDefault>(context, types, aligned, first_group + local, thread % kThreadsPerGroup * kUnit, local < count);
   }
+}
+
+template <class Narrow>
+inline constexpr DType kDTypeOf = std::is_same_v<Narrow, core::BFloat16> ? DType::kBFloat16 : DType::kFloat16;
+template <class Narrow, int kBits>
+using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>,
+                            kBits == 8 ? MasterWeights::kCorrection8 : MasterWeights::kCorrection16>;
+
+/// A tile that may hold zeros; apart for the same reason.
+template <class Rule, class Narrow, int kBits>
+__device__ __noinline__ HotResult hot_unit_apart(const HotContext& context, HotStage<Rule, kBits>& stage, const HotHeaders& headers,
+                                                 uint32_t first_group, int thread) {
+  return hot_unit<Rule, Narrow, kBits, true>(context, stage, headers, first_group, thread);
 }
 
 /// 16-bit weights and gradients of one type, dithered corrections, default codec. Every warp works on its own and takes
@@ -260,6 +277,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
   if (exists) tile = look_up(own);
   uint32_t taken = take();
   int slot = 0, stage = 0;
+  bool zeros = false;  // the tile before had some: the next one probably has, too
   HotHeaders next_headers;
   if (exists) {
     contexts[warp][0].template open<kBits>(args, tile.tensor, tile.segment, thread);
@@ -287,10 +305,17 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
     }
     commit_copies();
     wait_for_copies();
-    if (!(context.takes(tile.first, tile.groups) &&
-          hot_unit<Rule, Narrow, kBits>(context, stages[warp][stage], headers, tile.first, thread))) {
+    HotResult result = kHotFailed;
+    if (context.takes(tile.first, tile.groups)) {
+      if (!zeros) result = hot_unit<Rule, Narrow, kBits, false>(context, stages[warp][stage], headers, tile.first, thread);
+      if (result == kHotFailed) {
+        result = hot_unit_apart<Rule, Narrow, kBits>(context, stages[warp][stage], headers, tile.first, thread);
+        zeros = result == kHotWithZeros;
+      }
+    }
+    if (result == kHotFailed) {
       if (context.active && tile.groups > 0) {
-        exact_units_apart<Rule>(args.tensors[tile.tensor], context.prepared, args.nonfinite,
+        exact_units_apart<Rule, HotTypes<Narrow, kBits>>(args.tensors[tile.tensor], context.prepared, args.nonfinite,
                                 (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first,
                                 tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
       }

@@ -21,6 +21,15 @@ struct AnyTypes {
   __device__ __forceinline__ MasterWeights master() const { return master_; }
 };
 
+/// Element types that are known when a kernel is compiled.
+template <DType kParameter, DType kGradient, MasterWeights kMaster>
+struct KnownTypes {
+  __device__ explicit KnownTypes(const TensorEntry&) {}
+  static __device__ __forceinline__ constexpr DType parameter() { return kParameter; }
+  static __device__ __forceinline__ constexpr DType gradient() { return kGradient; }
+  static __device__ __forceinline__ constexpr MasterWeights master() { return kMaster; }
+};
+
 using core::correction_bits;
 using core::has_correction;
 using core::is_nearest;

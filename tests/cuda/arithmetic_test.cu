@@ -1,5 +1,5 @@
-// The hot path's division and square root against CUDA's own correctly rounded ones: the root for every number in range,
-// the division for a sample of mantissas or, with FLASHOPTIM_TEST_ALL=1, for all 2^46 pairs (a minute on an H100).
+// Our divisions and square roots against CUDA's own correctly rounded ones: roots of every number, the hot path's division for a
+// sample of mantissas or, with FLASHOPTIM_TEST_ALL=1, for all 2^46 pairs (a minute on an H100).
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -50,6 +50,37 @@ __global__ void quotients_at_ends(unsigned long long* wrong) {
   if (count != 0) atomicAdd(wrong, count);
 }
 
+__device__ bool same(float a, float b) { return __float_as_uint(a) == __float_as_uint(b) || (a != a && b != b); }
+
+__global__ void roots_of_everything(unsigned long long* wrong) {
+  const uint64_t threads = uint64_t{gridDim.x} * blockDim.x;
+  unsigned long long count = 0;
+  for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < uint64_t{1} << 32; i += threads) {
+    const float x = __uint_as_float(static_cast<uint32_t>(i));
+    count += !same(root(x), __fsqrt_rn(x));
+  }
+  if (count != 0) atomicAdd(wrong, count);
+}
+
+/// Any patterns, and what lies about the bounds within which divide() is short.
+__global__ void quotients_of_everything(unsigned long long* wrong) {
+  constexpr uint32_t kEdges[] = {0u, 1u, 0x007fffffu, 0x00800000u, (127u - 80u) << 23, (127u - 62u) << 23, 0x3f800000u,
+                                 (127u + 40u) << 23, (127u + 60u) << 23, 0x7f7fffffu, 0x7f800000u, 0x7fc00000u};
+  uint32_t state = core::mix32<float>(blockIdx.x * blockDim.x + threadIdx.x + 77u);
+  const auto draw = [&state, &kEdges] {
+    state = core::mix32<float>(state + 0x9e3779b9u);
+    const uint32_t pattern = state;
+    if (pattern % 3u != 0u) return __uint_as_float(core::mix32<float>(pattern));
+    return __uint_as_float((kEdges[(pattern / 3u) % 12u] + (pattern >> 24) % 5u - 2u) ^ (pattern & 0x80000000u));
+  };
+  unsigned long long count = 0;
+  for (int i = 0; i < 4096; ++i) {
+    const float a = draw(), b = draw();
+    count += !same(divide(a, b), __fdiv_rn(a, b));
+  }
+  if (count != 0) atomicAdd(wrong, count);
+}
+
 class CudaArithmetic : public testing::Test {
  protected:
   void SetUp() override {
@@ -73,6 +104,16 @@ TEST_F(CudaArithmetic, EveryRoot) {
 TEST_F(CudaArithmetic, Quotients) {
   const char* all = std::getenv("FLASHOPTIM_TEST_ALL");
   quotients<<<(1 << 23) / 256, 256>>>(all != nullptr && *all == '1' ? 1u : 1021u, wrong_);
+  EXPECT_EQ(wrong(), 0u);
+}
+
+TEST_F(CudaArithmetic, RootsOfEverything) {
+  roots_of_everything<<<4096, 256>>>(wrong_);
+  EXPECT_EQ(wrong(), 0u);
+}
+
+TEST_F(CudaArithmetic, QuotientsOfEverything) {
+  quotients_of_everything<<<4096, 256>>>(wrong_);
   EXPECT_EQ(wrong(), 0u);
 }
 

@@ -243,8 +243,17 @@ class TensorPair {
       if (kind.hostile && random() % 61 == 0) x = bits_to_float(static_cast<uint32_t>(random()));
       if (kind.hostile && random() % 127 == 0) x = bits_to_float(random() % 2 ? 0x7f800000u : 0xff800000u);
     }
-    narrow(config_.gradient_dtype, g.data(), gradient_.data(), n);
+    set_gradient(g);
+  }
+  void set_gradient(const std::vector<float>& values) {
+    narrow(config_.gradient_dtype, values.data(), gradient_.data(), static_cast<int64_t>(values.size()));
     gradient_.to_device();
+  }
+  void set_weights(const std::vector<float>& values) {
+    (void)split_weights(config_.parameter_dtype, config_.master, values.data(), host_.parameter, host_.correction,
+                        static_cast<int64_t>(values.size()));
+    parameter_.to_device();
+    if (host_.correction != nullptr) correction_.to_device();
   }
 
   /// Empty if both sides hold the same bytes.

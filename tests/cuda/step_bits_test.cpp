@@ -129,6 +129,82 @@ TEST(CudaStepBits, ExtremeMagnitudes) {
   }
 }
 
+bool has_hot_kernel(const Config& c) {
+  return state_count(c.optimizer, c.has_momentum) > 0 && c.codec == StateCodec::kDefault && c.parameter_dtype == DType::kBFloat16 &&
+         c.gradient_dtype == DType::kBFloat16 && (c.master == MasterWeights::kCorrection8 || c.master == MasterWeights::kCorrection16);
+}
+
+/// Whole tiles (16 groups) without a zero, a small or a large number: what the hot kernels take the shortest way for.
+TEST(CudaStepBits, DenseGradients) {
+  for (const Config& config : all_configs()) {
+    if (!has_hot_kernel(config)) continue;
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    for (const GroupLayout layout : {GroupLayout{1, 65536}, GroupLayout{24, 4096}, GroupLayout{1, 100007}}) pair.add(layout);
+    ASSERT_OK(pair.make());
+    std::normal_distribution<float> normal(0.0f, 1e-3f);
+    for (int64_t step = 1; step <= 30; ++step) {
+      for (size_t i = 0; i < pair.size(); ++i) {
+        std::vector<float> g(static_cast<size_t>(pair.tensor(i).host().layout.numel()));
+        for (float& x : g) x = normal(pair.random());
+        pair.tensor(i).set_gradient(g);
+      }
+      const Hyperparameters hyper = test_hyper(config, step);
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+    }
+    EXPECT_EQ(pair.difference(), "");
+  }
+}
+
+/// Tiles with every mixture of zeros, as embeddings have them: never touched, touched now and then, left alone until
+/// momentum and variance have decayed below every bound of the hot path; weights of 0; no decay.
+TEST(CudaStepBits, ZerosInEveryMixture) {
+  constexpr int64_t kTile = 512, kPatterns = 8, kNumel = kTile * kPatterns * 3;
+  for (const Config& config : all_configs()) {
+    if (!has_hot_kernel(config)) continue;
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    pair.add({1, kNumel});
+    ASSERT_OK(pair.make());
+    std::normal_distribution<float> normal(0.0f, 1e-3f);
+    std::vector<float> w(kNumel);
+    for (size_t i = 0; i < w.size(); ++i) w[i] = i % 97 == 3 ? 0.0f : 20.0f * normal(pair.random());
+    pair.tensor(0).set_weights(w);
+    for (int64_t step = 1; step <= 150; ++step) {
+      std::vector<float> g(kNumel);
+      for (int64_t i = 0; i < kNumel; ++i) {
+        const int64_t at = i % kTile;
+        bool zero = false;
+        switch (i / kTile % kPatterns) {
+          case 0: break;
+          case 1: zero = true; break;
+          case 2: zero = at % 32 == 5; break;                          // one of a group
+          case 3: zero = at % 32 != 5; break;                          // all but one
+          case 4: zero = step < 4; break;                              // late
+          case 5: zero = step > 3; break;                              // early
+          case 6: zero = (at + step) % 40 != 0; break;                 // now and then
+          case 7: zero = at / 32 % 2 == 0 && step % 20 != 0; break;    // half of the groups
+        }
+        const float x = normal(pair.random());
+        g[static_cast<size_t>(i)] = zero ? (x > 0.0f ? 0.0f : -0.0f) : x;
+      }
+      pair.tensor(0).set_gradient(g);
+      Hyperparameters hyper = test_hyper(config, step);
+      hyper.beta1 = 0.6;
+      hyper.beta2 = 0.5;
+      hyper.momentum = config.has_momentum ? 0.5 : 0.0;
+      if (step % 3 == 0) hyper.weight_decay = 0.0;
+      if (step % 50 == 49) hyper.eps = 0.0;
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+      if (step < 6 || step % 25 == 0) {
+        ASSERT_EQ(pair.difference(), "") << "step " << step;
+      }
+    }
+  }
+}
+
 /// States from elsewhere: any bytes at all.
 TEST(CudaStepBits, AnyStoredBytes) {
   for (const Config& config : all_configs()) {
