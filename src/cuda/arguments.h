@@ -145,16 +145,19 @@ struct ConvertArguments {
 using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
 /// Configurations with a kernel of their own, beside the one per codec that branches on element types.
-enum HotKind : int { kHotNone = -1, kHotBFloat16Correction8, kHotBFloat16Correction16, kHotKinds };
+enum HotKind : int { kHotNone = -1, kHotBFloat16Correction8, kHotBFloat16Correction16, kHotFloat16Correction8, kHotKinds };
 
 inline HotKind hot_kind(const ParameterTensors& t, int states) {
-  if (states == 0 || t.state_codec != StateCodec::kDefault || t.parameter_dtype != DType::kBFloat16 ||
-      t.gradient_dtype != DType::kBFloat16) {
-    return kHotNone;
+  if (states == 0 || t.state_codec != StateCodec::kDefault || t.gradient_dtype != t.parameter_dtype) return kHotNone;
+  const bool is_bfloat16 = t.parameter_dtype == DType::kBFloat16, is_float16 = t.parameter_dtype == DType::kFloat16;
+  switch (t.master_weights) {
+    case MasterWeights::kCorrection8:
+      return is_bfloat16 ? kHotBFloat16Correction8 : is_float16 ? kHotFloat16Correction8 : kHotNone;
+    case MasterWeights::kCorrection16:
+      return is_bfloat16 ? kHotBFloat16Correction16 : kHotNone;
+    default:
+      return kHotNone;
   }
-  if (t.master_weights == MasterWeights::kCorrection8) return kHotBFloat16Correction8;
-  if (t.master_weights == MasterWeights::kCorrection16) return kHotBFloat16Correction16;
-  return kHotNone;
 }
 
 struct StepLaunches {

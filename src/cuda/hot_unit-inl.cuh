@@ -19,6 +19,24 @@
 
 namespace flashoptim::cuda {
 
+/// Where variances of at most kLargest vouch for what a rule bounds, and for its divisors (UpdateLane's kBounded).
+template <class Rule>
+struct VarianceBounds {
+  static constexpr bool kKnown = false;
+  static constexpr uint32_t kLargest = (127u + 124u) << 23;  ///< a pattern, far below where storable() saturates
+  static __device__ __forceinline__ bool hold(const typename Rule::Hyper&) { return true; }
+};
+/// (1 - beta2) g^2 <= v' <= 2^54: |g| is below 2^40, and sqrt(v') / sqrt(1 - beta2^t) + eps at most 2^27 2^12 + 2^38. Below,
+/// the bound of radicands is one of divisors.
+template <bool kDecoupled>
+struct VarianceBounds<core::AdamRule<kDecoupled>> {
+  static constexpr bool kKnown = true;
+  static constexpr uint32_t kLargest = (127u + 54u) << 23;
+  static __device__ __forceinline__ bool hold(const typename core::AdamRule<kDecoupled>::Hyper& h) {
+    return h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f;
+  }
+};
+
 /// What the tiles of one tensor share, in shared memory: registers are for elements. Addresses are those of a segment of
 /// 2^kSegmentBits groups, so that offsets have 32 bits.
 struct alignas(16) HotContext {
@@ -35,7 +53,7 @@ struct alignas(16) HotContext {
   bool active;
 
   /// Every thread of the warp calls it.
-  template <int kBits>
+  template <class Rule, int kBits>
   __device__ __forceinline__ void open(const StepArguments& args, int32_t tensor, uint32_t segment, int thread) {
     const TensorEntry& t = args.tensors[tensor];
     const PreparedHyper* hyper = (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
@@ -60,7 +78,8 @@ struct alignas(16) HotContext {
       phase_weight = core::dither_group_start<core::DitherStream::kWeight, float>(key, 0u);
       active = t.gradient != nullptr && !hyper->skip;
       const int64_t left = t.numel / kGroupSize - first_group;
-      const bool vectors = active && (t.flags & kVectorAligned) && !(t.flags & kShortRows) &&
+      const bool holds = VarianceBounds<Rule>::hold(reinterpret_cast<const typename Rule::Hyper&>(hyper->rule));
+      const bool vectors = active && holds && (t.flags & kVectorAligned) && !(t.flags & kShortRows) &&
                            (reinterpret_cast<uintptr_t>(t.gradient) & 15u) == 0;
       full = !vectors ? 0u : left >= int64_t{1} << kSegmentBits ? 1u << kSegmentBits : static_cast<uint32_t>(left);
     }
@@ -89,6 +108,11 @@ __device__ __forceinline__ void hot_store(unsigned char* p, const HotWords<kWord
 }
 
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+/// min(max(a, 0), largest) of signed numbers.
+__device__ __forceinline__ uint32_t clamp_from_zero(uint32_t a, uint32_t largest) {
+  return static_cast<uint32_t>(__vimin_s32_relu(static_cast<int>(a), static_cast<int>(largest)));
+}
 
 /// The top bytes of 16 words.
 __device__ __forceinline__ HotWords<4> pack_top_bytes(const uint32_t (&t)[kHotUnit]) {
@@ -142,6 +166,51 @@ __device__ __forceinline__ float narrow_element(const HotWords<kWords>& words, i
   return i % 2 == 0 ? NarrowPair<Narrow>::low(words.w[i / 2]) : NarrowPair<Narrow>::high(words.w[i / 2]);
 }
 
+/// Byte i of 16.
+__device__ __forceinline__ uint32_t byte_of(const HotWords<4>& words, int i) { return permute(words.w[i / 4], 0u, 0x4440u + i % 4); }
+
+/// table[byte i of 16]; `table` is an address in shared memory. The dot product picks the byte, scales it and adds.
+__device__ __forceinline__ float look_up(uint32_t table, const HotWords<4>& words, int i) {
+  const uint32_t address = __dp4a(words.w[i / 4], 4u << (8 * (i % 4)), table);
+  float value;
+  asm("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+  return value;
+}
+
+/// What codes stand for, by core's formulas, in shared memory: a look-up is 2 instructions for 4 to 7.
+template <class Rule, class Narrow, int kBits>
+struct HotTables {
+  using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
+  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
+  static constexpr int kChoices = kGroupChooses ? 4 : 1;
+
+  float fraction[kBits == 8 ? 256 : 1];  ///< (c / N) * (half an ULP of 1), by the correction's byte
+  float momentum[kChoices][256];         ///< x / G, by the choice in a group's header and the code
+
+  /// Every thread of the block calls it, and waits for the others.
+  __device__ __forceinline__ void fill() {
+    for (uint32_t i = threadIdx.x; i < 256u; i += kHotThreads) {
+      const uint32_t code = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(i)));
+      if constexpr (kBits == 8) {
+        fraction[i] = core::correction_fraction<8>(core::int_to_float(code)) * core::half_ulp_of_unit_scale<Narrow>();
+      }
+#pragma unroll
+      for (int k = 0; k < kChoices; ++k) {
+        if constexpr (kGroupChooses) {
+          momentum[k][i] = MuLaw::template decode<float>(code, MuLaw::template group<float>(static_cast<uint32_t>(k)));
+        } else {
+          momentum[k][i] = MuLaw::template decode<float>(code);
+        }
+      }
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ uint32_t fractions() const { return static_cast<uint32_t>(__cvta_generic_to_shared(fraction)); }
+  __device__ __forceinline__ uint32_t momenta(uint32_t choice) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(momentum[0])) + choice * static_cast<uint32_t>(sizeof momentum[0]);
+  }
+};
+
 /// Weights with a correction of kBits.
 template <class Narrow, int kBits, bool kZeros>
 struct HotWeights {
@@ -149,20 +218,22 @@ struct HotWeights {
   HotWords<8> parameter;
   HotWords<4 * kCorrectionBytes> correction;
 
-  /// core::correction_value for a finite narrow value n, without conversions: a byte or half under the exponent of 2^23
-  /// becomes a float by one subtraction. c * high is exact, so an fma rounds as the sum does; half an ULP of 1 is a power
-  /// of two and scales both factors.
-  __device__ __forceinline__ float correction_value(float n, int i) const {
+  /// core::correction_value for a finite narrow value n. Half an ULP of 1 is a power of two and scales exactly. 16 bits
+  /// without conversions: a half under the exponent of 2^23 becomes a float by one subtraction; c * high is exact, so an
+  /// fma rounds as the sum does.
+  template <class Tables>
+  __device__ __forceinline__ float correction_value(const Tables& tables, float n, int i) const {
     using C = core::Correction<kBits>;
     constexpr float kHalfUlp = core::half_ulp_of_unit_scale<Narrow>();
-    float c;
+    float fraction;
     if constexpr (kBits == 8) {
-      c = core::from_bits(permute(correction.w[i / 4] ^ 0x80808080u, 0x4b000000u, 0x7540u + i % 4)) - (0x1p23f + 128.0f);
+      fraction = look_up(tables.fractions(), correction, i);
     } else {
-      c = core::from_bits(permute(correction.w[i / 2] ^ 0x80008000u, 0x4b000000u, i % 2 == 0 ? 0x7410u : 0x7432u)) -
+      const float c =
+          core::from_bits(permute(correction.w[i / 2] ^ 0x80008000u, 0x4b000000u, i % 2 == 0 ? 0x7410u : 0x7432u)) -
           (0x1p23f + 32768.0f);
+      fraction = __fmaf_rn(c, C::kInverseHigh * kHalfUlp, c * (C::kInverseLow * kHalfUlp));
     }
-    const float fraction = __fmaf_rn(c, C::kInverseHigh * kHalfUlp, c * (C::kInverseLow * kHalfUlp));
     return fraction * core::from_bits(core::scale_bits<Narrow, float>(n));
   }
 
@@ -171,8 +242,9 @@ struct HotWeights {
     return correction.w[i / 2] << (16 - 16 * (i % 2));
   }
 
-  /// core::split_update_dithered of 16 weights: `value` is their correction_value, delta is finite.
-  __device__ __forceinline__ void update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t dither_start) {
+  /// core::split_update_dithered of 16 weights: `value` is their correction_value, delta is finite. False where a weight
+  /// becomes infinite.
+  __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t dither_start) {
     using Pair = NarrowPair<Narrow>;
     constexpr auto kStream = core::DitherStream::kWeight;
     constexpr float kMax = core::Correction<kBits>::kMax;
@@ -180,7 +252,9 @@ struct HotWeights {
     constexpr float kOne = static_cast<float>(1 << kFraction);
     constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax * kOne;
     constexpr uint32_t kSmallestScale = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
+    constexpr uint32_t kLargestFixed = static_cast<uint32_t>(kMax * kOne);
     uint32_t top[kHotUnit];
+    int smallest_inverse = 0x7f800000;
 #pragma unroll
     for (int j = 0; j < kHotUnit; j += 2) {
       const uint32_t old = parameter.w[j / 2];
@@ -193,17 +267,20 @@ struct HotWeights {
       }
       parameter.w[j / 2] = rounded;
       const float n_new[2] = {Pair::low(rounded), Pair::high(rounded)};
+      // twice_inverse_scale(E): 255 - E is E's complement.
+      const uint32_t inverses[2] = {~core::to_bits(n_new[0]) & 0x7f800000u, ~core::to_bits(n_new[1]) & 0x7f800000u};
+      smallest_inverse = __vimin3_s32(smallest_inverse, static_cast<int>(inverses[0]), static_cast<int>(inverses[1]));
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const float new_rest = (n[k] - n_new[k]) + rest[k];
-        // twice_inverse_scale(max(E, S)): 255 - E is E's complement.
-        const uint32_t inverse = core::int_min(~core::to_bits(n_new[k]) & 0x7f800000u, 0x7f800000u - kSmallestScale);
+        const uint32_t inverse = core::int_min(inverses[k], 0x7f800000u - kSmallestScale);
         const float x = (new_rest * core::from_bits(inverse)) * kUnits;
-        const float clamped = fminf(fmaxf(x, -kMax * kOne), kMax * kOne);
-        const uint32_t fixed = static_cast<uint32_t>(__float2int_rz(clamped));
+        // |x| exceeds N 2^F by roundings alone: clamping the integer, from 0 on, is one instruction.
+        const uint32_t fixed = clamp_from_zero(static_cast<uint32_t>(__float2int_rz(x)) + kLargestFixed, 2u * kLargestFixed);
         const uint32_t word = DitherSource::word<kStream>(dither_start, j + k);
-        // (fixed + (word >> 32 - F)) >> F, one digit to the left: the dither's digit below the last place cannot carry.
-        top[j + k] = fixed * 2u + (word >> (kBits == 8 ? 8 : 16));
+        // (fixed - N 2^F + (word >> 32 - F)) >> F, one digit to the left: the dither's digit below the last place cannot
+        // carry. -N stands above the dither, where the shift leaves room.
+        top[j + k] = fixed * 2u + (kBits == 8 ? permute(word, 0x81u, 0x4321u) : permute(word, 0x8001u, 0x5432u));
         if constexpr (kZeros) {
           if (delta[j + k] == 0.0f) top[j + k] = correction_in_top(j + k);
         }
@@ -214,6 +291,7 @@ struct HotWeights {
     } else {
       correction = pack_top_halves(top);
     }
+    return smallest_inverse != 0;
   }
 };
 
@@ -225,43 +303,36 @@ template <class Rule, bool kZeros>
 struct HotStates {
   static constexpr bool kHasVariance = Rule::kStateCount > 1;
   static constexpr uint32_t kExponentMask = 0x7f800000u;
-  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
+  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;
   using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
 
   HotWords<4> codes[kMaxStates];
   uint32_t header[kMaxStates];
 
   /// Codec::decode; without kZeros false where a variance is 0.
-  __device__ __forceinline__ bool decode(float (&m)[kHotUnit], float (&v)[kHotUnit]) const {
-    const uint32_t scale = core::to_bits(MuLaw::template decoding_scale<kHasVariance, float>(header[0]));
+  template <class Tables>
+  __device__ __forceinline__ bool decode(const Tables& tables, float (&m)[kHotUnit], float (&v)[kHotUnit]) const {
+    const float scale = MuLaw::template decoding_scale<kHasVariance, float>(header[0]);
     core::WindowCodec::Window<uint32_t> window{};
     if constexpr (kHasVariance) window = core::WindowCodec::window<float>(header[1]);
     const uint32_t factor = 1u << window.shift;
     const uint32_t base = window.base_minus_one << window.shift;
-    const uint32_t root_base = base + (127u << 23);
     // No code may reach 2^31, where Codec::decode reads 0.
     bool ok = base + 255u * factor < 0x80000000u;
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) {
-      const uint32_t word = codes[0].w[i / 4];
-      // The code's 7 bits at 16 ... 22, then in place.
-      const uint32_t a = permute(word & 0x7f7f7f7fu, 0u, 0x4044u + ((i % 4) << 8));
-      const float magnitude = core::from_bits(a * (1u << (MuLaw::kShift - 16)) + MuLaw::kTwoBits) - 2.0f;
-      const uint32_t sign = (word << (24 - 8 * (i % 4))) & 0x80000000u;
-      m[i] = magnitude * core::from_bits(scale ^ sign);
+      m[i] = look_up(tables.momenta(0u), codes[0], i) * scale;
       if constexpr (kHasVariance) {
-        const uint32_t code = permute(codes[1].w[i / 4], 0u, 0x4440u + i % 4);
+        const uint32_t code = byte_of(codes[1], i);
         uint32_t bits = code * factor + base;
-        // root_scale, its sum with the multiplication's.
-        uint32_t root_bits = code * factor + root_base;
         if constexpr (kZeros) {
           bits = code == 0u ? 0u : bits;
-          root_bits = code == 0u ? 127u << 23 : root_bits;
         } else if (i % 4 == 0) {
           ok &= !has_zero_byte(codes[1].w[i / 4]);
         }
         v[i] = core::from_bits(bits);
-        m[i] = m[i] * core::from_bits((root_bits >> 1) & kExponentMask);
+        // root_scale; the high half of a product is a shift that adds.
+        m[i] = m[i] * core::from_bits((__umulhi(bits, 0x80000000u) + (127u << 22)) & kExponentMask);
       }
     }
     return ok;
@@ -296,26 +367,13 @@ struct HotStates {
     codes[1] = pack_top_bytes(top);
   }
 
-  /// Codec::decode of momentum whose K its group chooses; without kZeros false where a code is 0.
-  __device__ __forceinline__ bool decode_chosen(float (&m)[kHotUnit]) const {
-    const uint32_t scale = core::to_bits(MuLaw::template scale<float>(header[0]));
-    const auto group = MuLaw::template group<float>(header[0]);
-    const uint32_t factor = 1u << (group.shift - 16u);
-    bool ok = true;
+  /// Codec::decode of momentum whose K its group chooses.
+  template <class Tables>
+  __device__ __forceinline__ void decode_chosen(const Tables& tables, float (&m)[kHotUnit]) const {
+    const float scale = MuLaw::template scale<float>(header[0]);
+    const uint32_t table = tables.momenta(header[0] & 3u);
 #pragma unroll
-    for (int i = 0; i < kHotUnit; ++i) {
-      const uint32_t word = codes[0].w[i / 4];
-      const uint32_t a = permute(word & 0x7f7f7f7fu, 0u, 0x4044u + ((i % 4) << 8));
-      float magnitude = core::from_bits(a * factor + MuLaw::kTwoBits) - group.offset;
-      const uint32_t sign = (word << (24 - 8 * (i % 4))) & 0x80000000u;
-      if constexpr (kZeros) {
-        magnitude = fmaxf(magnitude, 0.0f);
-      } else if (i % 4 == 0) {
-        ok &= !has_zero_byte(word & 0x7f7f7f7fu);
-      }
-      m[i] = magnitude * core::from_bits(scale ^ sign);
-    }
-    return ok;
+    for (int i = 0; i < kHotUnit; ++i) m[i] = look_up(table, codes[0], i) * scale;
   }
 
   /// Codec::encode for 2^-96 <= |m| <= 2^40, so that no |m| / G is 0, and m = 0; `largest` and `smallest` (of those that are
@@ -474,11 +532,12 @@ enum HotResult : int { kHotFailed = 0, kHotWithoutZeros, kHotWithZeros };
 
 /// One tile, 16 elements a thread.
 template <class Rule, class Narrow, int kBits, bool kZeros>
-__device__ __forceinline__ HotResult hot_unit(const HotContext& context, HotStage<Rule, kBits>& stage, const HotHeaders& headers,
+__device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kBits>& tables, const HotContext& context, HotStage<Rule, kBits>& stage, const HotHeaders& headers,
                                          uint32_t first_group, int thread) {
   using Weights = HotWeights<Narrow, kBits, kZeros>;
   using States = HotStates<Rule, kZeros>;
-  using Lane = UpdateLane<kZeros>;
+  using Bounds = VarianceBounds<Rule>;
+  using Lane = UpdateLane<kZeros, !kZeros && Bounds::kKnown>;
   using Stage = HotStage<Rule, kBits>;
   using Hyper = typename Rule::Hyper;
   States states;
@@ -494,11 +553,11 @@ __device__ __forceinline__ HotResult hot_unit(const HotContext& context, HotStag
   weights.correction = Stage::template take<Stage::kCorrectionQuads>(stage.correction, thread);
 
   float value[kHotUnit], m[kHotUnit], v[kHotUnit], delta[kHotUnit];
-  bool ok;
+  bool ok = true;
   if constexpr (States::kGroupChooses) {
-    ok = states.decode_chosen(m);
+    states.decode_chosen(tables, m);
   } else {
-    ok = states.decode(m, v);
+    ok = states.decode(tables, m, v);
   }
   const Hyper& hyper = reinterpret_cast<const Hyper&>(context.prepared.rule);
   const float gradient_scale = context.prepared.gradient_scale;
@@ -511,7 +570,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotContext& context, HotStag
   for (int i = 0; i < kHotUnit; ++i) {
     const float n = narrow_element<Narrow>(weights.parameter, i);
     const float g = narrow_element<Narrow>(gradient, i) * gradient_scale;
-    value[i] = weights.correction_value(n, i);
+    value[i] = weights.correction_value(tables, n, i);
     const float w = n + value[i];
     Lane s[kMaxStates] = {{m[i], &guard}, {v[i], &guard}};
     const Lane d = Rule::update(Lane(w, &guard), Lane(g, &guard), s, hyper);
@@ -545,8 +604,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotContext& context, HotStag
   }
   ok = ok && guard.holds() && poison == 0.0f;
   if constexpr (States::kHasVariance) {
-    constexpr uint32_t kLargestVariance = (127u + 124u) << 23;  // far below where storable() saturates
-    ok = ok && smallest_minus_one >= 0x007fffffu && largest <= kLargestVariance;
+    ok = ok && smallest_minus_one >= 0x007fffffu && largest <= Bounds::kLargest;
   }
   if constexpr (States::kGroupChooses) ok = ok && smallest_m >= 0x1p-96f && largest_m <= 0x1p40f;
   if (!__all_sync(0xffffffffu, ok)) return kHotFailed;
@@ -556,7 +614,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotContext& context, HotStag
   const uint64_t index = context.first_index + static_cast<uint64_t>(group) * static_cast<uint32_t>(kGroupSize);
   const core::DitherKey hash_key{0u, context.prepared.dither.seed};
   const uint32_t hash = core::dither_group_hash<float>(hash_key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));
-  weights.update(value, delta, stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane));
+  const bool finite = weights.update(value, delta, stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane));
   if constexpr (States::kHasVariance) {
     states.encode_variance(m, v, group_int_max<kHotThreadsPerGroup>(largest), group_unsigned_min<kHotThreadsPerGroup>(smallest_minus_one),
                            stream_start<core::DitherStream::kVariance>(context.phase_variance, hash, lane));
@@ -568,6 +626,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotContext& context, HotStag
     states.encode_momentum(m, momentum_start);
   }
 
+  if (!__all_sync(0xffffffffu, finite)) return kHotFailed;
   // Read the addresses again rather than keep them.
   asm volatile("" ::: "memory");
   const uint32_t first = first_group * static_cast<uint32_t>(kGroupSize);

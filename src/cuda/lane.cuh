@@ -20,8 +20,9 @@ struct UpdateGuard {
   }
 };
 
-/// kZeros: dividends and radicands may be 0.
-template <bool kZeros>
+/// kZeros: dividends and radicands may be 0. kBounded: the caller knows that no bound of the rule is reached and that
+/// divisors are at most 2^40.
+template <bool kZeros, bool kBounded>
 struct UpdateLane {
   float v;
   UpdateGuard* guard = nullptr;  ///< null for constants
@@ -31,21 +32,21 @@ struct UpdateLane {
   __device__ __forceinline__ UpdateLane(float value, UpdateGuard* g = nullptr) : v(value), guard(g) {}
 };
 
-template <bool kZeros>
-__device__ __forceinline__ UpdateGuard* either(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateGuard* either(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
   return a.guard != nullptr ? a.guard : b.guard;
 }
 
-template <bool kZeros>
-__device__ __forceinline__ UpdateLane<kZeros> operator+(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateLane<kZeros, kBounded> operator+(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
   return {a.v + b.v, either(a, b)};
 }
-template <bool kZeros>
-__device__ __forceinline__ UpdateLane<kZeros> operator-(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateLane<kZeros, kBounded> operator-(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
   return {a.v - b.v, either(a, b)};
 }
-template <bool kZeros>
-__device__ __forceinline__ UpdateLane<kZeros> operator*(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateLane<kZeros, kBounded> operator*(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
   return {a.v * b.v, either(a, b)};
 }
 
@@ -74,12 +75,12 @@ __device__ __forceinline__ float divide_in_range(float a, float b) {
 #endif
   return q;
 }
-template <bool kZeros>
-__device__ __forceinline__ UpdateLane<kZeros> operator/(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateLane<kZeros, kBounded> operator/(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
   UpdateGuard& guard = *either(a, b);
   const bool is_zero = kZeros && a.v == 0.0f;
   guard.ok &= (fabsf(a.v) >= 0x1p-80f) | is_zero;
-  guard.largest_divisor = guard.largest_divisor > core::to_bits(b.v) ? guard.largest_divisor : core::to_bits(b.v);
+  if constexpr (!kBounded) guard.largest_divisor = core::int_max(guard.largest_divisor, core::to_bits(b.v));
   const float q = divide_in_range(a.v, b.v);
   return {is_zero ? a.v : q, &guard};
 }
@@ -90,8 +91,8 @@ __device__ __forceinline__ float sqrt_in_range(float a) {
   const float s = __fmul_rn(a, y);
   return __fmaf_rn(__fmaf_rn(-s, s, a), __fmul_rn(0.5f, y), s);
 }
-template <bool kZeros>
-__device__ __forceinline__ UpdateLane<kZeros> sqrt(UpdateLane<kZeros> a) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateLane<kZeros, kBounded> sqrt(UpdateLane<kZeros, kBounded> a) {
   // Without zeros the 1 is taken off the bound instead.
   UpdateGuard& guard = *a.guard;
   guard.smallest_radicand_minus_one = core::unsigned_min(guard.smallest_radicand_minus_one, core::to_bits(a.v) - 1u);
@@ -101,8 +102,9 @@ __device__ __forceinline__ UpdateLane<kZeros> sqrt(UpdateLane<kZeros> a) {
 
 /// Rules bound a variable by a constant, which they name first: usually the variable stays. A bound below 0 is one half of
 /// a clamp, min(c, max(-c, a)), which is a single comparison.
-template <bool kZeros>
-__device__ __forceinline__ UpdateLane<kZeros> max(UpdateLane<kZeros> bound, UpdateLane<kZeros> a) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateLane<kZeros, kBounded> max(UpdateLane<kZeros, kBounded> bound, UpdateLane<kZeros, kBounded> a) {
+  if constexpr (kBounded) return a;
   if (bound.v < 0.0f) {
     a.lower = bound.v;
   } else {
@@ -110,8 +112,9 @@ __device__ __forceinline__ UpdateLane<kZeros> max(UpdateLane<kZeros> bound, Upda
   }
   return a;
 }
-template <bool kZeros>
-__device__ __forceinline__ UpdateLane<kZeros> min(UpdateLane<kZeros> bound, UpdateLane<kZeros> a) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateLane<kZeros, kBounded> min(UpdateLane<kZeros, kBounded> bound, UpdateLane<kZeros, kBounded> a) {
+  if constexpr (kBounded) return a;
   if (a.lower == -bound.v) {
     a.guard->ok &= fabsf(a.v) <= bound.v;
   } else {
@@ -119,12 +122,12 @@ __device__ __forceinline__ UpdateLane<kZeros> min(UpdateLane<kZeros> bound, Upda
   }
   return {a.v, a.guard};
 }
-template <bool kZeros>
-__device__ __forceinline__ bool greater(UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ bool greater(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
   return a.v > b.v;
 }
-template <bool kZeros>
-__device__ __forceinline__ UpdateLane<kZeros> select(bool mask, UpdateLane<kZeros> a, UpdateLane<kZeros> b) {
+template <bool kZeros, bool kBounded>
+__device__ __forceinline__ UpdateLane<kZeros, kBounded> select(bool mask, UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
   return {mask ? a.v : b.v, either(a, b)};
 }
 
@@ -188,12 +191,12 @@ __device__ __forceinline__ uint32_t group_unsigned_min(uint32_t a) {
 
 namespace flashoptim::core {
 
-template <bool kZeros>
-struct LaneTraits<cuda::UpdateLane<kZeros>> {
+template <bool kZeros, bool kBounded>
+struct LaneTraits<cuda::UpdateLane<kZeros, kBounded>> {
   using Int = uint32_t;
   using Mask = bool;
   static constexpr int kWidth = 1;
-  static __device__ __forceinline__ cuda::UpdateLane<kZeros> splat(float value) { return value; }
+  static __device__ __forceinline__ cuda::UpdateLane<kZeros, kBounded> splat(float value) { return value; }
 };
 template <>
 struct LaneTraits<cuda::ExactLane> {

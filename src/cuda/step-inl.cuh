@@ -234,13 +234,6 @@ template <class Narrow, int kBits>
 using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>,
                             kBits == 8 ? MasterWeights::kCorrection8 : MasterWeights::kCorrection16>;
 
-/// A tile that may hold zeros; apart for the same reason.
-template <class Rule, class Narrow, int kBits>
-__device__ __noinline__ HotResult hot_unit_apart(const HotContext& context, HotStage<Rule, kBits>& stage, const HotHeaders& headers,
-                                                 uint32_t first_group, int thread) {
-  return hot_unit<Rule, Narrow, kBits, true>(context, stage, headers, first_group, thread);
-}
-
 /// 16-bit weights and gradients of one type, dithered corrections, default codec. Every warp works on its own and takes
 /// tiles of 16 groups, first its own, every n-th, then as they come, so that all warps together sweep through memory.
 template <class Rule, class Narrow, int kBits>
@@ -248,6 +241,8 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
   constexpr uint32_t kWarps = kHotThreads / 32;
   __shared__ HotContext contexts[kWarps][2];
   __shared__ HotStage<Rule, kBits> stages[kWarps][2];
+  __shared__ HotTables<Rule, Narrow, kBits> tables;
+  tables.fill();
   const int thread = static_cast<int>(threadIdx.x % 32);
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t warps = gridDim.x * kWarps;
@@ -280,7 +275,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
   bool zeros = false;  // the tile before had some: the next one probably has, too
   HotHeaders next_headers;
   if (exists) {
-    contexts[warp][0].template open<kBits>(args, tile.tensor, tile.segment, thread);
+    contexts[warp][0].template open<Rule, kBits>(args, tile.tensor, tile.segment, thread);
     if (contexts[warp][0].takes(tile.first, tile.groups)) next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
@@ -297,7 +292,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
       taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
-        contexts[warp][next_slot].template open<kBits>(args, next.tensor, next.segment, thread);
+        contexts[warp][next_slot].template open<Rule, kBits>(args, next.tensor, next.segment, thread);
       }
       if (contexts[warp][next_slot].takes(next.first, next.groups)) {
         next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
@@ -307,9 +302,9 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
     wait_for_copies();
     HotResult result = kHotFailed;
     if (context.takes(tile.first, tile.groups)) {
-      if (!zeros) result = hot_unit<Rule, Narrow, kBits, false>(context, stages[warp][stage], headers, tile.first, thread);
+      if (!zeros) result = hot_unit<Rule, Narrow, kBits, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
       if (result == kHotFailed) {
-        result = hot_unit_apart<Rule, Narrow, kBits>(context, stages[warp][stage], headers, tile.first, thread);
+        result = hot_unit<Rule, Narrow, kBits, true>(tables, context, stages[warp][stage], headers, tile.first, thread);
         zeros = result == kHotWithZeros;
       }
     }
@@ -358,6 +353,7 @@ StepLaunches make_step_launches() {
     out.codec[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
     out.hot[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, 8>;
     out.hot[kHotBFloat16Correction16] = launch_hot<Rule, core::BFloat16, 16>;
+    out.hot[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, 8>;
   } else {
     out.codec[static_cast<int>(StateCodec::kPaper)] = out.codec[static_cast<int>(StateCodec::kFloat32)];
     out.codec[static_cast<int>(StateCodec::kDefault)] = out.codec[static_cast<int>(StateCodec::kFloat32)];
