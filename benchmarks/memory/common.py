@@ -43,21 +43,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         grad_weight = torch.zeros_like(weight) if wants_grad else None
+        products = torch.empty(min(chunk, count), len(weight), dtype=dtype, device=hidden.device)
+        logits = torch.empty_like(products, dtype=torch.float32)
         for start in range(0, count, chunk):
             rows = hidden[start : start + chunk].to(dtype)
             labels = targets[start : start + chunk].unsqueeze(1)
-            logits = (rows @ head.t()).float()
-            log_sum = torch.logsumexp(logits, 1, keepdim=True)
-            loss += (log_sum - logits.gather(1, labels)).sum() / count
+            product, values = products[: len(rows)], logits[: len(rows)]
+            torch.mm(rows, head.t(), out=product)
+            values.copy_(product)
+            wanted = values.gather(1, labels)
+            largest = values.amax(1, keepdim=True)
+            sums = values.sub_(largest).exp_().sum(1, keepdim=True)
+            loss += (largest + sums.log() - wanted).sum() / count
             if wants_grad:
-                slopes = logits.sub_(log_sum).exp_()
-                slopes.scatter_add_(1, labels, torch.full_like(log_sum, -1.0))
-                slopes = slopes.div_(count).to(dtype)
-                grad_hidden[start : start + chunk] = slopes @ head
+                slopes = values.div_(sums)
+                slopes.scatter_add_(1, labels, torch.full_like(sums, -1.0))
+                product.copy_(slopes.div_(count))
+                grad_hidden[start : start + chunk] = product @ head
                 if weight.dtype == dtype:
-                    grad_weight.addmm_(slopes.t(), rows)
+                    grad_weight.addmm_(product.t(), rows)
                 else:
-                    grad_weight += slopes.t() @ rows
+                    grad_weight += product.t() @ rows
         ctx.grads = (grad_hidden, grad_weight)
         return loss
 
@@ -71,8 +77,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(hidden, weight, targets, chunk=256):
     """Mean cross entropy in fp32 of ``hidden @ weight.T``: logits exist for ``chunk`` rows at a time.
 
-    Beside the result it holds two fp32 arrays of ``chunk`` x vocabulary, and the gradient of ``weight`` (in its dtype) from the
-    forward pass on, instead of logits for all rows.
+    Beside the result it holds 4 + 2 bytes for each of ``chunk`` x vocabulary logits, and the gradient of ``weight`` (in its
+    dtype) from the forward pass on, instead of logits for all rows.
     """
     return _ChunkedCrossEntropy.apply(
         hidden.flatten(0, -2), weight, targets.flatten(), chunk, torch.is_grad_enabled() and weight.requires_grad

@@ -144,25 +144,53 @@ struct ConvertArguments {
 /// Launches a step over `chunk_count` chunks; `stream` is a cudaStream_t. Returns cudaError_t as int.
 using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
-/// Configurations with a kernel of their own, beside the one per codec that branches on element types.
-enum HotKind : int { kHotNone = -1, kHotBFloat16Correction8, kHotBFloat16Correction16, kHotFloat16Correction8, kHotKinds };
+/// The step kernels of a rule.
+enum StepKernel : int {
+  // src/cuda/hot_unit-inl.cuh: default codec, gradients of the parameter's type.
+  kHotBFloat16Correction8,
+  kHotBFloat16Correction16,
+  kHotFloat16Correction8,
+  kHotKernels,
+  // One format each, gradients of the parameter's type.
+  kDefaultBFloat16 = kHotKernels,
+  kDefaultBFloat16Stochastic,
+  kDefaultBFloat16Correction8,  ///< for rows that end in groups of fewer than 32, which the hot one leaves
+  kPaperBFloat16,
+  kPaperBFloat16Nearest8,
+  // Any types and master weights: one for each codec.
+  kAnyTypes,
+  kStepKernels = kAnyTypes + cpu::kCodecs,
+};
 
-inline HotKind hot_kind(const ParameterTensors& t, int states) {
-  if (states == 0 || t.state_codec != StateCodec::kDefault || t.gradient_dtype != t.parameter_dtype) return kHotNone;
-  const bool is_bfloat16 = t.parameter_dtype == DType::kBFloat16, is_float16 = t.parameter_dtype == DType::kFloat16;
-  switch (t.master_weights) {
-    case MasterWeights::kCorrection8:
-      return is_bfloat16 ? kHotBFloat16Correction8 : is_float16 ? kHotFloat16Correction8 : kHotNone;
-    case MasterWeights::kCorrection16:
-      return is_bfloat16 ? kHotBFloat16Correction16 : kHotNone;
-    default:
-      return kHotNone;
+inline StepKernel step_kernel_of(const ParameterTensors& t, int states) {
+  const auto any = static_cast<StepKernel>(kAnyTypes + static_cast<int>(t.state_codec));
+  if (states == 0 || t.gradient_dtype != t.parameter_dtype) return any;
+  const bool is_default = t.state_codec == StateCodec::kDefault, is_paper = t.state_codec == StateCodec::kPaper;
+  const bool has_short_groups = t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0;
+  if (t.parameter_dtype == DType::kFloat16) {
+    const bool is_hot = is_default && !has_short_groups && t.master_weights == MasterWeights::kCorrection8;
+    return is_hot ? kHotFloat16Correction8 : any;
   }
+  if (t.parameter_dtype != DType::kBFloat16) return any;
+  switch (t.master_weights) {
+    case MasterWeights::kNone:
+      return is_default ? kDefaultBFloat16 : is_paper ? kPaperBFloat16 : any;
+    case MasterWeights::kNoneStochastic:
+      return is_default ? kDefaultBFloat16Stochastic : any;
+    case MasterWeights::kCorrection8:
+      return !is_default ? any : has_short_groups ? kDefaultBFloat16Correction8 : kHotBFloat16Correction8;
+    case MasterWeights::kCorrection16:
+      return is_default && !has_short_groups ? kHotBFloat16Correction16 : any;
+    case MasterWeights::kCorrection8Nearest:
+      return is_paper ? kPaperBFloat16Nearest8 : any;
+    case MasterWeights::kCorrection16Nearest:
+      return any;
+  }
+  return any;
 }
 
 struct StepLaunches {
-  StepLaunch codec[cpu::kCodecs];
-  StepLaunch hot[kHotKinds];  ///< null for rules without states
+  StepLaunch kernel[kStepKernels];  ///< for rules without states those of kAnyTypes alone
 };
 const StepLaunches& step_launches(RuleKind rule);
 

@@ -107,6 +107,13 @@ __device__ __forceinline__ void hot_store(unsigned char* p, const HotWords<kWord
   }
 }
 
+/// 2^exponent as a factor: a product and a sum are one instruction, but the compiler would make a shift and a sum of them.
+__device__ __forceinline__ uint32_t power_of_two(uint32_t exponent) {
+  uint32_t factor = 1u << exponent;
+  asm("" : "+r"(factor));
+  return factor;
+}
+
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 /// min(max(a, 0), largest) of signed numbers.
@@ -215,14 +222,20 @@ struct HotTables {
 template <class Narrow, int kBits, bool kZeros>
 struct HotWeights {
   static constexpr int kCorrectionBytes = kBits / 8;
+  /// Narrow values are taken for normal numbers, which bf16's are but for 0.
+  static constexpr bool kNormal = !kZeros && Narrow::kBias == 127;
   HotWords<8> parameter;
   HotWords<4 * kCorrectionBytes> correction;
+  uint32_t smallest_scale = 0x7f800000u, even_scale = 0u;
+
+  /// Whether narrow values were what they were taken for.
+  __device__ __forceinline__ bool are_normal() const { return !kNormal || smallest_scale != 0u; }
 
   /// core::correction_value for a finite narrow value n. Half an ULP of 1 is a power of two and scales exactly. 16 bits
   /// without conversions: a half under the exponent of 2^23 becomes a float by one subtraction; c * high is exact, so an
   /// fma rounds as the sum does.
   template <class Tables>
-  __device__ __forceinline__ float correction_value(const Tables& tables, float n, int i) const {
+  __device__ __forceinline__ float correction_value(const Tables& tables, float n, int i) {
     using C = core::Correction<kBits>;
     constexpr float kHalfUlp = core::half_ulp_of_unit_scale<Narrow>();
     float fraction;
@@ -234,7 +247,14 @@ struct HotWeights {
           (0x1p23f + 32768.0f);
       fraction = __fmaf_rn(c, C::kInverseHigh * kHalfUlp, c * (C::kInverseLow * kHalfUlp));
     }
-    return fraction * core::from_bits(core::scale_bits<Narrow, float>(n));
+    if constexpr (!kNormal) return fraction * core::from_bits(core::scale_bits<Narrow, float>(n));
+    const uint32_t scale = core::to_bits(n) & 0x7f800000u;
+    if (i % 2 == 0) {
+      even_scale = scale;
+    } else {  // the pairs are one instruction on sm_90
+      smallest_scale = static_cast<uint32_t>(__vimin3_s32(static_cast<int>(smallest_scale), static_cast<int>(even_scale), static_cast<int>(scale)));
+    }
+    return fraction * core::from_bits(scale);
   }
 
   __device__ __forceinline__ uint32_t correction_in_top(int i) const {
@@ -243,7 +263,7 @@ struct HotWeights {
   }
 
   /// core::split_update_dithered of 16 weights: `value` is their correction_value, delta is finite. False where a weight
-  /// becomes infinite.
+  /// becomes infinite, or no normal number where it must be one.
   __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t dither_start) {
     using Pair = NarrowPair<Narrow>;
     constexpr auto kStream = core::DitherStream::kWeight;
@@ -254,7 +274,7 @@ struct HotWeights {
     constexpr uint32_t kSmallestScale = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
     constexpr uint32_t kLargestFixed = static_cast<uint32_t>(kMax * kOne);
     uint32_t top[kHotUnit];
-    int smallest_inverse = 0x7f800000;
+    int smallest_inverse = 0x7f800000, largest_inverse = 0;
 #pragma unroll
     for (int j = 0; j < kHotUnit; j += 2) {
       const uint32_t old = parameter.w[j / 2];
@@ -270,10 +290,13 @@ struct HotWeights {
       // twice_inverse_scale(E): 255 - E is E's complement.
       const uint32_t inverses[2] = {~core::to_bits(n_new[0]) & 0x7f800000u, ~core::to_bits(n_new[1]) & 0x7f800000u};
       smallest_inverse = __vimin3_s32(smallest_inverse, static_cast<int>(inverses[0]), static_cast<int>(inverses[1]));
+      if constexpr (kNormal) {
+        largest_inverse = __vimax3_s32(largest_inverse, static_cast<int>(inverses[0]), static_cast<int>(inverses[1]));
+      }
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const float new_rest = (n[k] - n_new[k]) + rest[k];
-        const uint32_t inverse = core::int_min(inverses[k], 0x7f800000u - kSmallestScale);
+        const uint32_t inverse = kNormal ? inverses[k] : core::int_min(inverses[k], 0x7f800000u - kSmallestScale);
         const float x = (new_rest * core::from_bits(inverse)) * kUnits;
         // |x| exceeds N 2^F by roundings alone: clamping the integer, from 0 on, is one instruction.
         const uint32_t fixed = clamp_from_zero(static_cast<uint32_t>(__float2int_rz(x)) + kLargestFixed, 2u * kLargestFixed);
@@ -291,7 +314,7 @@ struct HotWeights {
     } else {
       correction = pack_top_halves(top);
     }
-    return smallest_inverse != 0;
+    return smallest_inverse != 0 && largest_inverse != 0x7f800000;
   }
 };
 
@@ -315,7 +338,7 @@ struct HotStates {
     const float scale = MuLaw::template decoding_scale<kHasVariance, float>(header[0]);
     core::WindowCodec::Window<uint32_t> window{};
     if constexpr (kHasVariance) window = core::WindowCodec::window<float>(header[1]);
-    const uint32_t factor = 1u << window.shift;
+    const uint32_t factor = power_of_two(window.shift);
     const uint32_t base = window.base_minus_one << window.shift;
     // No code may reach 2^31, where Codec::decode reads 0.
     bool ok = base + 255u * factor < 0x80000000u;
@@ -338,27 +361,31 @@ struct HotStates {
     return ok;
   }
 
-  /// Codec::encode for finite m and positive normal v; the patterns are over the whole group. Leaves momentum relative to
-  /// the stored variance in m.
+  /// Codec::encode for positive normal v, and for m of 2^-80 to 2^60; or, with kZeros, zeros and finite m. The patterns are
+  /// over the whole group. Leaves momentum relative to the stored variance in m.
   __device__ __forceinline__ void encode_variance(float (&m)[kHotUnit], const float (&v)[kHotUnit], uint32_t largest,
                                                   uint32_t smallest_minus_one, uint32_t dither_start) {
     constexpr auto kStream = core::DitherStream::kVariance;
     // inverse_root_scale(x) = (kTop - (x >> 1)) & mask = ~((x - 2 kTop - 2) >> 1) & mask, and depends on the exponent
     // alone, which the stored value shares with the sum before it is cut.
     constexpr uint32_t kTop = (255u << 23) - 1u - (127u << 22);
-    constexpr uint32_t kShifted = 0u - 2u * (kTop + 1u);
+    // Where m is no zero, its exponent is added to: the complement's top byte is then that of the factor less 127.
+    constexpr uint32_t kShifted = 0u - 2u * (kTop + 1u) + (kZeros ? 0u : 127u << 24);
     header[1] = core::WindowCodec::header<float>(largest, smallest_minus_one);
     const auto window = core::WindowCodec::window<float>(header[1]);
-    const uint32_t factor = 1u << (24u - window.shift);
+    const uint32_t factor = power_of_two(24u - window.shift);
     const uint32_t offset = 0u - (window.base_minus_one << 24) - kShifted * factor;
     const uint32_t right = 32u - window.shift;
     uint32_t top[kHotUnit];
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) {
-      const uint32_t sum = core::to_bits(v[i]) + (DitherSource::word<kStream>(dither_start, i) >> right) + kShifted;
+      uint32_t sum = core::to_bits(v[i]) + (DitherSource::word<kStream>(dither_start, i) >> right) + kShifted;
+      asm("" : "+r"(sum));  // the compiler would take it apart: ~(a + b) as c - a and a mask, 2 instructions more
       top[i] = sum * factor + offset;
-      m[i] = m[i] * core::from_bits(~(sum >> 1) & kExponentMask);
-      if constexpr (kZeros) {
+      if constexpr (!kZeros) {
+        m[i] = core::from_bits(core::to_bits(m[i]) + static_cast<uint32_t>(static_cast<int32_t>(~sum & 0xff000000u) >> 1));
+      } else {
+        m[i] = m[i] * core::from_bits(~(sum >> 1) & kExponentMask);
         const bool is_zero = v[i] == 0.0f;
         top[i] = is_zero ? 0u : top[i];
         m[i] = is_zero ? 0.0f : m[i];
@@ -388,7 +415,7 @@ struct HotStates {
     const float inverse = MuLaw::template inverse_scale<float>(header[0]);
     const auto group = MuLaw::template group<float>(header[0]);
     const float lowest = core::from_bits(group.lowest);
-    const uint32_t factor = 1u << (24u - group.shift);  // at least 2^4, as below
+    const uint32_t factor = power_of_two(24u - group.shift);  // at least 2^4, as below
     uint32_t top[kHotUnit];
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) {
@@ -602,7 +629,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kBit
       }
     }
   }
-  ok = ok && guard.holds() && poison == 0.0f;
+  ok = ok && guard.holds() && weights.are_normal() && poison == 0.0f;
   if constexpr (States::kHasVariance) {
     ok = ok && smallest_minus_one >= 0x007fffffu && largest <= Bounds::kLargest;
   }

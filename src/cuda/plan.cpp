@@ -154,31 +154,22 @@ Status Plan::Impl::upload() {
     add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups, &norm_table);
   }
   const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
-  // One launch per kernel: the hot ones first, then one per codec.
+  // One launch per kernel.
   const StepLaunches& functions = step_launches(rule);
-  std::vector<StepLaunch> kernels(functions.hot, functions.hot + kHotKinds);
-  kernels.insert(kernels.end(), functions.codec, functions.codec + cpu::kCodecs);
-  std::vector<size_t> kernel_of(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) {
-    const ParameterTensors& t = tensors.tensor(i);
-    const HotKind hot = hot_kind(t, states);
-    kernel_of[static_cast<size_t>(i)] =
-        static_cast<size_t>(hot != kHotNone ? static_cast<int>(hot) : kHotKinds + static_cast<int>(t.state_codec));
-  }
   // Blocks of a grid, and shares of a hot launch, are counted in 32 bits.
   constexpr int64_t kLargestLaunch = int64_t{1} << 26;
-  for (size_t kernel = 0; kernel < kernels.size(); ++kernel) {
-    const bool hot = kernel < kHotKinds;
+  for (int kernel = 0; kernel < kStepKernels; ++kernel) {
+    const bool hot = kernel < kHotKernels;
     const int64_t first = static_cast<int64_t>(chunk_table.size());
     for (int64_t i = 0; i < count; ++i) {
-      if (kernel_of[static_cast<size_t>(i)] != kernel) continue;
+      if (step_kernel_of(tensors.tensor(i), states) != kernel) continue;
       add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), hot ? int64_t{kHotChunkGroups} : chunk_groups,
                  &chunk_table);
     }
     const int64_t end = static_cast<int64_t>(chunk_table.size());
     if (hot) make_hot(chunk_table.data() + first, chunk_table.data() + end);
     for (int64_t begin = first; begin < end; begin += kLargestLaunch) {
-      launches.push_back({kernels[kernel], begin, std::min(kLargestLaunch, end - begin), static_cast<int64_t>(launches.size())});
+      launches.push_back({functions.kernel[kernel], begin, std::min(kLargestLaunch, end - begin), static_cast<int64_t>(launches.size())});
     }
   }
   norm_chunk_count = static_cast<int64_t>(norm_table.size());

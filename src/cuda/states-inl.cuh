@@ -91,7 +91,7 @@ struct Codec<Rule, StateCodec::kPaper> {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       if constexpr (kIsSigned<k>) {
-        s[i][k] = core::PaperMomentum::decode<F>(signed_element(stored.words[k], i), scale);
+        s[i][k] = core::PaperMomentum::decode<ExactLane>(signed_element(stored.words[k], i), scale).v;
       } else {
         s[i][k] = core::PaperVariance::decode<F>(element(stored.words[k], i), scale);
       }
@@ -103,7 +103,7 @@ struct Codec<Rule, StateCodec::kPaper> {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       F kept = s[i][k];
-      if constexpr (!kIsSigned<k>) kept = core::sqrt(kept);
+      if constexpr (!kIsSigned<k>) kept = root(kept);
       s[i][k] = core::finite_or_zero(kept);
       largest = core::int_max(largest, core::to_bits(core::abs(s[i][k])));
     }
@@ -113,7 +113,7 @@ struct Codec<Rule, StateCodec::kPaper> {
     const F factor = SlotCodec::template encoding_factor<F>(absmax);
     uint32_t codes[kUnit];
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) codes[i] = SlotCodec::template encode<F>(s[i][k], factor);
+    for (int i = 0; i < kUnit; ++i) codes[i] = SlotCodec::template encode<ExactLane>(s[i][k], factor);
     stored.words[k] = pack<1>(codes);
   }
 

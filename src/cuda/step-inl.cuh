@@ -189,8 +189,8 @@ __device__ __forceinline__ bool all_aligned(const TensorEntry& t) {
   return (t.flags & kVectorAligned) && (reinterpret_cast<uintptr_t>(t.gradient) & 15u) == 0;
 }
 
-/// Any element types and master weights: a block per chunk.
-template <class Rule, StateCodec kCodec>
+/// Any values: a block per chunk.
+template <class Rule, StateCodec kCodec, class Types>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kernel(const __grid_constant__ StepArguments args) {
   // In shared memory: registers are for the elements.
   __shared__ TensorEntry tensor;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kerne
   __syncthreads();
   if (tensor.gradient == nullptr || prepared.skip) return;
   const TensorContext context{tensor, prepared, args.nonfinite};
-  const AnyTypes types(tensor);
+  const Types types(tensor);
   const bool aligned = all_aligned(tensor);
   const int lane = static_cast<int>(threadIdx.x % kThreadsPerGroup) * kUnit;
 #pragma unroll 1
@@ -324,11 +324,14 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
   if (thread == 0 && atomicAdd(&args.work->finished, 1u) + 1u == warps) *args.work = WorkCounter{0u, 0u};
 }
 
-template <class Rule, StateCodec kCodec>
+template <class Rule, StateCodec kCodec, class Types = AnyTypes>
 int launch_step(const StepArguments& args, void* stream) {
-  step_kernel<Rule, kCodec><<<args.chunk_count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  step_kernel<Rule, kCodec, Types><<<args.chunk_count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return static_cast<int>(cudaGetLastError());
 }
+
+template <MasterWeights kMaster>
+using BFloat16Types = KnownTypes<DType::kBFloat16, DType::kBFloat16, kMaster>;
 
 template <class Rule, class Narrow, int kBits>
 int launch_hot(const StepArguments& args, void* stream) {
@@ -347,16 +350,22 @@ int launch_hot(const StepArguments& args, void* stream) {
 template <class Rule>
 StepLaunches make_step_launches() {
   StepLaunches out{};
-  out.codec[static_cast<int>(StateCodec::kFloat32)] = launch_step<Rule, StateCodec::kFloat32>;
+  StepLaunch* const any = out.kernel + kAnyTypes;
+  any[static_cast<int>(StateCodec::kFloat32)] = launch_step<Rule, StateCodec::kFloat32>;
   if constexpr (Rule::kStateCount > 0) {
-    out.codec[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
-    out.codec[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
-    out.hot[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, 8>;
-    out.hot[kHotBFloat16Correction16] = launch_hot<Rule, core::BFloat16, 16>;
-    out.hot[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, 8>;
+    any[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
+    any[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
+    out.kernel[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, 8>;
+    out.kernel[kHotBFloat16Correction16] = launch_hot<Rule, core::BFloat16, 16>;
+    out.kernel[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, 8>;
+    out.kernel[kDefaultBFloat16] = launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kNone>>;
+    out.kernel[kDefaultBFloat16Stochastic] = launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kNoneStochastic>>;
+    out.kernel[kDefaultBFloat16Correction8] = launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kCorrection8>>;
+    out.kernel[kPaperBFloat16] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kNone>>;
+    out.kernel[kPaperBFloat16Nearest8] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kCorrection8Nearest>>;
   } else {
-    out.codec[static_cast<int>(StateCodec::kPaper)] = out.codec[static_cast<int>(StateCodec::kFloat32)];
-    out.codec[static_cast<int>(StateCodec::kDefault)] = out.codec[static_cast<int>(StateCodec::kFloat32)];
+    any[static_cast<int>(StateCodec::kPaper)] = any[static_cast<int>(StateCodec::kFloat32)];
+    any[static_cast<int>(StateCodec::kDefault)] = any[static_cast<int>(StateCodec::kFloat32)];
   }
   return out;
 }

@@ -28,8 +28,13 @@ struct BFloat16 {
   }
 };
 
-/// Scalar binary16 conversions; SIMD lanes overload these with the F16C instructions, which agree on every input.
+/// Scalar binary16 conversions. CUDA's and F16C's instructions (SIMD lanes overload these) agree with them on every input.
 FLASHOPTIM_HD float half_to_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits)));
+  return canonical_nan<float>(value);
+#else
   const uint32_t sign = (bits & 0x8000u) << 16;
   const uint32_t exponent = (bits >> 10) & 0x1fu;
   const uint32_t mantissa = bits & 0x3ffu;
@@ -38,9 +43,15 @@ FLASHOPTIM_HD float half_to_float(uint32_t bits) {
   // Subnormal: mantissa * 2^-24, exact in fp32.
   const float magnitude = static_cast<float>(static_cast<int32_t>(mantissa)) * 0x1p-24f;
   return from_bits(sign | to_bits(magnitude));
+#endif
 }
 
 FLASHOPTIM_HD uint32_t float_to_half(float value) {
+#if defined(__CUDA_ARCH__)
+  unsigned short half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return is_nan(value) ? 0x7e00u : half;
+#else
   const uint32_t bits = to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -54,6 +65,7 @@ FLASHOPTIM_HD uint32_t float_to_half(float value) {
   }
   const uint32_t odd = (magnitude >> 13) & 1u;
   return sign | ((magnitude + 0xfffu + odd - (112u << 23)) >> 13);
+#endif
 }
 
 struct Float16 {
