@@ -2,13 +2,15 @@
 # Checks the CUDA back end on a machine with a GPU and prints one table.
 #
 #   tools/gpu_check.sh build DIR     here: builds what travels into DIR (programs that need nothing but a driver)
-#   tools/gpu_check.sh run DIR       there: bit equality, arithmetic, sanitizer, benchmarks
+#   tools/gpu_check.sh run DIR       there: bit equality, front ends, arithmetic, sanitizer, benchmarks; a report in DIR/logs
 #
-# GPU_CHECK_ARCH (default 90) is the architecture built; GPU_CHECK_FULL=1 tries every division and every dtype.
+# GPU_CHECK_ARCH (default 90) is the architecture built. GPU_CHECK_FULL=1 also tries every division (a minute) and a tensor of
+# more than 2^31 elements. GPU_CHECK_LIBTORCH=1 also builds and runs the C++ front end's tests, against the torch of that
+# machine's python3 (CMake, a compiler, nvcc and GoogleTest needed there).
 set -u -o pipefail
 mode=${1:-} directory=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-usage() { sed -n '2,8p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
+usage() { sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
 [ -n "$directory" ] || usage
 
 build() {
@@ -32,27 +34,41 @@ row() {
   local name=$1 start=$SECONDS result=ok
   shift
   "$@" >"$logs/${name// /_}.log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
-  printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")"
+  printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")" | tee -a "$logs/checks.txt"
 }
 summary() { grep -E 'PASSED|FAILED  \]|ERROR SUMMARY|^learned|^[0-9]+ (passed|failed)|all quantized ' "$1" | tail -1 | tr -s ' ='; }
 
+libtorch() {
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} cmake -S "$root" -B "$logs/libtorch" -DCMAKE_BUILD_TYPE=Release -DFLASHOPTIM_CUDA=ON \
+    -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_TESTS=ON -DFLASHOPTIM_BUILD_EXAMPLES=OFF \
+    -DCMAKE_PREFIX_PATH="$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)');${GPU_CHECK_PREFIX:-}" &&
+    cmake --build "$logs/libtorch" -j"$(nproc)" --target libtorch_test && "$logs/libtorch/tests/libtorch/libtorch_test" --gtest_brief=1
+}
+
 run() {
-  logs=${OUT:-$directory/logs}
-  mkdir -p "$logs"
+  logs=$directory/logs
+  rm -rf "$logs" && mkdir -p "$logs"
   cd "$directory" || exit 1
   chmod +x flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  {
+    echo "device=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -1)"
+    echo "commit=${GPU_CHECK_COMMIT:-$(git -C "$root" log -1 --format=%h 2>/dev/null || echo unknown)}"
+  } | tee "$logs/facts.txt"
   row "bits against the CPU, plans, graphs, norm" ./flashoptim_cuda_test --gtest_brief=1
   [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "every division" env FLASHOPTIM_TEST_ALL=1 ./flashoptim_cuda_test --gtest_filter='CudaArithmetic.*'
   row "plain_cuda example" ./plain_cuda
   if python3 -c 'import pytest, hypothesis, torch' 2>/dev/null; then
     row "Python front end" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
       python3 -m pytest -q "$root/tests/python/test_cuda.py"
+    [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "more than 2^31 elements" env FLASHOPTIM_TEST_ALL=1 PYTHONPATH="$root/python" \
+      FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" python3 -m pytest -q "$root/tests/python/test_cuda.py" -k two_to_the_31
+    row "torch fused AdamW" python3 "$root/benchmarks/cuda/torch_adamw.py"
     row "host time of step()" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
       python3 "$root/tests/python/measure_step.py" cuda
   else
     echo "no pytest, hypothesis and torch in python3: the Python front end is not checked"
   fi
+  [ "${GPU_CHECK_LIBTORCH:-0}" = 1 ] && row "C++ front end" libtorch
   if command -v compute-sanitizer >/dev/null; then
     local tool
     for tool in memcheck racecheck initcheck; do
@@ -60,7 +76,8 @@ run() {
         ./flashoptim_cuda_test --gtest_brief=1 --gtest_filter='CudaSmall.*'
     done
   fi
-  ./flashoptim_cuda_benchmark "" "$([ "${GPU_CHECK_FULL:-0}" = 1 ] || echo brief)" | tee "$logs/benchmark.txt"
+  ./flashoptim_cuda_benchmark | tee "$logs/benchmark.txt"
+  command -v python3 >/dev/null && python3 "$root/tools/gpu_report.py" "$logs" "$logs/report.md" && echo "report: $logs/report.md"
   [ $failures = 0 ] && echo "all checks passed" || echo "$failures checks FAILED: logs in $logs"
   exit $((failures != 0))
 }

@@ -258,7 +258,11 @@ class Benchmark {
     std::printf("%-28s %-32s %10.1f %8.4f %8.4f %8.0f %6.1f%% %9.4f %8.1f\n", model.name.c_str(), format.c_str(),
                 static_cast<double>(elements) * 1e-6, ms, best, rate, 100.0 * rate / copy_, median(wall), median(host));
     std::fflush(stdout);
-    run_norm(model, plan, elements * dtype_bytes(f.gradient), f);
+    if (f.codec == StateCodec::kDefault && f.optimizer == OptimizerKind::kAdamW && f.master == MasterWeights::kCorrection8 &&
+        f.parameter == DType::kBFloat16 && f.gradient == DType::kBFloat16) {
+      run_norm(model, plan, elements * dtype_bytes(f.gradient));
+      run_inspect(model, plan, hyper);
+    }
     memory_.release();
   }
 
@@ -271,8 +275,7 @@ class Benchmark {
     }
   }
 
-  void run_norm(const Model& model, cuda::Plan& plan, int64_t bytes, const Format& f) {
-    if (f.codec != StateCodec::kDefault || f.optimizer != OptimizerKind::kAdamW || f.master != MasterWeights::kCorrection8) return;
+  void run_norm(const Model& model, cuda::Plan& plan, int64_t bytes) {
     auto* result = static_cast<cuda::GradientNorm*>(memory_.zeros(sizeof(cuda::GradientNorm)));
     cuda::NormOptions options;
     options.max_norm = 1.0f;
@@ -281,10 +284,61 @@ class Benchmark {
     std::printf("%-28s %-32s %10s %8.4f %8s %8.0f %6.1f%%\n", model.name.c_str(), "  gradient norm", "", ms, "", rate, 100.0 * rate / copy_);
   }
 
+  void run_inspect(const Model& model, cuda::Plan& plan, const Hyperparameters& hyper) {
+    auto* telemetry = static_cast<StepTelemetry*>(memory_.zeros(plan.size() * static_cast<int64_t>(sizeof(StepTelemetry))));
+    for (const int64_t stride : {1, 64}) {
+      const auto times = device_times(10, [&] { check(plan.inspect(&hyper, 1, {}, {stride}, telemetry)); });
+      std::printf("%-28s %-32s %10s %8.4f\n", model.name.c_str(), ("  inspect, stride " + std::to_string(stride)).c_str(), "", median(times));
+    }
+  }
+
   double copy_;
   const char* filter_;
   Memory memory_;
 };
+
+const Model& large() {
+  static const Model kLarge = one_tensor(int64_t{1} << 26);
+  return kLarge;
+}
+
+/// Every optimizer and codec, bf16 with 24 bits.
+void run_optimizers(Benchmark& benchmark) {
+  for (const StateCodec codec : {StateCodec::kDefault, StateCodec::kPaper, StateCodec::kFloat32}) {
+    for (const auto& [optimizer, momentum] :
+         {std::pair<OptimizerKind, bool>{OptimizerKind::kAdamW, false}, {OptimizerKind::kAdam, false}, {OptimizerKind::kLion, false},
+          {OptimizerKind::kSgd, true}, {OptimizerKind::kSgdw, true}, {OptimizerKind::kSgd, false}, {OptimizerKind::kSgdw, false}}) {
+      if (state_count(optimizer, momentum) == 0 && codec != StateCodec::kFloat32) continue;
+      Format f;
+      f.optimizer = optimizer;
+      f.has_momentum = momentum;
+      f.codec = codec;
+      // As the front ends do: the paper's codec with the paper's rounding.
+      if (codec == StateCodec::kPaper) f.master = MasterWeights::kCorrection8Nearest;
+      benchmark.run(large(), f);
+    }
+  }
+}
+
+/// AdamW with every parameter dtype, gradient dtype and kind of master weights.
+void run_formats(Benchmark& benchmark) {
+  for (const StateCodec codec : {StateCodec::kDefault, StateCodec::kPaper}) {
+    for (const DType parameter : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (const DType gradient : {parameter, DType::kFloat32}) {
+        for (int m = 0; m < 6; ++m) {
+          Format f;
+          f.codec = codec;
+          f.parameter = parameter;
+          f.gradient = gradient;
+          f.master = static_cast<MasterWeights>(m);
+          if (parameter == DType::kFloat32 && m > 0) continue;
+          benchmark.run(large(), f);
+        }
+        if (parameter == DType::kFloat32) break;
+      }
+    }
+  }
+}
 
 }  // namespace
 
@@ -303,39 +357,8 @@ int main(int argc, char** argv) {
   benchmark.run(gpt2(), adamw);
   benchmark.run(resnet50(), adamw);
   benchmark.run(embedding(), adamw);
-  const bool brief = argc > 2 && std::strcmp(argv[2], "brief") == 0;
-  const Model large = one_tensor(int64_t{1} << 26);
-  for (const StateCodec codec : {StateCodec::kDefault, StateCodec::kPaper, StateCodec::kFloat32}) {
-    for (const auto& [optimizer, momentum] :
-         {std::pair<OptimizerKind, bool>{OptimizerKind::kAdamW, false}, {OptimizerKind::kAdam, false}, {OptimizerKind::kLion, false},
-          {OptimizerKind::kSgd, true}, {OptimizerKind::kSgdw, true}, {OptimizerKind::kSgd, false}, {OptimizerKind::kSgdw, false}}) {
-      Format f;
-      f.optimizer = optimizer;
-      f.has_momentum = momentum;
-      f.codec = codec;
-      if (state_count(optimizer, momentum) == 0 && codec != StateCodec::kFloat32) continue;
-      benchmark.run(large, f);
-    }
-  }
-  if (!brief) {
-    for (const StateCodec codec : {StateCodec::kDefault, StateCodec::kPaper}) {
-      for (int d = 0; d < 3; ++d) {
-        for (const DType gradient : {static_cast<DType>(d), DType::kFloat32}) {
-          for (int m = 0; m < 6; ++m) {
-            Format f;
-            f.codec = codec;
-            f.parameter = static_cast<DType>(d);
-            f.gradient = gradient;
-            f.master = static_cast<MasterWeights>(m);
-            if (d == 0 && m > 0) continue;
-            benchmark.run(large, f);
-          }
-          if (d == 0) break;
-        }
-      }
-    }
-    Model ragged{"rows of 147", {{456522, 147}}};
-    benchmark.run(ragged, adamw);
-  }
+  benchmark.run({"rows of 147", {{456522, 147}}}, adamw);
+  run_optimizers(benchmark);
+  run_formats(benchmark);
   return 0;
 }
