@@ -150,11 +150,11 @@ enum StepKernel : int {
   kHotBFloat16Correction8,
   kHotBFloat16Correction16,
   kHotFloat16Correction8,
+  kHotBFloat16,
+  kHotBFloat16Stochastic,
   kHotKernels,
   // One format each, gradients of the parameter's type.
-  kDefaultBFloat16 = kHotKernels,
-  kDefaultBFloat16Stochastic,
-  kDefaultBFloat16Correction8,  ///< for rows that end in groups of fewer than 32, which the hot one leaves
+  kDefaultBFloat16Correction8 = kHotKernels,  ///< for rows that end in groups of fewer than 32, which the hot one leaves
   kPaperBFloat16,
   kPaperBFloat16Nearest8,
   // Any types and master weights: one for each codec.
@@ -174,9 +174,9 @@ inline StepKernel step_kernel_of(const ParameterTensors& t, int states) {
   if (t.parameter_dtype != DType::kBFloat16) return any;
   switch (t.master_weights) {
     case MasterWeights::kNone:
-      return is_default ? kDefaultBFloat16 : is_paper ? kPaperBFloat16 : any;
+      return is_paper ? kPaperBFloat16 : is_default && !has_short_groups ? kHotBFloat16 : any;
     case MasterWeights::kNoneStochastic:
-      return is_default ? kDefaultBFloat16Stochastic : any;
+      return is_default && !has_short_groups ? kHotBFloat16Stochastic : any;
     case MasterWeights::kCorrection8:
       return !is_default ? any : has_short_groups ? kDefaultBFloat16Correction8 : kHotBFloat16Correction8;
     case MasterWeights::kCorrection16:

@@ -37,6 +37,10 @@ struct VarianceBounds<core::AdamRule<kDecoupled>> {
   }
 };
 
+/// Bits of a correction; 0: none.
+template <MasterWeights kMaster>
+inline constexpr int kHotBits = core::has_correction(kMaster) ? core::correction_bits(kMaster) : 0;
+
 /// What the tiles of one tensor share, in shared memory: registers are for elements. Addresses are those of a segment of
 /// 2^kSegmentBits groups, so that offsets have 32 bits.
 struct alignas(16) HotContext {
@@ -53,7 +57,7 @@ struct alignas(16) HotContext {
   bool active;
 
   /// Every thread of the warp calls it.
-  template <class Rule, int kBits>
+  template <class Rule, MasterWeights kMaster>
   __device__ __forceinline__ void open(const StepArguments& args, int32_t tensor, uint32_t segment, int thread) {
     const TensorEntry& t = args.tensors[tensor];
     const PreparedHyper* hyper = (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
@@ -66,7 +70,7 @@ struct alignas(16) HotContext {
       const int64_t first = first_group * kGroupSize;
       parameter = static_cast<unsigned char*>(t.parameter) + first * 2;
       gradient = static_cast<const unsigned char*>(t.gradient) + first * 2;
-      correction = static_cast<unsigned char*>(t.correction) + first * (kBits / 8);
+      correction = static_cast<unsigned char*>(t.correction) + first * (kHotBits<kMaster> / 8);
       for (int k = 0; k < kMaxStates; ++k) {
         states[k] = static_cast<unsigned char*>(t.states[k]) + first;
         scales[k] = t.scales[k] + first_group;
@@ -185,8 +189,9 @@ __device__ __forceinline__ float look_up(uint32_t table, const HotWords<4>& word
 }
 
 /// What codes stand for, by core's formulas, in shared memory: a look-up is 2 instructions for 4 to 7.
-template <class Rule, class Narrow, int kBits>
+template <class Rule, class Narrow, MasterWeights kMaster>
 struct HotTables {
+  static constexpr int kBits = kHotBits<kMaster>;
   using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
   static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
   static constexpr int kChoices = kGroupChooses ? 4 : 1;
@@ -218,10 +223,12 @@ struct HotTables {
   }
 };
 
-/// Weights with a correction of kBits.
-template <class Narrow, int kBits, bool kZeros>
+/// Weights with a dithered correction.
+template <class Narrow, MasterWeights kMaster, bool kZeros>
 struct HotWeights {
+  static constexpr int kBits = kHotBits<kMaster>;
   static constexpr int kCorrectionBytes = kBits / 8;
+  static constexpr bool kMustMove = !kZeros;  ///< delta is not 0
   /// Narrow values are taken for normal numbers, which bf16's are but for 0.
   static constexpr bool kNormal = !kZeros && Narrow::kBias == 127;
   HotWords<8> parameter;
@@ -320,6 +327,43 @@ struct HotWeights {
 
 /// Whether a word of codes has a byte 0.
 __device__ __forceinline__ bool has_zero_byte(uint32_t w) { return ((w - 0x01010101u) & ~w & 0x80808080u) != 0u; }
+
+/// Weights that are all there is, rounded to nearest or without bias.
+template <class Narrow, bool kStochastic>
+struct HotPlainWeights {
+  static_assert(!kStochastic || Narrow::kBias == 127, "fp16's subnormals are rounded in another unit");
+  static constexpr bool kMustMove = false;
+  HotWords<8> parameter;
+
+  __device__ __forceinline__ bool are_normal() const { return true; }
+  /// core's round, or round_dithered, of w - delta. False where a weight may become infinite without bias.
+  __device__ __forceinline__ bool update(const float (&delta)[kHotUnit], uint32_t dither_start) {
+    using Pair = NarrowPair<Narrow>;
+    bool ok = true;
+    uint32_t top[kHotUnit];
+#pragma unroll
+    for (int j = 0; j < kHotUnit; j += 2) {
+      const uint32_t old = parameter.w[j / 2];
+      const float w[2] = {Pair::low(old) - delta[j], Pair::high(old) - delta[j + 1]};
+      if constexpr (kStochastic) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const uint32_t word = DitherSource::word<core::DitherStream::kWeight>(dither_start, j + k);
+          top[j + k] = core::to_bits(w[k]) + (word >> 16);
+          ok &= fabsf(w[k]) < 0x1p127f;
+        }
+      } else {
+        parameter.w[j / 2] = Pair::round_pair(w[0], w[1]);
+      }
+    }
+    if constexpr (kStochastic) parameter = pack_top_halves(top);
+    return ok;
+  }
+};
+
+template <class Narrow, MasterWeights kMaster, bool kZeros>
+using HotWeightsOf = std::conditional_t<core::has_correction(kMaster), HotWeights<Narrow, kMaster, kZeros>,
+                                        HotPlainWeights<Narrow, kMaster == MasterWeights::kNoneStochastic>>;
 
 /// States of the default codec.
 template <class Rule, bool kZeros>
@@ -484,12 +528,12 @@ struct HotHeaders {
 
 /// The stored form of a warp's tile, on its way while the warp computes the tile before. (Loads into registers would be
 /// moved down to their uses by the compiler, which waits three times for memory.)
-template <class Rule, int kBits>
+template <class Rule, MasterWeights kMaster>
 struct HotStage {
-  static constexpr int kCorrectionQuads = kBits / 8;
+  static constexpr int kCorrectionQuads = kHotBits<kMaster> / 8;
   uint4 parameter[64];
   uint4 gradient[64];
-  uint4 correction[32 * kCorrectionQuads];
+  uint4 correction[kCorrectionQuads > 0 ? 32 * kCorrectionQuads : 1];
   uint4 states[Rule::kStateCount][32];
 
   /// Where the q-th 16 bytes of a tile stand, if a thread takes two in a row: so that neither way of access has conflicts.
@@ -514,7 +558,7 @@ struct HotStage {
     }
     if constexpr (kCorrectionQuads == 1) {
       copy_16(&correction[thread], context.correction + first_code);
-    } else {
+    } else if constexpr (kCorrectionQuads == 2) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         copy_16(&correction[place(32 * j + thread)], context.correction + static_cast<uint64_t>(first) * 2u + 512 * j);
@@ -558,14 +602,16 @@ __device__ __forceinline__ void store_pairs(unsigned char* p, const HotWords<8>&
 enum HotResult : int { kHotFailed = 0, kHotWithoutZeros, kHotWithZeros };
 
 /// One tile, 16 elements a thread.
-template <class Rule, class Narrow, int kBits, bool kZeros>
-__device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kBits>& tables, const HotContext& context, HotStage<Rule, kBits>& stage, const HotHeaders& headers,
-                                         uint32_t first_group, int thread) {
-  using Weights = HotWeights<Narrow, kBits, kZeros>;
+template <class Rule, class Narrow, MasterWeights kMaster, bool kZeros>
+__device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMaster>& tables, const HotContext& context,
+                                              HotStage<Rule, kMaster>& stage, const HotHeaders& headers, uint32_t first_group,
+                                              int thread) {
+  using Weights = HotWeightsOf<Narrow, kMaster, kZeros>;
+  constexpr bool kCorrected = core::has_correction(kMaster);
   using States = HotStates<Rule, kZeros>;
   using Bounds = VarianceBounds<Rule>;
   using Lane = UpdateLane<kZeros, !kZeros && Bounds::kKnown>;
-  using Stage = HotStage<Rule, kBits>;
+  using Stage = HotStage<Rule, kMaster>;
   using Hyper = typename Rule::Hyper;
   States states;
   Weights weights;
@@ -577,7 +623,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kBit
   }
   weights.parameter = Stage::template take<2>(stage.parameter, thread);
   const HotWords<8> gradient = Stage::template take<2>(stage.gradient, thread);
-  weights.correction = Stage::template take<Stage::kCorrectionQuads>(stage.correction, thread);
+  if constexpr (kCorrected) weights.correction = Stage::template take<Stage::kCorrectionQuads>(stage.correction, thread);
 
   float value[kHotUnit], m[kHotUnit], v[kHotUnit], delta[kHotUnit];
   bool ok = true;
@@ -597,8 +643,11 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kBit
   for (int i = 0; i < kHotUnit; ++i) {
     const float n = narrow_element<Narrow>(weights.parameter, i);
     const float g = narrow_element<Narrow>(gradient, i) * gradient_scale;
-    value[i] = weights.correction_value(tables, n, i);
-    const float w = n + value[i];
+    float w = n;
+    if constexpr (kCorrected) {
+      value[i] = weights.correction_value(tables, n, i);
+      w = n + value[i];
+    }
     Lane s[kMaxStates] = {{m[i], &guard}, {v[i], &guard}};
     const Lane d = Rule::update(Lane(w, &guard), Lane(g, &guard), s, hyper);
     m[i] = s[0].v;
@@ -606,10 +655,10 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kBit
     delta[i] = d.v;
     // Rules let a weight or gradient that is not finite through to delta or to the states; a delta of 0 changes nothing.
     poison = __fmaf_rn(delta[i], 0.0f, poison);
-    if constexpr (kZeros) {
-      has_zeros |= delta[i] == 0.0f;
-    } else {
+    if constexpr (Weights::kMustMove) {
       ok &= delta[i] != 0.0f;
+    } else if constexpr (kCorrected) {
+      has_zeros |= delta[i] == 0.0f;
     }
     if constexpr (States::kHasVariance) {
       // (the pairs are one instruction on sm_90)
@@ -641,7 +690,13 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kBit
   const uint64_t index = context.first_index + static_cast<uint64_t>(group) * static_cast<uint32_t>(kGroupSize);
   const core::DitherKey hash_key{0u, context.prepared.dither.seed};
   const uint32_t hash = core::dither_group_hash<float>(hash_key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));
-  const bool finite = weights.update(value, delta, stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane));
+  const uint32_t weight_start = stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane);
+  bool finite;
+  if constexpr (kCorrected) {
+    finite = weights.update(value, delta, weight_start);
+  } else {
+    finite = weights.update(delta, weight_start);
+  }
   if constexpr (States::kHasVariance) {
     states.encode_variance(m, v, group_int_max<kHotThreadsPerGroup>(largest), group_unsigned_min<kHotThreadsPerGroup>(smallest_minus_one),
                            stream_start<core::DitherStream::kVariance>(context.phase_variance, hash, lane));
@@ -661,7 +716,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kBit
   store_pairs(context.parameter + static_cast<uint64_t>(first) * 2u, weights.parameter, stage.parameter, thread);
   if constexpr (Stage::kCorrectionQuads == 1) {
     hot_store(context.correction + first_code, weights.correction);
-  } else {
+  } else if constexpr (Stage::kCorrectionQuads == 2) {
     store_pairs(context.correction + static_cast<uint64_t>(first) * 2u, weights.correction, stage.correction, thread);
   }
 #pragma unroll

@@ -230,18 +230,17 @@ __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const 
 
 template <class Narrow>
 inline constexpr DType kDTypeOf = std::is_same_v<Narrow, core::BFloat16> ? DType::kBFloat16 : DType::kFloat16;
-template <class Narrow, int kBits>
-using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>,
-                            kBits == 8 ? MasterWeights::kCorrection8 : MasterWeights::kCorrection16>;
+template <class Narrow, MasterWeights kMaster>
+using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>, kMaster>;
 
-/// 16-bit weights and gradients of one type, dithered corrections, default codec. Every warp works on its own and takes
+/// 16-bit weights and gradients of one type, default codec, nothing rounded to nearest but weights without corrections. Every warp works on its own and takes
 /// tiles of 16 groups, first its own, every n-th, then as they come, so that all warps together sweep through memory.
-template <class Rule, class Narrow, int kBits>
+template <class Rule, class Narrow, MasterWeights kMaster>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
   __shared__ HotContext contexts[kWarps][2];
-  __shared__ HotStage<Rule, kBits> stages[kWarps][2];
-  __shared__ HotTables<Rule, Narrow, kBits> tables;
+  __shared__ HotStage<Rule, kMaster> stages[kWarps][2];
+  __shared__ HotTables<Rule, Narrow, kMaster> tables;
   tables.fill();
   const int thread = static_cast<int>(threadIdx.x % 32);
   const uint32_t warp = threadIdx.x / 32;
@@ -275,7 +274,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
   bool zeros = false;  // the tile before had some: the next one probably has, too
   HotHeaders next_headers;
   if (exists) {
-    contexts[warp][0].template open<Rule, kBits>(args, tile.tensor, tile.segment, thread);
+    contexts[warp][0].template open<Rule, kMaster>(args, tile.tensor, tile.segment, thread);
     if (contexts[warp][0].takes(tile.first, tile.groups)) next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
@@ -292,7 +291,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
       taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
-        contexts[warp][next_slot].template open<Rule, kBits>(args, next.tensor, next.segment, thread);
+        contexts[warp][next_slot].template open<Rule, kMaster>(args, next.tensor, next.segment, thread);
       }
       if (contexts[warp][next_slot].takes(next.first, next.groups)) {
         next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
@@ -302,15 +301,15 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
     wait_for_copies();
     HotResult result = kHotFailed;
     if (context.takes(tile.first, tile.groups)) {
-      if (!zeros) result = hot_unit<Rule, Narrow, kBits, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
+      if (!zeros) result = hot_unit<Rule, Narrow, kMaster, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
       if (result == kHotFailed) {
-        result = hot_unit<Rule, Narrow, kBits, true>(tables, context, stages[warp][stage], headers, tile.first, thread);
+        result = hot_unit<Rule, Narrow, kMaster, true>(tables, context, stages[warp][stage], headers, tile.first, thread);
         zeros = result == kHotWithZeros;
       }
     }
     if (result == kHotFailed) {
       if (context.active && tile.groups > 0) {
-        exact_units_apart<Rule, HotTypes<Narrow, kBits>>(args.tensors[tile.tensor], context.prepared, args.nonfinite,
+        exact_units_apart<Rule, HotTypes<Narrow, kMaster>>(args.tensors[tile.tensor], context.prepared, args.nonfinite,
                                 (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first,
                                 tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
       }
@@ -333,7 +332,7 @@ int launch_step(const StepArguments& args, void* stream) {
 template <MasterWeights kMaster>
 using BFloat16Types = KnownTypes<DType::kBFloat16, DType::kBFloat16, kMaster>;
 
-template <class Rule, class Narrow, int kBits>
+template <class Rule, class Narrow, MasterWeights kMaster>
 int launch_hot(const StepArguments& args, void* stream) {
   // As many blocks as fit the device at a time.
   constexpr uint32_t kWarps = kHotThreads / 32;
@@ -342,7 +341,7 @@ int launch_hot(const StepArguments& args, void* stream) {
   const uint32_t rounds = tiles / (grid * kWarps);
   StepArguments launched = args;
   launched.fixed_rounds = std::max(1u, rounds * kFixedPercent / 100u);
-  hot_kernel<Rule, Narrow, kBits><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
+  hot_kernel<Rule, Narrow, kMaster><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -355,11 +354,11 @@ StepLaunches make_step_launches() {
   if constexpr (Rule::kStateCount > 0) {
     any[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
     any[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
-    out.kernel[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, 8>;
-    out.kernel[kHotBFloat16Correction16] = launch_hot<Rule, core::BFloat16, 16>;
-    out.kernel[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, 8>;
-    out.kernel[kDefaultBFloat16] = launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kNone>>;
-    out.kernel[kDefaultBFloat16Stochastic] = launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kNoneStochastic>>;
+    out.kernel[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection8>;
+    out.kernel[kHotBFloat16Correction16] = launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection16>;
+    out.kernel[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, MasterWeights::kCorrection8>;
+    out.kernel[kHotBFloat16] = launch_hot<Rule, core::BFloat16, MasterWeights::kNone>;
+    out.kernel[kHotBFloat16Stochastic] = launch_hot<Rule, core::BFloat16, MasterWeights::kNoneStochastic>;
     out.kernel[kDefaultBFloat16Correction8] = launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kCorrection8>>;
     out.kernel[kPaperBFloat16] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kNone>>;
     out.kernel[kPaperBFloat16Nearest8] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kCorrection8Nearest>>;

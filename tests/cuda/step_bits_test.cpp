@@ -139,10 +139,10 @@ TEST(CudaStepBits, ExtremeMagnitudes) {
   }
 }
 
-/// Formats that have a hot kernel, and one more.
+/// Formats that have a hot kernel, and those of fp16 that have none.
 bool may_be_hot(const Config& c) {
   return state_count(c.optimizer, c.has_momentum) > 0 && c.codec == StateCodec::kDefault && c.parameter_dtype != DType::kFloat32 &&
-         c.gradient_dtype == c.parameter_dtype && (c.master == MasterWeights::kCorrection8 || c.master == MasterWeights::kCorrection16);
+         c.gradient_dtype == c.parameter_dtype && c.master != MasterWeights::kCorrection8Nearest && c.master != MasterWeights::kCorrection16Nearest;
 }
 
 /// Whole tiles (16 groups) without a zero, a small or a large number: what the hot kernels take the shortest way for.
