@@ -495,3 +495,22 @@ def test_step_tells_autograd_that_parameters_changed():
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("cls", [flashoptim.FlashAdamW, flashoptim.FlashSGDW, flashoptim.FlashLion])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_infinite_weight_becomes_nan_and_spoils_nothing_else(cls, weight_decay):
+    torch.manual_seed(0)
+    options = {"momentum": 0.9} if cls is flashoptim.FlashSGDW else {}
+    values, grads = torch.randn(64).bfloat16(), torch.randn(3, 64).bfloat16()
+    params = [torch.nn.Parameter(values.clone()) for _ in range(2)]
+    with torch.no_grad():
+        params[0][5] = float("inf")
+    for param in params:
+        optimizer = cls([param], lr=1e-2, weight_decay=weight_decay, min_quantized_numel=0, **options)
+        for grad in grads:
+            param.grad = grad.clone()
+            optimizer.step()
+    others = torch.arange(64) != 5
+    assert params[0][5].isnan()
+    assert torch.equal(params[0][others], params[1][others])
