@@ -9,6 +9,7 @@
 
 #include "libtorch/ops/checks.h"
 #include "libtorch/ops/device_plan.h"
+#include "libtorch/ops/python_abi.h"
 
 namespace flashoptim::ops {
 
@@ -29,11 +30,23 @@ class PreparedPlan {
   /// 0 elements where a parameter is left out of this step. Throws before any is taken.
   void set_gradients(Op op, const TensorList& grads);
 
+  // The same from what python.cpp reads. A gradient of any other kind is refused by false, and no word.
+  /// Whether tensor `index` is at the address that the plan was made for.
+  bool is_parameter(int64_t index, const dlpack::Tensor& tensor) const;
+  void begin_offer() { has_offered_ = false; }
+  bool offer_gradient(int64_t index, const dlpack::Tensor& tensor);
+  void offer_no_gradient(int64_t index) { gradients_[static_cast<size_t>(index)] = nullptr; }
+  /// The plan has a gradient of every tensor now, for one step.
+  void take_offered(Op op);
+  /// set_gradients(grads); where `grads` is empty, those that were taken, which must have happened since the last call.
+  void set_or_use_gradients(Op op, const TensorList& grads);
+
  private:
   struct Shape {
     std::vector<int64_t> sizes, strides;
     int64_t numel;
     int32_t gradient_dtype;
+    uint8_t dlpack_type, dlpack_bits;  // of the gradient
   };
 
   std::mutex mutex_;
@@ -43,6 +56,7 @@ class PreparedPlan {
   bool has_momentum_;
   std::vector<Shape> shapes_;
   std::vector<const void*> gradients_;
+  bool has_offered_ = false;
   DevicePlan plan_;
 };
 

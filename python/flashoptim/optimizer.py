@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from operator import is_
 from typing import Any
 
 import torch
@@ -229,12 +228,7 @@ class FlashOptimizer(torch.optim.Optimizer):
     def _make_prepared(self) -> bool:
         """Whether there is a Prepared for every parameter that a step would take."""
         if self._plan is not None and self._plan is self._prepared_plan and self._plan.is_current(self.param_groups):
-            state = self.state
-            if (
-                len(state) == len(self._state_dicts)
-                and all(map(is_, state.values(), self._state_dicts))
-                and all(map(Prepared.is_current, self._prepared))
-            ):
+            if _ops.same_states(self.state, self._state_dicts) and all(map(Prepared.is_current, self._prepared)):
                 return True
         self._drop_prepared()
         if self._prepare_after > 0:
