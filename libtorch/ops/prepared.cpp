@@ -58,7 +58,7 @@ bool PreparedPlan::is_parameter(int64_t index, const dlpack::Tensor& tensor) con
   return backend_ != Backend::kMeta && tensor.address() == plan_.tensor(index).parameter;
 }
 
-bool PreparedPlan::offer_gradient(int64_t index, const dlpack::Tensor& tensor) {
+bool PreparedPlan::is_gradient(int64_t index, const dlpack::Tensor& tensor) const {
   const Shape& shape = shapes_[static_cast<size_t>(index)];
   const bool on_device = (backend_ == Backend::kCpu && tensor.device_type == dlpack::kCpu) ||
                          (backend_ == Backend::kCuda && tensor.device_type == dlpack::kCuda &&
@@ -69,18 +69,18 @@ bool PreparedPlan::offer_gradient(int64_t index, const dlpack::Tensor& tensor) {
     if (tensor.sizes[d] != shape.sizes[d]) return false;
     if (tensor.strides[d] != shape.strides[d] && shape.sizes[d] != 1 && shape.numel != 0) return false;
   }
-  gradients_[static_cast<size_t>(index)] = tensor.address();
   return true;
 }
 
-void PreparedPlan::take_offered(Op op) {
-  for (size_t i = 0; i < gradients_.size(); ++i) op.check(plan_.set_gradient(static_cast<int64_t>(i), gradients_[i]));
+void PreparedPlan::offer_gradients(Op op, const std::vector<const void*>& gradients) {
+  has_offered_ = false;
+  for (size_t i = 0; i < gradients.size(); ++i) op.check(plan_.set_gradient(static_cast<int64_t>(i), gradients[i]));
   has_offered_ = true;
 }
 
 void PreparedPlan::set_or_use_gradients(Op op, const TensorList& grads) {
-  if (grads.empty() && std::exchange(has_offered_, false)) return;
-  set_gradients(op, grads);
+  const bool has_offered = std::exchange(has_offered_, false);
+  if (!has_offered || !grads.empty()) set_gradients(op, grads);
 }
 
 PreparedPlans& PreparedPlans::instance() {

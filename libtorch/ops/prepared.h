@@ -30,16 +30,16 @@ class PreparedPlan {
   /// 0 elements where a parameter is left out of this step. Throws before any is taken.
   void set_gradients(Op op, const TensorList& grads);
 
-  // The same from what python.cpp reads. A gradient of any other kind is refused by false, and no word.
+  // The same for python.cpp, which reads tensors itself. These leave a gradient of any other kind alone.
   /// Whether tensor `index` is at the address that the plan was made for.
   bool is_parameter(int64_t index, const dlpack::Tensor& tensor) const;
-  void begin_offer() { has_offered_ = false; }
-  bool offer_gradient(int64_t index, const dlpack::Tensor& tensor);
-  void offer_no_gradient(int64_t index) { gradients_[static_cast<size_t>(index)] = nullptr; }
-  /// The plan has a gradient of every tensor now, for one step.
-  void take_offered(Op op);
-  /// set_gradients(grads); where `grads` is empty, those that were taken, which must have happened since the last call.
+  bool is_gradient(int64_t index, const dlpack::Tensor& tensor) const;
+  /// Takes checked gradients, null where one is left out, for the next set_or_use_gradients().
+  void offer_gradients(Op op, const std::vector<const void*>& gradients);
+  /// set_gradients(grads); where `grads` is empty, those that were offered since the last call.
   void set_or_use_gradients(Op op, const TensorList& grads);
+  /// Python objects that are to be found in the states again; kept alive by the caller, compared by address.
+  std::vector<const PyObject*>& known() { return known_; }
 
  private:
   struct Shape {
@@ -57,6 +57,7 @@ class PreparedPlan {
   std::vector<Shape> shapes_;
   std::vector<const void*> gradients_;
   bool has_offered_ = false;
+  std::vector<const PyObject*> known_;
   DevicePlan plan_;
 };
 

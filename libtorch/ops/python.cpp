@@ -4,9 +4,9 @@
 // which are there where Python has loaded the library. Tensors are read through torch's DLPack exchange table (DLPack 1.3),
 // which is a stable ABI as well. Whatever is not as expected is left to the operators, which take lists and name what is wrong.
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "libtorch/ops/prepared.h"
 #include "libtorch/ops/python_abi.h"
@@ -22,12 +22,15 @@ struct PythonSide {
 };
 PythonSide g_python;
 
-/// A tensor of torch's own types, whose memory is what it says; false, with no exception set, for anything else.
-bool read(PyObject* object, dlpack::Tensor* tensor) {
+/// Whether this is of one of torch's own types: a subclass may mean something else by its memory.
+bool is_plain(PyObject* object) {
   PyObject* const type = PyObject_Type(object);
-  const bool is_plain = type == g_python.tensor_type || type == g_python.parameter_type;
-  Py_DecRef(type);
-  if (!is_plain) return false;
+  Py_DecRef(type);  // it has an instance that keeps it
+  return type == g_python.tensor_type || type == g_python.parameter_type;
+}
+
+/// False, with no exception set, for what is no tensor or has no memory to look at.
+bool read(PyObject* object, dlpack::Tensor* tensor) {
   if (g_python.read(object, tensor) == 0) return true;
   PyErr_Clear();
   return false;
@@ -35,6 +38,11 @@ bool read(PyObject* object, dlpack::Tensor* tensor) {
 
 std::shared_ptr<PreparedPlan> find_plan(PyObject* number) {
   return PreparedPlans::instance().find(Op{"plan"}, PyLong_AsLongLong(number));
+}
+
+PyObject* none() {
+  Py_IncRef(&_Py_NoneStruct);
+  return &_Py_NoneStruct;
 }
 
 PyObject* to_bool(bool value) { return PyBool_FromLong(value ? 1 : 0); }
@@ -59,32 +67,39 @@ PyObject* same_objects(PyObject* const* arguments) {
   return PyErr_Occurred() != nullptr ? nullptr : to_bool(same);
 }
 
-/// Whether the values of a dict are known[*place], ...; moves *place behind them.
-bool same_values(PyObject* dict, PyObject* known, PySsize* place) {
-  PyObject *key = nullptr, *value = nullptr;
-  const PySsize count = PyList_Size(known);
-  for (PySsize position = 0; PyDict_Next(dict, &position, &key, &value) != 0; ++*place) {
-    if (*place >= count || PyList_GetItem(known, *place) != value) return false;
-  }
-  return true;
-}
-
 /// same_states(state: dict, dicts: list) -> bool: whether the values of `state` are `dicts`.
 PyObject* same_states(PyObject* const* arguments) {
+  PyObject *key = nullptr, *value = nullptr, *const dicts = arguments[1];
+  const PySsize count = PyList_Size(dicts);
   PySsize place = 0;
-  return to_bool(same_values(arguments[0], arguments[1], &place) && place == PyList_Size(arguments[1]));
+  for (PySsize position = 0; PyDict_Next(arguments[0], &position, &key, &value) != 0; ++place) {
+    if (place >= count || PyList_GetItem(dicts, place) != value) return to_bool(false);
+  }
+  return to_bool(place == count);
 }
 
-/// is_current(plan, params: list, dicts: list, known: list) -> bool: whether the parameters are where the plan takes them to
-/// be, and the values of all dicts, one behind the other, are `known`.
+/// remember(plan, known: list): the values that is_current() compares with. The caller keeps them.
+PyObject* remember(PyObject* const* arguments) {
+  std::vector<const PyObject*>& known = find_plan(arguments[0])->known();
+  known.resize(static_cast<size_t>(PyList_Size(arguments[1])));
+  for (size_t i = 0; i < known.size(); ++i) known[i] = PyList_GetItem(arguments[1], static_cast<PySsize>(i));
+  return none();
+}
+
+/// is_current(plan, params: list, dicts: list) -> bool: whether the parameters are where the plan takes them to be, and the
+/// values of all dicts, one behind the other, are those remembered.
 PyObject* is_current(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
-  PyObject *const params = arguments[1], *const dicts = arguments[2], *const known = arguments[3];
-  PySsize place = 0;
+  PyObject *const params = arguments[1], *const dicts = arguments[2];
+  const std::vector<const PyObject*>& known = plan->known();
+  size_t place = 0;
   for (PySsize i = 0, count = PyList_Size(dicts); i < count; ++i) {
-    if (!same_values(PyList_GetItem(dicts, i), known, &place)) return to_bool(false);
+    PyObject *const dict = PyList_GetItem(dicts, i), *key = nullptr, *value = nullptr;
+    for (PySsize position = 0; PyDict_Next(dict, &position, &key, &value) != 0; ++place) {
+      if (place >= known.size() || known[place] != value) return to_bool(false);
+    }
   }
-  if (place != PyList_Size(known) || PyList_Size(params) != plan->size()) return to_bool(false);
+  if (place != known.size() || PyList_Size(params) != plan->size()) return to_bool(false);
   for (PySsize i = 0; i < plan->size(); ++i) {
     dlpack::Tensor tensor;
     if (!read(PyList_GetItem(params, i), &tensor) || !plan->is_parameter(i, tensor)) return to_bool(false);
@@ -99,49 +114,51 @@ PyObject* take_gradients(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject* const params = arguments[1];
   const PySsize count = PyList_Size(params);
-  const std::lock_guard lock(plan->mutex());
+  if (count != plan->size()) return none();
   const Reference grads(PyList_New(count)), absent(PyList_New(0));
-  plan->begin_offer();
-  bool taken = count == plan->size();
-  for (PySsize i = 0; taken && i < count; ++i) {
+  // Not in the plan before the end: Python's lock may change hands at every attribute, so the plan's must not be held.
+  std::vector<const void*> addresses(static_cast<size_t>(count));
+  for (PySsize i = 0; i < count; ++i) {
     PyObject* const grad = PyObject_GetAttr(PyList_GetItem(params, i), g_python.grad);
     if (grad == nullptr) return nullptr;
     PyList_SetItem(grads.get(), i, grad);  // takes the reference over
-    dlpack::Tensor tensor;
     if (grad == &_Py_NoneStruct) {
-      plan->offer_no_gradient(i);
       const Reference index(PyLong_FromLongLong(i));
       PyList_Append(absent.get(), index.get());
-    } else {
-      taken = read(grad, &tensor) && plan->offer_gradient(i, tensor);
+      continue;
     }
+    dlpack::Tensor tensor;
+    if (!is_plain(grad) || !read(grad, &tensor) || !plan->is_gradient(i, tensor)) return none();
+    addresses[static_cast<size_t>(i)] = tensor.address();
   }
-  if (!taken) {
-    Py_IncRef(&_Py_NoneStruct);
-    return &_Py_NoneStruct;
-  }
-  plan->take_offered(Op{"plan"});
+  const std::lock_guard lock(plan->mutex());
+  plan->offer_gradients(Op{"plan"}, addresses);
   return PyTuple_Pack(2, grads.get(), absent.get());
 }
 
-/// set_values(dicts: list, key, value, known: list, places: list[int]): dict[key] = known[place] = value for every dict.
-PyObject* set_values(PyObject* const* arguments) {
-  PyObject *const dicts = arguments[0], *const key = arguments[1], *const value = arguments[2], *const known = arguments[3];
-  for (PySsize i = 0, count = PyList_Size(dicts); i < count; ++i) {
-    const PySsize place = PyLong_AsLongLong(PyList_GetItem(arguments[4], i));
+/// count(plan, dicts: list, key, value, known: list, places: list[int]): dict[key] = known[place] = value for every dict, where
+/// `known` is what the plan remembers.
+PyObject* count(PyObject* const* arguments) {
+  const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
+  PyObject *const dicts = arguments[1], *const key = arguments[2], *const value = arguments[3];
+  for (PySsize i = 0, size = PyList_Size(dicts); i < size; ++i) {
+    const PySsize place = PyLong_AsLongLong(PyList_GetItem(arguments[5], i));
     Py_IncRef(value);  // PyList_SetItem takes a reference over
-    if (PyDict_SetItem(PyList_GetItem(dicts, i), key, value) != 0 || PyList_SetItem(known, place, value) != 0) return nullptr;
+    if (PyDict_SetItem(PyList_GetItem(dicts, i), key, value) != 0 || PyList_SetItem(arguments[4], place, value) != 0) {
+      return nullptr;
+    }
+    plan->known().at(static_cast<size_t>(place)) = value;
   }
-  Py_IncRef(&_Py_NoneStruct);
-  return &_Py_NoneStruct;
+  return none();
 }
 
 PyMethod g_functions[] = {
     {"same_objects", reinterpret_cast<void*>(&guarded<same_objects>), kPyFastCall, nullptr},
     {"same_states", reinterpret_cast<void*>(&guarded<same_states>), kPyFastCall, nullptr},
+    {"remember", reinterpret_cast<void*>(&guarded<remember>), kPyFastCall, nullptr},
     {"is_current", reinterpret_cast<void*>(&guarded<is_current>), kPyFastCall, nullptr},
     {"take_gradients", reinterpret_cast<void*>(&guarded<take_gradients>), kPyFastCall, nullptr},
-    {"set_values", reinterpret_cast<void*>(&guarded<set_values>), kPyFastCall, nullptr},
+    {"count", reinterpret_cast<void*>(&guarded<count>), kPyFastCall, nullptr},
 };
 
 }  // namespace

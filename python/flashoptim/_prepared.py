@@ -126,6 +126,11 @@ class Prepared:
         for held in self.dicts:
             self.step_places.append(place + list(held).index(STEP))
             place += len(held)
+        self._remember_in_c()
+
+    def _remember_in_c(self) -> None:
+        if _ops.python_functions:
+            _ops.python_functions["remember"](self.plan, self.known)
 
     def _find_common_count(self) -> None:
         counts = set() if self.counts_on_device else set(map(_get_step, self.dicts))
@@ -135,7 +140,7 @@ class Prepared:
         """Whether parameters and states are where they were."""
         in_c = _ops.python_functions.get("is_current")
         # 300 tensors: 15 us in C, 66 here. What is equal but another object (a step count) is left to Python.
-        if not (in_c is not None and in_c(self.plan, self.params, self.dicts, self.known)) and not self._is_current():
+        if not (in_c is not None and in_c(self.plan, self.params, self.dicts)) and not self._is_current():
             return False
         return all(p.grad is None for p in self.others)
 
@@ -214,9 +219,9 @@ class Prepared:
         known = self.known
         if not counts:
             now = self.common_count = self.common_count + 1
-            in_c = _ops.python_functions.get("set_values")
+            in_c = _ops.python_functions.get("count")
             if in_c is not None:
-                in_c(self.dicts, STEP, now, known, self.step_places)
+                in_c(self.plan, self.dicts, STEP, now, known, self.step_places)
                 return
             for held, place in zip(self.dicts, self.step_places):
                 held[STEP] = known[place] = now
@@ -224,6 +229,7 @@ class Prepared:
         for i, (held, place) in enumerate(zip(self.dicts, self.step_places)):
             if i not in absent:
                 held[STEP] = known[place] = counts[i] + 1
+        self._remember_in_c()
         self._find_common_count()
 
     def _sets(self, counts: list[Any], absent: list[int], on_device: bool) -> tuple[list[tuple[int, Any]], list[int]]:
