@@ -23,6 +23,7 @@ PreparedPlan::PreparedPlan(Op op, const StepInput& input, const TensorList& para
                        static_cast<uint8_t>(dtype == DType::kFloat32 ? 32 : 16)});
   }
   if (backend_ == Backend::kMeta) return;
+  for (const ParameterTensors& tensor : input.tensors) parameters_.push_back(tensor.parameter);
   check_no_overlap(op, input.tensors);
   op.check(DevicePlan::make(backend_, device_, optimizer_, has_momentum_, input.tensors, &plan_));
 }
@@ -51,19 +52,20 @@ void PreparedPlan::set_gradients(Op op, const TensorList& grads) {
     gradients_[i] = backend_ == Backend::kMeta ? nullptr : const_data(grads[i]);
   }
   if (backend_ == Backend::kMeta) return;
-  for (size_t i = 0; i < grads.size(); ++i) op.check(plan_.set_gradient(static_cast<int64_t>(i), gradients_[i]));
+  op.check(plan_.set_gradients(gradients_.data()));
 }
 
 bool PreparedPlan::is_parameter(int64_t index, const dlpack::Tensor& tensor) const {
-  return backend_ != Backend::kMeta && tensor.address() == plan_.tensor(index).parameter;
+  return backend_ != Backend::kMeta && tensor.address() == parameters_[static_cast<size_t>(index)];
 }
 
 bool PreparedPlan::is_gradient(int64_t index, const dlpack::Tensor& tensor) const {
   const Shape& shape = shapes_[static_cast<size_t>(index)];
-  const bool on_device = (backend_ == Backend::kCpu && tensor.device_type == dlpack::kCpu) ||
-                         (backend_ == Backend::kCuda && tensor.device_type == dlpack::kCuda &&
-                          tensor.device_index == device_.index);
-  if (!on_device || tensor.type != shape.dlpack_type || tensor.bits != shape.dlpack_bits || tensor.lanes != 1) return false;
+  const bool on_device = backend_ == Backend::kCuda
+                             ? tensor.device_type == dlpack::kCuda && tensor.device_index == device_.index
+                             : backend_ == Backend::kCpu && tensor.device_type == dlpack::kCpu;
+  if (!on_device || tensor.lanes != 1) return false;
+  if (tensor.type != shape.dlpack_type || tensor.bits != shape.dlpack_bits) return false;
   if (static_cast<size_t>(tensor.dim) != shape.sizes.size()) return false;
   for (size_t d = 0; d < shape.sizes.size(); ++d) {
     if (tensor.sizes[d] != shape.sizes[d]) return false;
@@ -74,7 +76,7 @@ bool PreparedPlan::is_gradient(int64_t index, const dlpack::Tensor& tensor) cons
 
 void PreparedPlan::offer_gradients(Op op, const std::vector<const void*>& gradients) {
   has_offered_ = false;
-  for (size_t i = 0; i < gradients.size(); ++i) op.check(plan_.set_gradient(static_cast<int64_t>(i), gradients[i]));
+  op.check(plan_.set_gradients(gradients.data()));
   has_offered_ = true;
 }
 

@@ -55,7 +55,7 @@ class PreparedPlan {
   OptimizerKind optimizer_;
   bool has_momentum_;
   std::vector<Shape> shapes_;
-  std::vector<const void*> gradients_;
+  std::vector<const void*> parameters_, gradients_;
   bool has_offered_ = false;
   std::vector<const PyObject*> known_;
   DevicePlan plan_;

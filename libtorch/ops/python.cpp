@@ -1,8 +1,11 @@
-// What a step looks at in Python, as loops in C: one call instead of several passes over lists of 300 objects.
+// What a step looks at in Python, as loops in C. 300 tensors with 1800 entries of state: 18 us to see that nothing
+// moved, where Python takes 38; 20 us to take the gradients, where a list through the operator takes 40.
 //
-// The library names no Python at link time: it uses functions of CPython's stable ABI alone, declared here as weak symbols,
-// which are there where Python has loaded the library. Tensors are read through torch's DLPack exchange table (DLPack 1.3),
-// which is a stable ABI as well. Whatever is not as expected is left to the operators, which take lists and name what is wrong.
+// The library names no Python at link time: it uses functions of CPython's stable ABI alone, as weak symbols, which
+// are there where Python has loaded the library. Tensors are read through torch's DLPack exchange table (DLPack 1.3), a
+// stable ABI as well. Whatever is not as expected is left to the operators, which take lists and name what is wrong.
+//
+// The plan keeps no tensor of its own: a held reference would make torch.utils.swap_tensors refuse the parameter.
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -86,8 +89,8 @@ PyObject* remember(PyObject* const* arguments) {
   return none();
 }
 
-/// is_current(plan, params: list, dicts: list) -> bool: whether the parameters are where the plan takes them to be, and the
-/// values of all dicts, one behind the other, are those remembered.
+/// is_current(plan, params: list, dicts: list) -> bool: whether the parameters are where the plan takes them to be, and
+/// the values of all dicts, one behind the other, are those remembered.
 PyObject* is_current(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject *const params = arguments[1], *const dicts = arguments[2];
@@ -107,14 +110,14 @@ PyObject* is_current(PyObject* const* arguments) {
   return to_bool(true);
 }
 
-/// take_gradients(plan, params: list) -> tuple[list, list] | None: gives the plan the addresses of the parameters' gradients
-/// for its next step. The gradients, to be kept until then, and the places of parameters that have none. None, where the
-/// operators have to look at the gradients.
+/// take_gradients(plan, params: list) -> tuple[list, list] | None: gives the plan the addresses of the parameters'
+/// gradients for its next step. The gradients, to be kept until then, and the places of parameters that have none. None,
+/// where the operators have to look at the gradients.
 PyObject* take_gradients(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject* const params = arguments[1];
   const PySsize count = PyList_Size(params);
-  if (count != plan->size()) return none();
+  if (count != plan->size() || plan->backend() == Backend::kMeta) return none();
   const Reference grads(PyList_New(count)), absent(PyList_New(0));
   // Not in the plan before the end: Python's lock may change hands at every attribute, so the plan's must not be held.
   std::vector<const void*> addresses(static_cast<size_t>(count));
@@ -136,8 +139,8 @@ PyObject* take_gradients(PyObject* const* arguments) {
   return PyTuple_Pack(2, grads.get(), absent.get());
 }
 
-/// count(plan, dicts: list, key, value, known: list, places: list[int]): dict[key] = known[place] = value for every dict, where
-/// `known` is what the plan remembers.
+/// count(plan, dicts: list, key, value, known: list, places: list[int]): dict[key] = known[place] = value for every dict,
+/// where `known` is what the plan remembers.
 PyObject* count(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject *const dicts = arguments[1], *const key = arguments[2], *const value = arguments[3];

@@ -139,7 +139,7 @@ class Prepared:
     def is_current(self) -> bool:
         """Whether parameters and states are where they were."""
         in_c = _ops.python_functions.get("is_current")
-        # 300 tensors: 15 us in C, 66 here. What is equal but another object (a step count) is left to Python.
+        # 300 tensors: 18 us in C, 38 in Python, to which an equal value that is another object (a step count) is left.
         if not (in_c is not None and in_c(self.plan, self.params, self.dicts)) and not self._is_current():
             return False
         return all(p.grad is None for p in self.others)
@@ -299,7 +299,7 @@ class Prepared:
     def _gradients(self) -> tuple[list[Tensor], list[int], list[Any]]:
         """What the operators take as gradients, the places of parameters that have none, and what must live until then.
 
-        Handing tensors to an operator costs 130 ns each, reading their addresses 40: the list is empty where the plan has
+        Handing gradients to an operator costs 130 ns each, taking their addresses 65: the list is empty where the plan has
         the addresses already, and full where a gradient is not quite what the plan was made for.
         """
         in_c = _ops.python_functions.get("take_gradients")
