@@ -186,9 +186,9 @@ void plan_check_kernel(StableIValue* stack, uint64_t, uint64_t) {
   plan->set_gradients(op, grads);
 }
 
-// grads: one per tensor of the plan, of 0 elements where one is left out; none where take_gradients() of python.cpp has just
-// given the plan theirs. hyper_index: one per tensor, or empty for those
-// of the step before. lrs, steps: one per set of hypers, or empty; 0 elements where a set has none. telemetry: [tensors, 6].
+// grads: one per tensor of the plan, of 0 elements where one is left out; none where take_gradients() of python.cpp has
+// just given the plan theirs. hyper_index: one per tensor, or empty for those of the step before. lrs, steps: one per set
+// of hypers, or empty; 0 elements where a set has none. telemetry: [tensors, 6].
 constexpr const char* kPlanStepSchema =
     "plan_step_(int plan, Tensor[] grads, int[] hyper_index, float[] hypers, float grad_scale, Tensor? grad_divisor, "
     "Tensor? clip_coefficient, Tensor? found_inf, Tensor[] lrs, Tensor(a!)[] steps, Tensor(b!)? nonfinite, "

@@ -111,8 +111,8 @@ PyObject* is_current(PyObject* const* arguments) {
 }
 
 /// take_gradients(plan, params: list) -> tuple[list, list] | None: gives the plan the addresses of the parameters'
-/// gradients for its next step. The gradients, to be kept until then, and the places of parameters that have none. None,
-/// where the operators have to look at the gradients.
+/// gradients for its next step. The gradients, to be kept until then, and the places of parameters that have none.
+/// None, where the operators have to look at the gradients.
 PyObject* take_gradients(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject* const params = arguments[1];
@@ -139,8 +139,8 @@ PyObject* take_gradients(PyObject* const* arguments) {
   return PyTuple_Pack(2, grads.get(), absent.get());
 }
 
-/// count(plan, dicts: list, key, value, known: list, places: list[int]): dict[key] = known[place] = value for every dict,
-/// where `known` is what the plan remembers.
+/// count(plan, dicts: list, key, value, known: list, places: list[int]): dict[key] = known[place] = value for every
+/// dict, where `known` is what the plan remembers.
 PyObject* count(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject *const dicts = arguments[1], *const key = arguments[2], *const value = arguments[3];
@@ -168,11 +168,11 @@ PyMethod g_functions[] = {
 }  // namespace flashoptim::ops
 
 /// For ctypes.PyDLL: the functions above as a dict, from torch.Tensor, torch.nn.Parameter and
-/// torch.Tensor.__dlpack_c_exchange_api__. Empty, where that table is of another
-/// version; null, where Python's functions are not to be found.
+/// torch.Tensor.__dlpack_c_exchange_api__. Empty, where that table is of another version; null, where Python's functions
+/// are not to be found.
 extern "C" __attribute__((visibility("default"))) PyObject* flashoptim_python_functions(PyObject* tensor_type,
-                                                                                         PyObject* parameter_type,
-                                                                                         PyObject* capsule) {
+                                                                                        PyObject* parameter_type,
+                                                                                        PyObject* capsule) {
   using namespace flashoptim::ops;
   if (&PyCFunction_NewEx == nullptr) return nullptr;
   const auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
