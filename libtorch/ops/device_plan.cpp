@@ -77,6 +77,15 @@ const ParameterTensors& DevicePlan::tensor(int64_t index) const {
 Status DevicePlan::set_gradient(int64_t index, const void* gradient) {
   return std::visit([=](auto& plan) { return plan.set_gradient(index, gradient); }, plan_);
 }
+Status DevicePlan::set_gradients(const void* const* gradients) {
+  return std::visit(
+      [=](auto& plan) {
+        Status status;
+        for (int64_t i = 0; status.is_ok() && i < plan.size(); ++i) status = plan.set_gradient(i, gradients[i]);
+        return status;
+      },
+      plan_);
+}
 Status DevicePlan::set_hyper_index(int64_t index, int32_t hyper_index) {
   return std::visit([=](auto& plan) { return plan.set_hyper_index(index, hyper_index); }, plan_);
 }

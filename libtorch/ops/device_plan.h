@@ -35,6 +35,8 @@ class DevicePlan {
   int64_t size() const;
   const ParameterTensors& tensor(int64_t index) const;
   Status set_gradient(int64_t index, const void* gradient);
+  /// One per tensor.
+  Status set_gradients(const void* const* gradients);
   Status set_hyper_index(int64_t index, int32_t hyper_index);
 
   /// On the device's current stream. Hyperparameters are changed where controls say otherwise.

@@ -186,8 +186,9 @@ void plan_check_kernel(StableIValue* stack, uint64_t, uint64_t) {
   plan->set_gradients(op, grads);
 }
 
-// grads: one per tensor of the plan, of 0 elements where one is left out. hyper_index: one per tensor, or empty for those
-// of the step before. lrs, steps: one per set of hypers, or empty; 0 elements where a set has none. telemetry: [tensors, 6].
+// grads: one per tensor of the plan, of 0 elements where one is left out; none where take_gradients() of python.cpp has
+// just given the plan theirs. hyper_index: one per tensor, or empty for those of the step before. lrs, steps: one per set
+// of hypers, or empty; 0 elements where a set has none. telemetry: [tensors, 6].
 constexpr const char* kPlanStepSchema =
     "plan_step_(int plan, Tensor[] grads, int[] hyper_index, float[] hypers, float grad_scale, Tensor? grad_divisor, "
     "Tensor? clip_coefficient, Tensor? found_inf, Tensor[] lrs, Tensor(a!)[] steps, Tensor(b!)? nonfinite, "
@@ -254,7 +255,7 @@ void plan_step_kernel(StableIValue* stack, uint64_t, uint64_t) {
         unpack_array(op, {"telemetry"}, telemetry, c.int64, plan->size() * kTelemetryNumbers, device));
     controls.telemetry_stride = stride;
   }
-  plan->set_gradients(op, grads);
+  plan->set_or_use_gradients(op, grads);
   if (is_meta) return;
   for (size_t i = 0; i < hyper_index.size(); ++i) {
     op.check(plan->plan().set_hyper_index(static_cast<int64_t>(i), static_cast<int32_t>(hyper_index[i])));
@@ -262,7 +263,7 @@ void plan_step_kernel(StableIValue* stack, uint64_t, uint64_t) {
   op.check(plan->plan().step(hypers, controls));
 }
 
-// result: 4 float32: the sum of squares as one double, the norm, the clipping coefficient.
+// grads: as for plan_step_. result: 4 float32: the sum of squares as one double, the norm, the clipping coefficient.
 constexpr const char* kPlanNormSchema =
     "plan_norm_(int plan, Tensor[] grads, float grad_scale, Tensor? grad_divisor, float max_norm, Tensor(a!) result) -> ()";
 
@@ -287,7 +288,7 @@ void plan_norm_kernel(StableIValue* stack, uint64_t, uint64_t) {
   auto* const out =
       is_meta ? nullptr
               : static_cast<cuda::GradientNorm*>(unpack_array(op, {"result"}, result, float32, kNormNumbers, device));
-  plan->set_gradients(op, grads);
+  plan->set_or_use_gradients(op, grads);
   if (!is_meta) op.check(plan->plan().gradient_norm(scale, divisor, static_cast<float>(max_norm), out));
 }
 

@@ -13,18 +13,23 @@ PreparedPlan::PreparedPlan(Op op, const StepInput& input, const TensorList& para
       gradients_(params.size()) {
   for (size_t i = 0; i < params.size(); ++i) {
     const TensorInfo info = read_tensor(op, {"params", static_cast<int64_t>(i)}, params[i]);
-    const bool same = input.tensors[i].gradient_dtype == input.tensors[i].parameter_dtype;
+    const DType dtype = input.tensors[i].gradient_dtype;
+    const bool same = dtype == input.tensors[i].parameter_dtype;
     shapes_.push_back({{info.sizes, info.sizes + info.dim},
                        {info.strides, info.strides + info.dim},
                        info.numel,
-                       same ? info.dtype : codes().float32});
+                       same ? info.dtype : codes().float32,
+                       dtype == DType::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat,
+                       static_cast<uint8_t>(dtype == DType::kFloat32 ? 32 : 16)});
   }
   if (backend_ == Backend::kMeta) return;
+  for (const ParameterTensors& tensor : input.tensors) parameters_.push_back(tensor.parameter);
   check_no_overlap(op, input.tensors);
   op.check(DevicePlan::make(backend_, device_, optimizer_, has_momentum_, input.tensors, &plan_));
 }
 
 void PreparedPlan::set_gradients(Op op, const TensorList& grads) {
+  has_offered_ = false;
   if (grads.size() != shapes_.size()) {
     op.fail("grads has " + std::to_string(grads.size()) + " entries; needed are " + std::to_string(shapes_.size()) +
             ", one per tensor of the plan");
@@ -47,7 +52,37 @@ void PreparedPlan::set_gradients(Op op, const TensorList& grads) {
     gradients_[i] = backend_ == Backend::kMeta ? nullptr : const_data(grads[i]);
   }
   if (backend_ == Backend::kMeta) return;
-  for (size_t i = 0; i < grads.size(); ++i) op.check(plan_.set_gradient(static_cast<int64_t>(i), gradients_[i]));
+  op.check(plan_.set_gradients(gradients_.data()));
+}
+
+bool PreparedPlan::is_parameter(int64_t index, const dlpack::Tensor& tensor) const {
+  return backend_ != Backend::kMeta && tensor.address() == parameters_[static_cast<size_t>(index)];
+}
+
+bool PreparedPlan::is_gradient(int64_t index, const dlpack::Tensor& tensor) const {
+  const Shape& shape = shapes_[static_cast<size_t>(index)];
+  const bool on_device = backend_ == Backend::kCuda
+                             ? tensor.device_type == dlpack::kCuda && tensor.device_index == device_.index
+                             : backend_ == Backend::kCpu && tensor.device_type == dlpack::kCpu;
+  if (!on_device || tensor.lanes != 1) return false;
+  if (tensor.type != shape.dlpack_type || tensor.bits != shape.dlpack_bits) return false;
+  if (static_cast<size_t>(tensor.dim) != shape.sizes.size()) return false;
+  for (size_t d = 0; d < shape.sizes.size(); ++d) {
+    if (tensor.sizes[d] != shape.sizes[d]) return false;
+    if (tensor.strides[d] != shape.strides[d] && shape.sizes[d] != 1 && shape.numel != 0) return false;
+  }
+  return true;
+}
+
+void PreparedPlan::offer_gradients(Op op, const std::vector<const void*>& gradients) {
+  has_offered_ = false;
+  op.check(plan_.set_gradients(gradients.data()));
+  has_offered_ = true;
+}
+
+void PreparedPlan::set_or_use_gradients(Op op, const TensorList& grads) {
+  const bool has_offered = std::exchange(has_offered_, false);
+  if (!has_offered || !grads.empty()) set_gradients(op, grads);
 }
 
 PreparedPlans& PreparedPlans::instance() {

@@ -9,6 +9,7 @@
 
 #include "libtorch/ops/checks.h"
 #include "libtorch/ops/device_plan.h"
+#include "libtorch/ops/python_abi.h"
 
 namespace flashoptim::ops {
 
@@ -29,11 +30,23 @@ class PreparedPlan {
   /// 0 elements where a parameter is left out of this step. Throws before any is taken.
   void set_gradients(Op op, const TensorList& grads);
 
+  // The same for python.cpp, which reads tensors itself. These leave a gradient of any other kind alone.
+  /// Whether tensor `index` is at the address that the plan was made for.
+  bool is_parameter(int64_t index, const dlpack::Tensor& tensor) const;
+  bool is_gradient(int64_t index, const dlpack::Tensor& tensor) const;
+  /// Takes checked gradients, null where one is left out, for the next set_or_use_gradients().
+  void offer_gradients(Op op, const std::vector<const void*>& gradients);
+  /// set_gradients(grads); where `grads` is empty, those that were offered since the last call.
+  void set_or_use_gradients(Op op, const TensorList& grads);
+  /// Python objects that are to be found in the states again; kept alive by the caller, compared by address.
+  std::vector<const PyObject*>& known() { return known_; }
+
  private:
   struct Shape {
     std::vector<int64_t> sizes, strides;
     int64_t numel;
     int32_t gradient_dtype;
+    uint8_t dlpack_type, dlpack_bits;  // of the gradient
   };
 
   std::mutex mutex_;
@@ -42,7 +55,9 @@ class PreparedPlan {
   OptimizerKind optimizer_;
   bool has_momentum_;
   std::vector<Shape> shapes_;
-  std::vector<const void*> gradients_;
+  std::vector<const void*> parameters_, gradients_;
+  bool has_offered_ = false;
+  std::vector<const PyObject*> known_;
   DevicePlan plan_;
 };
 

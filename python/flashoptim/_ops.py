@@ -6,10 +6,14 @@ The library is ``libflashoptim_ops.so``: next to this file in an installed packa
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import functools
 import os
+from collections.abc import Callable
+from operator import is_
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,9 +63,10 @@ def library_path() -> Path:
     return Path(override) if override else Path(__file__).resolve().parent / LIBRARY_NAME
 
 
-def _load() -> None:
+def _load() -> Path | None:
+    """The library that was loaded; None where there was none to load."""
     if _is_registered():  # a C++ program that embeds Python may have linked them in
-        return
+        return None
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if found < OLDEST_TORCH:
         raise ImportError(
@@ -87,9 +92,25 @@ def _load() -> None:
             f"{str(path)!r} could not be loaded into torch {torch.__version__}: {error}. Rebuild it with "
             "'pip install --no-build-isolation --force-reinstall --no-deps .'"
         ) from error
+    return path
 
 
-_load()
+def _python_functions(path: Path | None) -> dict[str, Callable[..., Any]]:
+    """The functions of libtorch/ops/python.cpp; none where this Python or this torch has not what they need."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if path is None or exchange is None:
+        return {}
+    try:
+        make = ctypes.PyDLL(str(path)).flashoptim_python_functions
+        make.argtypes, make.restype = [ctypes.py_object] * 3, ctypes.py_object
+        functions: dict[str, Callable[..., Any]] = make(torch.Tensor, torch.nn.Parameter, exchange)
+    except (AttributeError, OSError, ValueError):
+        return {}
+    return functions
+
+
+#: Loops over Python's objects in C, by name: quicker than what they replace, which is still there for what they refuse.
+python_functions = _python_functions(_load())
 
 step_ = torch.ops.flashoptim.step_.default
 plan_new = torch.ops.flashoptim.plan_new.default
@@ -127,3 +148,19 @@ def cpu_isa() -> str:
     """The instruction set that steps on CPU tensors use: ``scalar``, ``avx2`` or ``avx512``."""
     isa: str = torch.ops.flashoptim.cpu_isa()
     return isa
+
+
+def same_objects(now: Any, known: list[Any]) -> bool:
+    """Whether ``now``, a sequence, holds the very objects of ``known``."""
+    in_c = python_functions.get("same_objects")
+    if in_c is not None and type(now) is list:
+        return bool(in_c(now, known))
+    return len(now) == len(known) and all(map(is_, now, known))
+
+
+def same_states(state: Any, known: list[Any]) -> bool:
+    """Whether the values of ``state``, a mapping, are the very objects of ``known``."""
+    in_c = python_functions.get("same_states")
+    if in_c is not None and isinstance(state, dict):
+        return bool(in_c(state, known))
+    return len(state) == len(known) and all(map(is_, state.values(), known))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain, compress, repeat
-from operator import is_, is_not, itemgetter
+from operator import is_not, itemgetter
 from typing import Any
 
 import torch
@@ -228,11 +228,7 @@ class Plan:
         """Whether the parameter lists are still the ones the plan was made for."""
         if len(groups) != len(self.group_lists):
             return False
-        for group, params in zip(groups, self.group_lists):
-            now = group["params"]
-            if len(now) != len(params) or not all(map(is_, now, params)):
-                return False
-        return True
+        return all(_ops.same_objects(group["params"], params) for group, params in zip(groups, self.group_lists))
 
     def gather(self, state: State, hypers: list[list[float]], careful: bool = False) -> list[Call]:
         """Everything one step needs; changes nothing. ``careful``: every parameter takes the slower path."""

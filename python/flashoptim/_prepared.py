@@ -126,6 +126,11 @@ class Prepared:
         for held in self.dicts:
             self.step_places.append(place + list(held).index(STEP))
             place += len(held)
+        self._remember_in_c()
+
+    def _remember_in_c(self) -> None:
+        if _ops.python_functions:
+            _ops.python_functions["remember"](self.plan, self.known)
 
     def _find_common_count(self) -> None:
         counts = set() if self.counts_on_device else set(map(_get_step, self.dicts))
@@ -133,6 +138,13 @@ class Prepared:
 
     def is_current(self) -> bool:
         """Whether parameters and states are where they were."""
+        in_c = _ops.python_functions.get("is_current")
+        # 300 tensors: 18 us in C, 38 in Python, to which an equal value that is another object (a step count) is left.
+        if not (in_c is not None and in_c(self.plan, self.params, self.dicts)) and not self._is_current():
+            return False
+        return all(p.grad is None for p in self.others)
+
+    def _is_current(self) -> bool:
         now = list(chain.from_iterable(map(dict.values, self.dicts)))
         known = self.known
         try:
@@ -142,7 +154,7 @@ class Prepared:
                 return False
         except RuntimeError:
             return False
-        return list(map(_data_ptr, self.params)) == self.addresses and all(p.grad is None for p in self.others)
+        return list(map(_data_ptr, self.params)) == self.addresses
 
     def step(
         self,
@@ -153,12 +165,10 @@ class Prepared:
         telemetry_stride: int,
     ) -> bool:
         """One step; False, with nothing changed, where no parameter has a gradient."""
-        grads: list[Any] = [param.grad for param in self.params]
-        absent = [] if all(map(is_not, grads, repeat(None))) else [i for i, grad in enumerate(grads) if grad is None]
-        if len(absent) == len(grads):
+        # Until the step is done, `held` keeps the gradients whose addresses the plan has.
+        grads, absent, held = self._gradients()
+        if len(absent) == len(self.params):
             return False
-        for i in absent:
-            grads[i] = self.empty
         on_device = self.counts_on_device or controls.found_inf is not None or any(lr is not None for lr in lrs)
         common = self.common_count
         if common is not None and not absent and not on_device:
@@ -180,7 +190,7 @@ class Prepared:
         telemetry = None
         if telemetry_stride:
             if self.telemetry is None:
-                self.telemetry = torch.zeros((len(grads), TELEMETRY_NUMBERS), dtype=torch.int64, device=self.device)
+                self.telemetry = torch.zeros((len(self.params), TELEMETRY_NUMBERS), dtype=torch.int64, device=self.device)
             telemetry = self.telemetry
         _ops.plan_step_(
             self.plan,
@@ -198,6 +208,7 @@ class Prepared:
             max(1, telemetry_stride),
         )
         self.hyper_index = index
+        del held
         # The operators write behind autograd's back: a graph that saved a parameter must be told that it changed.
         torch.autograd.graph.increment_version(self.params)
         if not on_device:
@@ -208,12 +219,17 @@ class Prepared:
         known = self.known
         if not counts:
             now = self.common_count = self.common_count + 1
+            in_c = _ops.python_functions.get("count")
+            if in_c is not None:
+                in_c(self.plan, self.dicts, STEP, now, known, self.step_places)
+                return
             for held, place in zip(self.dicts, self.step_places):
                 held[STEP] = known[place] = now
             return
         for i, (held, place) in enumerate(zip(self.dicts, self.step_places)):
             if i not in absent:
                 held[STEP] = known[place] = counts[i] + 1
+        self._remember_in_c()
         self._find_common_count()
 
     def _sets(self, counts: list[Any], absent: list[int], on_device: bool) -> tuple[list[tuple[int, Any]], list[int]]:
@@ -267,18 +283,35 @@ class Prepared:
 
     def check(self) -> None:
         """Raises RuntimeError where the gradients are not what the plan was made for."""
-        _ops.plan_check(self.plan, self._grads())
+        grads, _, _ = self._gradients()
+        if grads:
+            _ops.plan_check(self.plan, grads)
 
     def gradient_norm(self, max_norm: float) -> Tensor:
         """4 float32: the sum of squares as a double, the norm, the coefficient that clips to ``max_norm`` (0: 1)."""
         if self.norm is None:
             self.norm = torch.zeros(4, device=self.device)
-        _ops.plan_norm_(self.plan, self._grads(), 1.0, None, max_norm, self.norm)
+        grads, _, held = self._gradients()
+        _ops.plan_norm_(self.plan, grads, 1.0, None, max_norm, self.norm)
+        del held
         return self.norm
 
-    def _grads(self) -> list[Tensor]:
-        """As the operators take them: nothing where a parameter is left out."""
-        return [self.empty if param.grad is None else param.grad for param in self.params]
+    def _gradients(self) -> tuple[list[Tensor], list[int], list[Any]]:
+        """What the operators take as gradients, the places of parameters that have none, and what must live until then.
+
+        Handing gradients to an operator costs 130 ns each, taking their addresses 65: the list is empty where the plan has
+        the addresses already, and full where a gradient is not quite what the plan was made for.
+        """
+        in_c = _ops.python_functions.get("take_gradients")
+        taken = None if in_c is None else in_c(self.plan, self.params)
+        if taken is not None:
+            held, absent = taken
+            return [], absent, held
+        grads: list[Any] = [param.grad for param in self.params]
+        absent = [] if all(map(is_not, grads, repeat(None))) else [i for i, grad in enumerate(grads) if grad is None]
+        for i in absent:
+            grads[i] = self.empty
+        return grads, absent, []
 
     def commit(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """New states become the optimizer's."""

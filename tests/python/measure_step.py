@@ -15,9 +15,10 @@ from flashoptim import _ops
 from flashoptim._prepared import Controls
 
 
-def cost(function, repeat=1000):
+def cost(function, repeat=1000, before=lambda: None):
     times = []
     for _ in range(repeat):
+        before()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the queue is empty: host work alone
         start = time.perf_counter()
@@ -56,20 +57,28 @@ def main():
     for _ in range(3):
         optimizer.step()
     prepared = optimizer._prepared[0]
+    params = prepared.params
     with torch.no_grad():
         hypers = optimizer._read_groups()
         counter = optimizer._monitor.counter(prepared.device)
-        grads = [p.grad for p in prepared.params]
         parts = {
             "read groups": optimizer._read_groups,
             "check that nothing changed": optimizer._make_prepared,
             "step": lambda: prepared.step(hypers, [None], Controls(), counter, 0),
-            "  of it, gradients through the operator": lambda: _ops.plan_check(prepared.plan, grads),
+            "  of it, gradients": prepared._gradients,
+            "  the same through the operator": lambda: _ops.plan_check(prepared.plan, [p.grad for p in params]),
             "  of it, versions": lambda: torch.autograd.graph.increment_version(prepared.params),
         }
         print("FlashAdamW, 300 quantized tensors of 64, in parts:")
         for name, part in parts.items():
             print(f"  {name:40} {cost(part, 300)}")
+
+    def new_gradients():
+        for p in params:
+            p.grad = torch.empty_like(p).fill_(1.0)
+
+    print(f"  {'optimizer.step()':40} {cost(optimizer.step, 300)}")
+    print(f"  {'optimizer.step() after new gradients':40} {cost(optimizer.step, 300, new_gradients)}")
 
 
 if __name__ == "__main__":

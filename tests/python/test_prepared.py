@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
+
 import pytest
 import torch
 from helpers import CLASSES, HYPERS, assert_same_bits, make_params, run, set_grads
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import flashoptim
 from flashoptim import _ops
+
+
+@pytest.fixture(autouse=True, params=["C", "Python"])
+def look(request, monkeypatch):
+    """A step's look at parameters, states and gradients: python.cpp's, or what does without it."""
+    assert _ops.python_functions
+    if request.param == "Python":
+        monkeypatch.setattr(_ops, "python_functions", {})
 
 
 def pair(kind="adamw", **options):
@@ -77,6 +89,113 @@ def test_a_refused_gradient_changes_nothing_and_the_next_step_is_quick_again():
     assert optimizer._prepared
 
 
+@pytest.mark.parametrize("what", ["float32", "strides", "shape view", "sparse", "subclass", "none", "data", "inplace", "new"])
+def test_whatever_gradient_there_is_is_taken_as_it_is(what):
+    class Sub(torch.Tensor):
+        pass
+
+    a, b = pair()
+    slow(b[1])
+    for params, optimizer in (a, b):
+        run(optimizer, params, 0, 2)
+        set_grads(params, 2)
+        p = next(p for p in params if p.dim() == 2)
+        grad = p.grad
+        if what == "float32":
+            p.grad_dtype = None
+            p.grad = grad.float() * 1.01
+        elif what == "strides":
+            p.grad = grad.t().contiguous().t()
+        elif what == "shape view":
+            p.grad = grad[:, :1].expand(grad.shape)
+        elif what == "sparse":
+            p.grad = grad.to_sparse()
+        elif what == "subclass":
+            p.grad = grad.clone().as_subclass(Sub)
+        elif what == "none":
+            p.grad = None
+        elif what == "data":
+            p.grad.data = grad.data * 3
+        elif what == "inplace":
+            p.grad.mul_(3)
+        else:
+            p.grad = grad * 3
+        if what == "sparse":
+            before = [q.detach().clone() for q in params]
+            with pytest.raises(RuntimeError, match="sparse"):
+                optimizer.step()
+            assert all(map(torch.equal, before, params))
+        else:
+            optimizer.step()
+        run(optimizer, params, 3, 12)
+    assert a[1]._prepared and not b[1]._prepared
+    assert_same_bits(a, b)
+
+
+def test_no_gradient_outlives_its_step():
+    (params, optimizer), _ = pair()
+    run(optimizer, params, 0, 3)
+    held = [weakref.ref(p.grad) for p in params]
+    for p in params:
+        p.grad = None
+    assert not any(one() is not None for one in held)
+
+
+def test_a_step_count_that_is_equal_is_unchanged_and_empty_parameters_are_current():
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (0,), (3, 0), ())]
+    optimizer = flashoptim.FlashAdamW(params, min_quantized_numel=64)
+    for _ in range(1000):
+        set_grads(params, 0)
+        optimizer.step()
+    prepared = optimizer._prepared[0]
+    for name in set(_ops.python_functions) & {"is_current"}:
+        assert _ops.python_functions[name](prepared.plan, prepared.params, prepared.dicts)
+    optimizer.state[params[0]]["step"] = int("1000")
+    optimizer.step()
+    assert optimizer._prepared[0] is prepared
+    assert [optimizer.state[p]["step"] for p in params] == [1001] * 4
+
+
+def test_swapped_parameters_are_seen():
+    a, b = pair()
+    slow(b[1])
+    for params, optimizer in (a, b):
+        run(optimizer, params, 0, 2)
+        torch.utils.swap_tensors(params[0], torch.nn.Parameter(params[0].detach() * 2))
+        run(optimizer, params, 2, 4)
+    assert_same_bits(a, b)
+
+
+def test_hooks_and_profilers_see_steps_as_those_of_torch():
+    (params, optimizer), _ = pair()
+    run(optimizer, params, 0, 2)
+    seen = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: seen.append("post")),
+        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+    ]
+    wanted = ["global pre", "pre", "post", "global post"]
+    for handle, name in zip(handles, ("pre", "post", "global pre", "global post"), strict=True):
+        seen.clear()
+        optimizer.step()
+        assert seen == wanted
+        wanted.remove(name)
+        handle.remove()
+    seen.clear()
+    optimizer.step()
+    assert seen == []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert "Optimizer.step#FlashAdamW.step" in {event.key for event in profile.key_averages()}
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        scheduler.step()
+
+
 def test_states_share_few_allocations_and_a_checkpoint_holds_them(tmp_path):
     params = make_params(shapes=[(64, 64)] * 30)
     optimizer = flashoptim.FlashAdamW(params, lr=1e-2, min_quantized_numel=64)
@@ -109,6 +228,8 @@ def test_plans_end_with_their_optimizer():
         _ops.plan_check(number, grads[:1])
     with pytest.raises(RuntimeError, match=r"grads\[0\] has shape"):
         _ops.plan_check(number, [grads[0].t(), *grads[1:]])
+    with pytest.raises(RuntimeError, match=r"grads has 0 entries; needed are"):
+        _ops.plan_check(number, [])
     optimizer._drop_prepared()
     with pytest.raises(RuntimeError, match=f"plan = {number}; no such plan"):
         _ops.plan_check(number, grads)
