@@ -6,11 +6,12 @@
 #
 # GPU_CHECK_ARCH (default 90) is the architecture built. GPU_CHECK_FULL=1 also tries every division (a minute) and a tensor of
 # more than 2^31 elements. GPU_CHECK_LIBTORCH=1 also builds and runs the C++ front end's tests, against the torch of that
-# machine's python3 (CMake, a compiler, nvcc and GoogleTest needed there).
+# machine's python3 (CMake, a compiler, nvcc and GoogleTest needed there; GPU_CHECK_PREFIX: where else CMake finds packages;
+# GPU_CHECK_BUILD: a build folder to keep).
 set -u -o pipefail
 mode=${1:-} directory=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-usage() { sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
+usage() { sed -n '2,11p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
 [ -n "$directory" ] || usage
 
 build() {
@@ -39,10 +40,11 @@ row() {
 summary() { grep -E 'PASSED|FAILED  \]|ERROR SUMMARY|^learned|^[0-9]+ (passed|failed)|all quantized ' "$1" | tail -1 | tr -s ' ='; }
 
 libtorch() {
-  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} cmake -S "$root" -B "$logs/libtorch" -DCMAKE_BUILD_TYPE=Release -DFLASHOPTIM_CUDA=ON \
-    -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_TESTS=ON -DFLASHOPTIM_BUILD_EXAMPLES=OFF \
+  local build=${GPU_CHECK_BUILD:-$logs/libtorch}
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DFLASHOPTIM_CUDA=ON \
+    -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_TESTS=ON \
     -DCMAKE_PREFIX_PATH="$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)');${GPU_CHECK_PREFIX:-}" &&
-    cmake --build "$logs/libtorch" -j"$(nproc)" --target libtorch_test && "$logs/libtorch/tests/libtorch/libtorch_test" --gtest_brief=1
+    cmake --build "$build" -j"$(nproc)" --target libtorch_test && "$build/tests/libtorch/libtorch_test" --gtest_brief=1
 }
 
 run() {
