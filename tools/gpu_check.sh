@@ -2,7 +2,8 @@
 # Checks the CUDA back end on a machine with a GPU and prints one table.
 #
 #   tools/gpu_check.sh build DIR     here: builds what travels into DIR (programs that need nothing but a driver)
-#   tools/gpu_check.sh run DIR       there: bit equality, front ends, arithmetic, sanitizer, benchmarks; a report in DIR/logs
+#   tools/gpu_check.sh run DIR       there: bit equality, front ends, arithmetic, sanitizer, benchmarks; writes
+#                                    benchmarks/results/<h100>.md
 #
 # GPU_CHECK_ARCH (default 90) is the architecture built. GPU_CHECK_FULL=1 also tries every division (a minute) and a tensor of
 # more than 2^31 elements. GPU_CHECK_LIBTORCH=1 also builds and runs the C++ front end's tests, against the torch of that
@@ -11,7 +12,7 @@
 set -u -o pipefail
 mode=${1:-} directory=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-usage() { sed -n '2,11p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
+usage() { sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
 [ -n "$directory" ] || usage
 
 build() {
@@ -79,7 +80,9 @@ run() {
     done
   fi
   ./flashoptim_cuda_benchmark | tee "$logs/benchmark.txt"
-  command -v python3 >/dev/null && python3 "$root/tools/gpu_report.py" "$logs" "$logs/report.md" && echo "report: $logs/report.md"
+  local report
+  report=$root/benchmarks/results/$(sed -n 's/^device=[^ ]* \([^ ,]*\).*/\L\1/p' "$logs/facts.txt").md
+  command -v python3 >/dev/null && python3 "$root/tools/gpu_report.py" "$logs" "$report" && echo "written: $report"
   [ $failures = 0 ] && echo "all checks passed" || echo "$failures checks FAILED: logs in $logs"
   exit $((failures != 0))
 }
