@@ -12,7 +12,7 @@
 set -u -o pipefail
 mode=${1:-} directory=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-usage() { sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
+usage() { sed -n '2,11p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
 [ -n "$directory" ] || usage
 
 build() {
