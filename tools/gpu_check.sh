@@ -8,11 +8,12 @@
 # GPU_CHECK_ARCH (default 90) is the architecture built. GPU_CHECK_FULL=1 also tries every division (a minute) and a tensor of
 # more than 2^31 elements. GPU_CHECK_LIBTORCH=1 also builds and runs the C++ front end's tests, against the torch of that
 # machine's python3 (CMake, a compiler, nvcc and GoogleTest needed there; GPU_CHECK_PREFIX: where else CMake finds packages;
-# GPU_CHECK_BUILD: a build folder to keep).
+# GPU_CHECK_BUILD: a build folder to keep). GPU_CHECK_COMMIT names the commit where there is no git; PYTHON and GPU_CHECK_JOBS are
+# build's python3 and number of compilers.
 set -u -o pipefail
 mode=${1:-} directory=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-usage() { sed -n '2,11p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
+usage() { sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
 [ -n "$directory" ] || usage
 
 build() {
@@ -24,8 +25,7 @@ build() {
     --target flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda flashoptim_ops || exit 1
   local program
   for program in flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda; do
-    cp "$(find "$directory-cmake" -name "$program" -type f -perm -u+x | head -1)" "$directory/"
-    strip "$directory/$program"
+    cp "$(find "$directory-cmake" -name "$program" -type f -perm -u+x | head -1)" "$directory/" && strip "$directory/$program" || exit 1
   done
   cp "$directory-cmake/libtorch/ops/libflashoptim_ops.so" "$directory/" && strip "$directory/libflashoptim_ops.so"
 }
@@ -38,18 +38,27 @@ row() {
   "$@" >"$logs/${name// /_}.log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
   printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")" | tee -a "$logs/checks.txt"
 }
-summary() { grep -E 'PASSED|FAILED  \]|ERROR SUMMARY|^learned|^[0-9]+ (passed|failed)|all quantized ' "$1" | tail -1 | tr -s ' ='; }
+summary() { grep -E 'PASSED|FAILED  \]|(ERROR|RACECHECK) SUMMARY|^learned|^[0-9]+ (passed|failed|skipped)|all quantized ' "$1" | tail -1 | tr -s ' ='; }
 
 libtorch() {
   local build=${GPU_CHECK_BUILD:-$logs/libtorch}
-  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DFLASHOPTIM_CUDA=ON \
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(sed 's/.$/.&/' <<<"${GPU_CHECK_ARCH:-90}")} cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DFLASHOPTIM_CUDA=ON \
     -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_TESTS=ON \
     -DCMAKE_PREFIX_PATH="$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)');${GPU_CHECK_PREFIX:-}" &&
     cmake --build "$build" -j"$(nproc)" --target libtorch_test && "$build/tests/libtorch/libtorch_test" --gtest_brief=1
 }
 
+write_report() {
+  local device
+  ./flashoptim_cuda_benchmark | tee "$logs/benchmark.txt" || return
+  device=$(sed -n 's/^device=[^ ]* \([^ ,]*\).*/\L\1/p' "$logs/facts.txt")
+  local report=$root/benchmarks/results/${device:-gpu}.md
+  python3 "$root/tools/gpu_report.py" "$logs" "$report" && echo "written: $report"
+}
+
 run() {
   logs=$directory/logs
+  [ -z "${GPU_CHECK_BUILD:-}" ] || GPU_CHECK_BUILD=$(realpath -m "$GPU_CHECK_BUILD")
   rm -rf "$logs" && mkdir -p "$logs"
   cd "$directory" || exit 1
   chmod +x flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda
@@ -62,14 +71,14 @@ run() {
   row "plain_cuda example" ./plain_cuda
   if python3 -c 'import pytest, hypothesis, torch' 2>/dev/null; then
     row "Python front end" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
-      python3 -m pytest -q "$root/tests/python/test_cuda.py"
+      python3 -m pytest "$root/tests/python/test_cuda.py"
     [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "more than 2^31 elements" env FLASHOPTIM_TEST_ALL=1 PYTHONPATH="$root/python" \
-      FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" python3 -m pytest -q "$root/tests/python/test_cuda.py" -k two_to_the_31
+      FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" python3 -m pytest "$root/tests/python/test_cuda.py" -k two_to_the_31
     row "torch fused AdamW" python3 "$root/benchmarks/cuda/torch_adamw.py"
     row "host time of step()" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
       python3 "$root/tests/python/measure_step.py" cuda
   else
-    echo "no pytest, hypothesis and torch in python3: the Python front end is not checked"
+    echo "Python front end: not checked, python3 has no pytest, hypothesis and torch" | tee -a "$logs/checks.txt"
   fi
   [ "${GPU_CHECK_LIBTORCH:-0}" = 1 ] && row "C++ front end" libtorch
   if command -v compute-sanitizer >/dev/null; then
@@ -78,11 +87,10 @@ run() {
       row "sanitizer $tool" timeout 300 compute-sanitizer --tool $tool --error-exitcode 1 \
         ./flashoptim_cuda_test --gtest_brief=1 --gtest_filter='CudaSmall.*'
     done
+  else
+    echo "sanitizer: not checked, there is no compute-sanitizer" | tee -a "$logs/checks.txt"
   fi
-  ./flashoptim_cuda_benchmark | tee "$logs/benchmark.txt"
-  local report
-  report=$root/benchmarks/results/$(sed -n 's/^device=[^ ]* \([^ ,]*\).*/\L\1/p' "$logs/facts.txt").md
-  command -v python3 >/dev/null && python3 "$root/tools/gpu_report.py" "$logs" "$report" && echo "written: $report"
+  write_report || failures=$((failures + 1))
   [ $failures = 0 ] && echo "all checks passed" || echo "$failures checks FAILED: logs in $logs"
   exit $((failures != 0))
 }

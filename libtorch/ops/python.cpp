@@ -56,7 +56,7 @@ PyObject* guarded(PyObject*, PyObject* const* arguments, PySsize) {
   try {
     return body(arguments);
   } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
 }
@@ -134,8 +134,10 @@ PyObject* take_gradients(PyObject* const* arguments) {
     if (!is_plain(grad) || !read(grad, &tensor) || !plan->is_gradient(i, tensor)) return none();
     addresses[static_cast<size_t>(i)] = tensor.address();
   }
-  const std::lock_guard lock(plan->mutex());
-  plan->offer_gradients(Op{"plan"}, addresses);
+  {
+    const std::lock_guard lock(plan->mutex());
+    plan->offer_gradients(Op{"plan"}, addresses);
+  }
   return PyTuple_Pack(2, grads.get(), absent.get());
 }
 
@@ -146,10 +148,9 @@ PyObject* count(PyObject* const* arguments) {
   PyObject *const dicts = arguments[1], *const key = arguments[2], *const value = arguments[3];
   for (PySsize i = 0, size = PyList_Size(dicts); i < size; ++i) {
     const PySsize place = PyLong_AsLongLong(PyList_GetItem(arguments[5], i));
+    if (PyDict_SetItem(PyList_GetItem(dicts, i), key, value) != 0) return nullptr;
     Py_IncRef(value);  // PyList_SetItem takes a reference over
-    if (PyDict_SetItem(PyList_GetItem(dicts, i), key, value) != 0 || PyList_SetItem(arguments[4], place, value) != 0) {
-      return nullptr;
-    }
+    if (PyList_SetItem(arguments[4], place, value) != 0) return nullptr;
     plan->known().at(static_cast<size_t>(place)) = value;
   }
   return none();
@@ -178,13 +179,19 @@ extern "C" __attribute__((visibility("default"))) PyObject* flashoptim_python_fu
   const auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (table == nullptr) return nullptr;
   PyObject* const functions = PyDict_New();
-  if (table->major != 1 || table->tensor_from_py_object == nullptr) return functions;
-  Py_IncRef(tensor_type);
-  Py_IncRef(parameter_type);
-  g_python = {table->tensor_from_py_object, tensor_type, parameter_type, PyUnicode_InternFromString("grad")};
+  if (functions == nullptr || table->major != 1 || table->tensor_from_py_object == nullptr) return functions;
+  if (g_python.grad == nullptr) {
+    PyObject* const grad = PyUnicode_InternFromString("grad");
+    if (grad == nullptr) return functions;
+    Py_IncRef(tensor_type);
+    Py_IncRef(parameter_type);
+    g_python = {table->tensor_from_py_object, tensor_type, parameter_type, grad};
+  }
   for (PyMethod& function : g_functions) {
-    const Reference made(PyCFunction_NewEx(&function, nullptr, nullptr));
-    PyDict_SetItemString(functions, function.name, made.get());
+    PyObject* const made = PyCFunction_NewEx(&function, nullptr, nullptr);
+    if (made == nullptr) continue;
+    PyDict_SetItemString(functions, function.name, made);
+    Py_DecRef(made);
   }
   return functions;
 }

@@ -79,6 +79,7 @@ class Prepared:
         self.group_list = sorted(set(self.groups))
         self.group_places = [self.group_list.index(group) for group in self.groups]
         self.counts_on_device = False
+        self.has_stepped = False  # by the last step()
         self.common_count: Any = None  # what every step count is, if they are one number
         self.empty = torch.empty(0, device=device)
         self.known: list[Any] = []
@@ -164,7 +165,8 @@ class Prepared:
         counter: Tensor,
         telemetry_stride: int,
     ) -> bool:
-        """One step; False, with nothing changed, where no parameter has a gradient."""
+        """One step; False, with nothing changed, where no parameter has a gradient. Sets has_stepped, whatever follows."""
+        self.has_stepped = False
         # Until the step is done, `held` keeps the gradients whose addresses the plan has.
         grads, absent, held = self._gradients()
         if len(absent) == len(self.params):
@@ -207,6 +209,7 @@ class Prepared:
             telemetry,
             max(1, telemetry_stride),
         )
+        self.has_stepped = True
         self.hyper_index = index
         del held
         # The operators write behind autograd's back: a graph that saved a parameter must be told that it changed.

@@ -233,18 +233,19 @@ class FlashOptimizer(torch.optim.Optimizer):
             for prepared in self._prepared:
                 monitor.check_learning_rates(self.kind, prepared.entries, lrs)
             stride = monitor.stride(self._prepared)
-        has_stepped = False
+        tried = []
         try:
             if len(self._prepared) > 1:  # a refusal of any must come before a change by one
                 for prepared in self._prepared:
                     prepared.check()
             for prepared in self._prepared:
                 on_device = controls.on(prepared.device)
-                has_stepped |= prepared.step(hypers, self._lrs, on_device, monitor.counter(prepared.device), stride)
+                tried.append(prepared)
+                prepared.step(hypers, self._lrs, on_device, monitor.counter(prepared.device), stride)
                 prepared.commit(self.state)
         except RuntimeError:
             self._drop_prepared()
-            if has_stepped:  # the slower way would step the same parameters again
+            if any(prepared.has_stepped for prepared in tried):  # the slower way would step the same parameters again
                 raise
             self._wait_to_prepare()
             return False

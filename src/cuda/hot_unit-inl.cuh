@@ -3,11 +3,11 @@
 // under conditions that are collected and tested before anything is written. Where one fails (zeros, subnormals,
 // infinities, NaN, absurd magnitudes), the warp takes core's formulas instead. tests/cuda compares both with the CPU.
 //
-// Zeros are common, though: rows of an embedding that no batch has touched. kZeros is the same with some 15 instructions
+// Zeros are common, though: rows of an embedding that no batch has touched. kZeros is the same with some 10 instructions
 // an element more, for tiles that hold some.
 //
-// What counts on the H100 is instructions: at the speed of memory there are about 110 an element, and half of them may
-// be on the ALU pipe (integers, comparisons, selections). So shifts and additions become IMAD, bytes are picked by PRMT,
+// What counts on the H100 is instructions (docs/cuda.md): at full clock about 110 an element fit into the time that memory
+// takes, and half of them may be on the ALU pipe (integers, comparisons, selections). So shifts and additions become IMAD, bytes are picked by PRMT,
 // and codes are formed in the top byte of a word, from where the packing takes them.
 #pragma once
 
@@ -27,13 +27,13 @@ struct VarianceBounds {
   static __device__ __forceinline__ bool hold(const typename Rule::Hyper&) { return true; }
 };
 /// (1 - beta2) g^2 <= v' <= 2^54: |g| is below 2^40, and sqrt(v') / sqrt(1 - beta2^t) + eps at most 2^27 2^12 + 2^38. Below,
-/// the bound of radicands is one of divisors.
+/// the bound of radicands is one of divisors. With beta2 above 0, v before is bounded as well, and so m.
 template <bool kDecoupled>
 struct VarianceBounds<core::AdamRule<kDecoupled>> {
   static constexpr bool kKnown = true;
   static constexpr uint32_t kLargest = (127u + 54u) << 23;
   static __device__ __forceinline__ bool hold(const typename core::AdamRule<kDecoupled>::Hyper& h) {
-    return h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f;
+    return h.beta2 > 0.0f && h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f;
   }
 };
 
@@ -180,7 +180,8 @@ __device__ __forceinline__ float narrow_element(const HotWords<kWords>& words, i
 /// Byte i of 16.
 __device__ __forceinline__ uint32_t byte_of(const HotWords<4>& words, int i) { return permute(words.w[i / 4], 0u, 0x4440u + i % 4); }
 
-/// table[byte i of 16]; `table` is an address in shared memory. The dot product picks the byte, scales it and adds.
+/// table[byte i of 16]; `table` is an address in shared memory. The dot product picks the byte, scales it and adds. (The asm
+/// does not say that it reads memory: it stays behind the table's filling because the words are loaded behind it.)
 __device__ __forceinline__ float look_up(uint32_t table, const HotWords<4>& words, int i) {
   const uint32_t address = __dp4a(words.w[i / 4], 4u << (8 * (i % 4)), table);
   float value;
@@ -526,6 +527,9 @@ struct HotHeaders {
   uint32_t of[kMaxStates] = {0u, 0u};
 };
 
+/// Where the q-th 16 bytes of a tile stand, if a thread takes two in a row: so that neither way of access has conflicts.
+__device__ __forceinline__ int place(int q) { return q ^ (q >> 3 & 1); }
+
 /// The stored form of a warp's tile, on its way while the warp computes the tile before. (Loads into registers would be
 /// moved down to their uses by the compiler, which waits three times for memory.)
 template <class Rule, MasterWeights kMaster>
@@ -536,10 +540,8 @@ struct HotStage {
   uint4 correction[kCorrectionQuads > 0 ? 32 * kCorrectionQuads : 1];
   uint4 states[Rule::kStateCount][32];
 
-  /// Where the q-th 16 bytes of a tile stand, if a thread takes two in a row: so that neither way of access has conflicts.
-  static __device__ __forceinline__ int place(int q) { return q ^ (q >> 3 & 1); }
-
   __device__ __forceinline__ HotHeaders fetch(const HotContext& context, uint32_t first_group, int thread) {
+    __syncwarp();  // all have read what stood here
     const uint32_t first = first_group * static_cast<uint32_t>(kGroupSize) + static_cast<uint32_t>(thread) * 8u;
     const uint32_t first_code = first_group * static_cast<uint32_t>(kGroupSize) + static_cast<uint32_t>(thread) * 16u;
     const unsigned char* p = context.parameter + static_cast<uint64_t>(first) * 2u;
@@ -585,16 +587,16 @@ struct HotStage {
 
 /// Stores two quads a thread so that the warp writes whole sectors: through the stage that they came from.
 __device__ __forceinline__ void store_pairs(unsigned char* p, const HotWords<8>& words, uint4* through, int thread) {
-  const int at = 2 * thread;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    through[(at + j) ^ ((at + j) >> 3 & 1)] = make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]);
+    const uint4 quad = make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]);
+    through[place(2 * thread + j)] = quad;
   }
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int q = 32 * j + thread;
-    reinterpret_cast<uint4*>(p)[q] = through[q ^ (q >> 3 & 1)];
+    reinterpret_cast<uint4*>(p)[q] = through[place(q)];
   }
 }
 

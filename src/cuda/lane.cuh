@@ -1,4 +1,4 @@
-// Lane types of the CUDA kernels, and what the quad of threads that holds a group does together.
+// Lane types of the CUDA kernels, and what the threads that hold a group (4, or 2 in the hot kernels) do together.
 //
 // UpdateLane computes the update rule by shorter sequences that give the same bits wherever its guard holds, which is
 // nearly always; elsewhere the kernel computes the unit again with ExactLane, which is exact for every input.

@@ -233,8 +233,9 @@ inline constexpr DType kDTypeOf = std::is_same_v<Narrow, core::BFloat16> ? DType
 template <class Narrow, MasterWeights kMaster>
 using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>, kMaster>;
 
-/// 16-bit weights and gradients of one type, default codec, nothing rounded to nearest but weights without corrections. Every warp works on its own and takes
-/// tiles of 16 groups, first its own, every n-th, then as they come, so that all warps together sweep through memory.
+/// 16-bit weights and gradients of one type, default codec, nothing rounded to nearest but weights without corrections.
+/// Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then as they come, so that all
+/// warps together sweep through memory.
 template <class Rule, class Narrow, MasterWeights kMaster>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
@@ -309,9 +310,9 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
     }
     if (result == kHotFailed) {
       if (context.active && tile.groups > 0) {
+        const int64_t first_group = (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first;
         exact_units_apart<Rule, HotTypes<Narrow, kMaster>>(args.tensors[tile.tensor], context.prepared, args.nonfinite,
-                                (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first,
-                                tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
+                                                           first_group, tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
       }
     }
     tile = next;
@@ -330,7 +331,7 @@ int launch_step(const StepArguments& args, void* stream) {
 }
 
 template <MasterWeights kMaster>
-using BFloat16Types = KnownTypes<DType::kBFloat16, DType::kBFloat16, kMaster>;
+using BFloat16Types = HotTypes<core::BFloat16, kMaster>;
 
 template <class Rule, class Narrow, MasterWeights kMaster>
 int launch_hot(const StepArguments& args, void* stream) {

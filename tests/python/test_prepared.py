@@ -269,6 +269,24 @@ def test_telemetry_of_every_parameter_by_name():
     assert optimizer.numerics_report().sampled_updates == 0
 
 
+def test_an_error_right_behind_a_step_is_raised_and_nothing_is_stepped_twice(monkeypatch):
+    param = torch.nn.Parameter(torch.zeros(64, dtype=torch.float32))
+    optimizer = flashoptim.FlashSGD([param], lr=1.0)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+
+    def fails(params):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd.graph, "increment_version", fails)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            optimizer.step()
+    assert torch.equal(param.detach(), torch.full((64,), -2.0))
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.full((64,), -3.0))
+
+
 def test_an_error_behind_a_step_is_raised_and_nothing_is_stepped_twice(monkeypatch):
     def make():
         params = make_params(shapes=[(64, 64), (64, 64)])
