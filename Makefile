@@ -10,7 +10,7 @@ demo:  ## train a GPT on real text with FlashAdamW and with torch's fp32 AdamW, 
 test:  ## build everything and run the tests (20 minutes)
 	tools/test.sh
 
-test-all:  ## the tests with the long sweeps
+test-all:  ## the tests with the long sweeps (25 minutes)
 	tools/test.sh --all
 
 setup:  ## install what is missing: apt packages, .venv

@@ -184,16 +184,28 @@ bool is_last_of_binade_at_full_correction(const SplitFormat& format, uint32_t n,
          c == ((n & 0x8000u) != 0 ? -1 : 1) * format.largest();
 }
 
+/// The other exception, of 16 bits alone: weights 16,416 / 2^15 h away from their narrow value, where split's product,
+/// 16415.49902, lies between two floats and is rounded to 16415.5, a tie, which goes to the even 16416. That merges to one
+/// fp32 ULP more (where h is 2^15 of them, as bf16's always is), once. And 64 pairs below 2^-116, where the term of the
+/// correction is subnormal and so rounded to 2^-149.
+bool is_rounded_twice(const SplitFormat& format, uint32_t merged) {
+  if (format.bits != 16) return false;
+  const double w = static_cast<double>(float_of(merged));
+  const uint32_t n = format.narrow.encode(merged);
+  if (std::fabs(w) < 0x1p-116) return true;
+  return std::fabs(w - format.narrow.decode(n)) == format.narrow.half_ulp(n) * (16416.0 / 32768.0);
+}
+
 /// Every pair of a finite narrow value and a correction (16 bit: of every `stride`th correction): merge is the
 /// definition correctly rounded but for one more rounding of the fraction, and split brings back a pair that merges to
 /// the same bits.
 void expect_pairs_hold(const cpu::KernelTable& table, const SplitFormat& format, int stride) {
   const int largest = format.largest();
-  std::atomic<uint64_t> far{0}, moved{0}, listed{0}, pairs{0};
+  std::atomic<uint64_t> far{0}, moved{0}, listed{0}, ties{0}, pairs{0};
   std::atomic<uint32_t> example{0};
   on_two_threads(0x10000u / cpu::kBlockElements, 1, [&](uint64_t begin, uint64_t end) {
     SplitBlock block(table, format);
-    uint64_t bad_far = 0, bad_moved = 0, listed_moved = 0, seen = 0;
+    uint64_t bad_far = 0, bad_moved = 0, listed_moved = 0, ties_moved = 0, seen = 0;
     for (uint64_t b = begin; b < end; ++b) {
       const uint32_t first = static_cast<uint32_t>(b) * cpu::kBlockElements;
       for (int c = -largest; c <= largest; c = c + stride > largest && c < largest ? largest : c + stride) {
@@ -230,13 +242,20 @@ void expect_pairs_hold(const cpu::KernelTable& table, const SplitFormat& format,
             listed_moved += moved_by > 0.0;
             continue;
           }
-          if (bits_of(block.weights()[i]) != merged[i] && bad_moved++ == 0) example = n;
+          if (bits_of(block.weights()[i]) == merged[i]) continue;
+          const uint32_t up = bits_of(block.weights()[i]) - merged[i];
+          if (is_rounded_twice(format, merged[i]) && (up == 1u || up == 0xffffffffu)) {
+            ++ties_moved;
+          } else if (bad_moved++ == 0) {
+            example = n;
+          }
         }
       }
     }
     far += bad_far;
     moved += bad_moved;
     listed += listed_moved;
+    ties += ties_moved;
     pairs += seen;
   });
   EXPECT_EQ(far, 0u) << format.narrow.name << ' ' << format.bits << " bits: merge is off, e.g. narrow " << std::hex
@@ -247,9 +266,12 @@ void expect_pairs_hold(const cpu::KernelTable& table, const SplitFormat& format,
   // ULP.
   const bool visible = format.bits == 8 || format.dtype == DType::kBFloat16;
   EXPECT_EQ(listed, visible ? 2u * (format.narrow.largest_exponent() - 2u) : 0u);
-  std::printf("  %s %s + %2d bits: %llu pairs, %llu of the listed exception moved\n", table.isa, format.narrow.name,
+  if (stride == 1) {
+    EXPECT_EQ(ties, format.bits == 8 ? 0u : format.dtype == DType::kBFloat16 ? 126528u : 512u);
+  }
+  std::printf("  %s %s + %2d bits: %llu pairs, %llu and %llu of the listed exceptions moved\n", table.isa, format.narrow.name,
               format.bits, static_cast<unsigned long long>(pairs.load()),
-              static_cast<unsigned long long>(listed.load()));
+              static_cast<unsigned long long>(listed.load()), static_cast<unsigned long long>(ties.load()));
 }
 
 TEST(WeightSplit, EveryPairOf8BitsMergesAsDefinedAndSurvivesSplitAndMergeBitForBit) {
@@ -262,7 +284,7 @@ TEST(WeightSplit, EveryPairOf8BitsMergesAsDefinedAndSurvivesSplitAndMergeBitForB
 
 TEST(WeightSplit, PairsOf16BitsMergeAsDefinedAndSurviveSplitAndMergeBitForBit) {
   for (const SplitFormat& format : kFormats) {
-    if (format.bits == 16) expect_pairs_hold(*machine_tables().back(), format, test_all() ? 1 : kSanitized ? 8209 : 97);
+    if (format.bits == 16) expect_pairs_hold(*machine_tables().back(), format, kSanitized ? 8209 : test_all() ? 1 : 97);
   }
 }
 
