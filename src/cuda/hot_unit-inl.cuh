@@ -7,8 +7,8 @@
 // an element more, for tiles that hold some.
 //
 // What counts on the H100 is instructions (docs/cuda.md): at full clock about 110 an element fit into the time that memory
-// takes, and half of them may be on the ALU pipe (integers, comparisons, selections). So shifts and additions become IMAD, bytes are picked by PRMT,
-// and codes are formed in the top byte of a word, from where the packing takes them.
+// takes, and half of them may be on the ALU pipe (integers, comparisons, selections). So shifts and additions become IMAD,
+// bytes are picked by PRMT, and codes are formed in the top byte of a word, from where the packing takes them.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -41,6 +41,10 @@ struct VarianceBounds<core::AdamRule<kDecoupled>> {
 template <MasterWeights kMaster>
 inline constexpr int kHotBits = core::has_correction(kMaster) ? core::correction_bits(kMaster) : 0;
 
+__device__ __forceinline__ const PreparedHyper* hyper_of(const StepArguments& args, const TensorEntry& t) {
+  return (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
+}
+
 /// What the tiles of one tensor share, in shared memory: registers are for elements. Addresses are those of a segment of
 /// 2^kSegmentBits groups, so that offsets have 32 bits.
 struct alignas(16) HotContext {
@@ -60,7 +64,7 @@ struct alignas(16) HotContext {
   template <class Rule, MasterWeights kMaster>
   __device__ __forceinline__ void open(const StepArguments& args, int32_t tensor, uint32_t segment, int thread) {
     const TensorEntry& t = args.tensors[tensor];
-    const PreparedHyper* hyper = (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
+    const PreparedHyper* hyper = hyper_of(args, t);
     __syncwarp();
     if (thread < static_cast<int>(sizeof(PreparedHyper) / 4)) {
       reinterpret_cast<uint32_t*>(&prepared)[thread] = reinterpret_cast<const uint32_t*>(hyper)[thread];

@@ -20,36 +20,6 @@ struct UpdateGuard {
   }
 };
 
-/// kZeros: dividends and radicands may be 0. kBounded: the caller knows that no bound of the rule is reached and that
-/// divisors are at most 2^40.
-template <bool kZeros, bool kBounded>
-struct UpdateLane {
-  float v;
-  UpdateGuard* guard = nullptr;  ///< null for constants
-  float lower = 0.0f;  ///< a bound below 0 that max() left to min()
-
-  UpdateLane() = default;
-  __device__ __forceinline__ UpdateLane(float value, UpdateGuard* g = nullptr) : v(value), guard(g) {}
-};
-
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateGuard* either(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
-  return a.guard != nullptr ? a.guard : b.guard;
-}
-
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateLane<kZeros, kBounded> operator+(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
-  return {a.v + b.v, either(a, b)};
-}
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateLane<kZeros, kBounded> operator-(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
-  return {a.v - b.v, either(a, b)};
-}
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateLane<kZeros, kBounded> operator*(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
-  return {a.v * b.v, either(a, b)};
-}
-
 __device__ __forceinline__ float approximate_reciprocal(float a) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
@@ -75,15 +45,6 @@ __device__ __forceinline__ float divide_in_range(float a, float b) {
 #endif
   return q;
 }
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateLane<kZeros, kBounded> operator/(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
-  UpdateGuard& guard = *either(a, b);
-  const bool is_zero = kZeros && a.v == 0.0f;
-  guard.ok &= (fabsf(a.v) >= 0x1p-80f) | is_zero;
-  if constexpr (!kBounded) guard.largest_divisor = core::int_max(guard.largest_divisor, core::to_bits(b.v));
-  const float q = divide_in_range(a.v, b.v);
-  return {is_zero ? a.v : q, &guard};
-}
 
 /// CUDA's own sequence for the correctly rounded root, for 2^-101 <= a; infinity and negative numbers give NaN.
 __device__ __forceinline__ float sqrt_in_range(float a) {
@@ -91,45 +52,66 @@ __device__ __forceinline__ float sqrt_in_range(float a) {
   const float s = __fmul_rn(a, y);
   return __fmaf_rn(__fmaf_rn(-s, s, a), __fmul_rn(0.5f, y), s);
 }
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateLane<kZeros, kBounded> sqrt(UpdateLane<kZeros, kBounded> a) {
-  // Without zeros the 1 is taken off the bound instead.
-  UpdateGuard& guard = *a.guard;
-  guard.smallest_radicand_minus_one = core::unsigned_min(guard.smallest_radicand_minus_one, core::to_bits(a.v) - 1u);
-  const float s = sqrt_in_range(a.v);
-  return {kZeros && a.v == 0.0f ? a.v : s, a.guard};
-}
 
-/// Rules bound a variable by a constant, which they name first: usually the variable stays. A bound below 0 is one half of
-/// a clamp, min(c, max(-c, a)), which is a single comparison.
+/// kZeros: dividends and radicands may be 0. kBounded: the caller knows that no bound of the rule is reached and that
+/// divisors are at most 2^40.
 template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateLane<kZeros, kBounded> max(UpdateLane<kZeros, kBounded> bound, UpdateLane<kZeros, kBounded> a) {
-  if constexpr (kBounded) return a;
-  if (bound.v < 0.0f) {
-    a.lower = bound.v;
-  } else {
-    a.guard->ok &= a.v >= bound.v;
+struct UpdateLane {
+  float v;
+  UpdateGuard* guard = nullptr;  ///< null for constants
+  float lower = 0.0f;  ///< a bound below 0 that max() left to min()
+
+  UpdateLane() = default;
+  __device__ __forceinline__ UpdateLane(float value, UpdateGuard* g = nullptr) : v(value), guard(g) {}
+
+  friend __device__ __forceinline__ UpdateGuard* either(UpdateLane a, UpdateLane b) {
+    return a.guard != nullptr ? a.guard : b.guard;
   }
-  return a;
-}
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateLane<kZeros, kBounded> min(UpdateLane<kZeros, kBounded> bound, UpdateLane<kZeros, kBounded> a) {
-  if constexpr (kBounded) return a;
-  if (a.lower == -bound.v) {
-    a.guard->ok &= fabsf(a.v) <= bound.v;
-  } else {
-    a.guard->ok &= (a.v <= bound.v) & (a.lower == 0.0f || a.v >= a.lower);
+
+  friend __device__ __forceinline__ UpdateLane operator+(UpdateLane a, UpdateLane b) { return {a.v + b.v, either(a, b)}; }
+  friend __device__ __forceinline__ UpdateLane operator-(UpdateLane a, UpdateLane b) { return {a.v - b.v, either(a, b)}; }
+  friend __device__ __forceinline__ UpdateLane operator*(UpdateLane a, UpdateLane b) { return {a.v * b.v, either(a, b)}; }
+  friend __device__ __forceinline__ UpdateLane operator/(UpdateLane a, UpdateLane b) {
+    UpdateGuard& guard = *either(a, b);
+    const bool is_zero = kZeros && a.v == 0.0f;
+    guard.ok &= (fabsf(a.v) >= 0x1p-80f) | is_zero;
+    if constexpr (!kBounded) guard.largest_divisor = core::int_max(guard.largest_divisor, core::to_bits(b.v));
+    const float q = divide_in_range(a.v, b.v);
+    return {is_zero ? a.v : q, &guard};
   }
-  return {a.v, a.guard};
-}
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ bool greater(UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
-  return a.v > b.v;
-}
-template <bool kZeros, bool kBounded>
-__device__ __forceinline__ UpdateLane<kZeros, kBounded> select(bool mask, UpdateLane<kZeros, kBounded> a, UpdateLane<kZeros, kBounded> b) {
-  return {mask ? a.v : b.v, either(a, b)};
-}
+  friend __device__ __forceinline__ UpdateLane sqrt(UpdateLane a) {
+    UpdateGuard& guard = *a.guard;
+    guard.smallest_radicand_minus_one = core::unsigned_min(guard.smallest_radicand_minus_one, core::to_bits(a.v) - 1u);
+    const float s = sqrt_in_range(a.v);
+    return {kZeros && a.v == 0.0f ? a.v : s, a.guard};
+  }
+
+  /// Rules bound a variable by a constant, which they name first: usually the variable stays. A bound below 0 is one half
+  /// of a clamp, min(c, max(-c, a)), which is a single comparison.
+  friend __device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
+    if constexpr (kBounded) return a;
+    if (bound.v < 0.0f) {
+      a.lower = bound.v;
+    } else {
+      a.guard->ok &= a.v >= bound.v;
+    }
+    return a;
+  }
+  friend __device__ __forceinline__ UpdateLane min(UpdateLane bound, UpdateLane a) {
+    if constexpr (kBounded) return a;
+    if (a.lower == -bound.v) {
+      a.guard->ok &= fabsf(a.v) <= bound.v;
+    } else {
+      a.guard->ok &= (a.v <= bound.v) & (a.lower == 0.0f || a.v >= a.lower);
+    }
+    return {a.v, a.guard};
+  }
+
+  friend __device__ __forceinline__ bool greater(UpdateLane a, UpdateLane b) { return a.v > b.v; }
+  friend __device__ __forceinline__ UpdateLane select(bool mask, UpdateLane a, UpdateLane b) {
+    return {mask ? a.v : b.v, either(a, b)};
+  }
+};
 
 /// a / b, correctly rounded, for every a and b. CUDA's own has no short way for a dividend of 0, which is what untouched
 /// elements have: a call of 60 instructions.

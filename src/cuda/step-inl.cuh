@@ -181,10 +181,6 @@ __device__ __forceinline__ void copy_to_shared(T* to, const T* from, int thread)
   }
 }
 
-__device__ __forceinline__ const PreparedHyper* hyper_of(const StepArguments& args, const TensorEntry& t) {
-  return (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
-}
-
 __device__ __forceinline__ bool all_aligned(const TensorEntry& t) {
   return (t.flags & kVectorAligned) && (reinterpret_cast<uintptr_t>(t.gradient) & 15u) == 0;
 }
