@@ -26,23 +26,6 @@ ElementSizes element_sizes(const ParameterTensors& t) {
   return sizes;
 }
 
-void prefetch_block(const ParameterTensors& t, int64_t index) {
-  constexpr int64_t kLine = 64;
-  const ElementSizes sizes = element_sizes(t);
-  // Rows with short groups start blocks at other elements; close enough for a hint, and never behind the end.
-  const int64_t first = index * kBlockElements;
-  const int64_t count = std::min<int64_t>(kBlockElements, t.layout.numel() - first);
-  const auto prefetch = [first, count](const void* base, int64_t size) {
-    if (base == nullptr) return;
-    const char* p = static_cast<const char*>(base) + first * size;
-    for (int64_t offset = 0; offset < count * size; offset += kLine) __builtin_prefetch(p + offset, 1, 3);
-  };
-  prefetch(t.parameter, sizes.parameter);
-  prefetch(t.gradient, sizes.gradient);
-  prefetch(t.correction, sizes.correction);
-  for (int k = 0; k < kMaxStates; ++k) prefetch(t.states[k], sizes.state);
-}
-
 BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
     : tensor_(tensor), sizes_(element_sizes(tensor)), first_group_(index * kBlockGroups) {
   const GroupLayout& layout = tensor.layout;

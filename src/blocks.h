@@ -1,6 +1,7 @@
 // Walking a tensor in blocks of up to 16 groups: which memory a block covers, padded copies where groups are short.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "flashoptim/step.h"
@@ -25,9 +26,31 @@ struct BlockAccess {
   bool write_states;
 };
 
-/// Asks for the memory of block `index` of `tensor`, which must lie within it, ahead of its use. Seven streams of a few
-/// hundred bytes a block, with page boundaries in them, are more than hardware prefetchers follow.
-void prefetch_block(const ParameterTensors& tensor, int64_t index);
+/// Asks for the memory of one block of `tensor` ahead of its use, an array at a time: seven streams of a few hundred bytes a
+/// block, with page boundaries in them, are more than hardware prefetchers follow.
+class BlockPrefetch {
+ public:
+  /// `index` must lie within the tensor, or be negative: then nothing is asked for.
+  BlockPrefetch(const ParameterTensors& tensor, int64_t index)
+      : tensor_(tensor),
+        first_(index * kBlockElements),
+        // Rows with short groups start blocks at other elements; close enough for a hint, and never behind the end.
+        count_(index < 0 ? 0 : std::min<int64_t>(kBlockElements, tensor.layout.numel() - first_)) {}
+
+  void parameter() const { prefetch(tensor_.parameter, 2); }
+  void gradient() const { prefetch(tensor_.gradient, 2); }
+  void correction() const { prefetch(tensor_.correction, 1); }
+  void state(int k) const { prefetch(tensor_.states[k], 1); }
+
+ private:
+  void prefetch(const void* base, int64_t size) const {
+    if (base == nullptr) return;
+    const char* p = static_cast<const char*>(base) + first_ * size;
+    for (int64_t offset = 0; offset < count_ * size; offset += 64) __builtin_prefetch(p + offset, 1, 3);
+  }
+  const ParameterTensors& tensor_;
+  int64_t first_, count_;
+};
 
 /// A stretch of elements that is contiguous both in the tensor and in the block.
 struct ElementRun {

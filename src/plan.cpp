@@ -169,7 +169,28 @@ struct Plan::Impl {
   std::vector<PreparedHyper> hypers;
   std::atomic<int64_t> nonfinite{0};
 
-  void step_block(Block& block, const ParameterTensors& t, int64_t index) const {
+  /// A step of a block whose memory and hyperparameters are set. `next`: the block whose memory is asked for, or -1.
+  void run_stages(Block& block, const ParameterTensors& t, int64_t next) const {
+    const int dtype = static_cast<int>(t.parameter_dtype), master = static_cast<int>(t.master_weights);
+    const auto& stages = kernels->rule[static_cast<int>(rule)][static_cast<int>(t.state_codec)];
+    const cpu::Stage store = kernels->store_weights[dtype][master];
+    const cpu::BlockPrefetch prefetch(t, next);
+    kernels->load_weights[dtype][master](block);
+    prefetch.parameter();
+    kernels->load_gradient[static_cast<int>(t.gradient_dtype)](block);
+    prefetch.gradient();
+    stages[0](block);
+    prefetch.state(0);
+    const int half = stages[2] != nullptr ? block.groups / 2 : block.groups;
+    store_groups(store, block, 0, half);
+    prefetch.state(1);
+    if (stages[1] != nullptr) stages[1](block);
+    prefetch.correction();
+    if (half < block.groups) store_groups(store, block, half, block.groups);
+    if (stages[2] != nullptr) stages[2](block);
+  }
+
+  void step_block(Block& block, const ParameterTensors& t, int64_t index, bool has_next) const {
     const PreparedHyper& hyper = hypers[static_cast<size_t>(t.hyper_index)];
     block.hyper = &hyper.rule;
     block.dither = hyper.dither;
@@ -177,18 +198,20 @@ struct Plan::Impl {
     const BlockAccess access{true, true, true};
     BlockWalker walker(t, index);
     walker.open(block, access);
-    const int dtype = static_cast<int>(t.parameter_dtype), master = static_cast<int>(t.master_weights);
+    const int master = static_cast<int>(t.master_weights);
     kernels->hash_groups(block);
-    kernels->load_weights[dtype][master](block);
-    kernels->load_gradient[static_cast<int>(t.gradient_dtype)](block);
-    const auto& stages = kernels->rule[static_cast<int>(rule)][static_cast<int>(t.state_codec)];
-    const cpu::Stage store = kernels->store_weights[dtype][master];
-    stages[0](block);
-    const int half = stages[2] != nullptr ? block.groups / 2 : block.groups;
-    store_groups(store, block, 0, half);
-    if (stages[1] != nullptr) stages[1](block);
-    if (half < block.groups) store_groups(store, block, half, block.groups);
-    if (stages[2] != nullptr) stages[2](block);
+    // (Elements ahead are neighbours in memory only where the walker copies none.)
+    block.ahead = has_next && walker.is_contiguous() ? cpu::kBlockElements : 0;
+    const bool all_bf16 = t.parameter_dtype == DType::kBFloat16 && t.gradient_dtype == DType::kBFloat16;
+    const auto& usual = kernels->usual[static_cast<int>(rule)][static_cast<int>(t.state_codec)][master];
+    if (all_bf16 && usual.begin != nullptr && usual.begin(block)) {
+      store_groups(usual.finish, block, 0, block.groups / 2);
+      usual.encode[0](block);
+      store_groups(usual.finish, block, block.groups / 2, block.groups);
+      usual.encode[1](block);
+    } else {
+      run_stages(block, t, has_next ? index + 1 : -1);
+    }
     walker.close(access);
   }
 
@@ -200,8 +223,7 @@ struct Plan::Impl {
       const int64_t last = std::min(end, first_block[t + 1]);
       if (tensors[t].gradient != nullptr) {
         for (; b < last; ++b) {
-          if (b + kPrefetchDistance < last) cpu::prefetch_block(tensors[t], b + kPrefetchDistance - first_block[t]);
-          step_block(block, tensors[t], b - first_block[t]);
+          step_block(block, tensors[t], b - first_block[t], b + 1 < last);
         }
       }
       b = last;

@@ -13,7 +13,7 @@
 
 namespace flashoptim::cpu {
 
-inline constexpr int kBlockGroups = 16;
+inline constexpr int kBlockGroups = 32;
 inline constexpr int kBlockElements = kBlockGroups * static_cast<int>(kGroupSize);
 
 /// Which compiled rule: OptimizerKind with SGD's momentum-free form apart.
@@ -44,11 +44,11 @@ struct Block {
   uint16_t* scales[kMaxStates];
   float gradient_scale;
   int64_t nonfinite;
-  alignas(64) float weight[kBlockElements];
-  alignas(64) float correction_value[kBlockElements];  ///< what the corrections add; weight includes it
-  alignas(64) float gradient_f32[kBlockElements];
-  alignas(64) float delta[kBlockElements];
-  alignas(64) float state_f32[kMaxStates][kBlockElements];
+  alignas(64) float weight[kBlockElements + 48];
+  alignas(64) float correction_value[kBlockElements + 80];  ///< what the corrections add; weight includes it
+  alignas(64) float gradient_f32[kBlockElements + 112];
+  alignas(64) float delta[kBlockElements + 144];
+  alignas(64) float state_f32[kMaxStates][kBlockElements + 176];
   /// Constants of the encoders, per group: found by one stage from statistics over the group, used by the next. The
   /// window's shifts are the variance's, or those of momentum alone.
   alignas(64) uint32_t window_shift[kBlockGroups];
@@ -59,6 +59,9 @@ struct Block {
   alignas(64) uint32_t mu_law_mask[kBlockGroups];
   alignas(64) float mu_law_offset[kBlockGroups];
   alignas(64) uint32_t mu_law_lowest[kBlockGroups];
+  /// Set by the rule's first stage for its others: that states are such as nearly always (hot_avx512-inl.h).
+  bool usual;
+  int64_t ahead;  ///< elements from this block's to those whose memory is asked for; 0: none
   /// Groups that store_weights works on.
   int store_begin, store_end;
 };
@@ -71,12 +74,22 @@ using Stage = void (*)(Block&);
 /// cycles per 16 elements).
 inline constexpr int kRuleStages = 3;
 
+/// A step of a full block of bf16 weights and gradients in fewer passes, where its values allow it: begin, finish, encode[0],
+/// finish, encode[1], with half of the groups to each finish. Where begin returns false, nothing has happened and the
+/// stages above do the step.
+struct UsualStages {
+  bool (*begin)(Block&);
+  Stage finish;  ///< of groups store_begin ... store_end - 1
+  Stage encode[2];
+};
+
 struct KernelTable {
   const char* isa;
   Stage hash_groups;  ///< group_first -> group_hash
   Stage load_weights[kDTypes][kMasterKinds];
   Stage load_gradient[kDTypes];
   Stage rule[kRuleKinds][kCodecs][kRuleStages];
+  UsualStages usual[kRuleKinds][kCodecs][kMasterKinds];  ///< null where there is none
   Stage store_weights[kDTypes][kMasterKinds];  ///< of groups store_begin ... store_end - 1
   Stage split_weights[kDTypes][kMasterKinds];  ///< weight -> parameter, correction (nearest)
   Stage decode[kRuleKinds][kCodecs];           ///< states -> state_f32

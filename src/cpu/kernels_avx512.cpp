@@ -1,10 +1,7 @@
-#include "src/cpu/lanes_avx512-inl.h"
-#include "src/cpu/lanes_pair-inl.h"
-//
-#include "src/cpu/loops-inl.h"
+#include "src/cpu/hot_avx512-inl.h"
 
 namespace flashoptim::cpu {
 
-const KernelTable kAvx512Kernels = Loops<core::PairFloat<core::Avx512Float>>::table("avx512");
+const KernelTable kAvx512Kernels = HotAvx512::table("avx512");
 
 }  // namespace flashoptim::cpu

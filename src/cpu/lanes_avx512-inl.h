@@ -113,21 +113,32 @@ FLASHOPTIM_HD void store_16(uint16_t* p, Avx512Int a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
 }
 
-/// Maxima (minima) over each of 16 rows of kWidth lanes. A tree that reduces four rows at a time within 128-bit lanes
-/// and then across them: 45 operations where 16 separate reductions take 144.
+/// Maxima (minima) over rows of 16 lanes, by a tree that reduces four rows at a time within 128-bit lanes and then across
+/// them: 45 operations for 16 rows, where separate reductions take 144. Lane 4 i + r of the result is a quarter of row r's.
+template <class Pick>
+FLASHOPTIM_HD __m512i reduce_4_rows(__m512i r0, __m512i r1, __m512i r2, __m512i r3, Pick pick) {
+  const __m512i m01 = pick(_mm512_unpacklo_epi32(r0, r1), _mm512_unpackhi_epi32(r0, r1));
+  const __m512i m23 = pick(_mm512_unpacklo_epi32(r2, r3), _mm512_unpackhi_epi32(r2, r3));
+  return pick(_mm512_unpacklo_epi64(m01, m23), _mm512_unpackhi_epi64(m01, m23));
+}
+/// Of 16 rows, from four results of reduce_4_rows: lane r is row r's.
+template <class Pick>
+FLASHOPTIM_HD Avx512Int reduce_quarters(const uint32_t* quarters, Pick pick) {
+  const __m512i q0 = _mm512_load_si512(quarters), q1 = _mm512_load_si512(quarters + 16);
+  const __m512i q2 = _mm512_load_si512(quarters + 32), q3 = _mm512_load_si512(quarters + 48);
+  const __m512i low = pick(_mm512_shuffle_i32x4(q0, q1, 0x88), _mm512_shuffle_i32x4(q0, q1, 0xdd));
+  const __m512i high = pick(_mm512_shuffle_i32x4(q2, q3, 0x88), _mm512_shuffle_i32x4(q2, q3, 0xdd));
+  return {pick(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd))};
+}
 template <class Pick>
 FLASHOPTIM_HD Avx512Int reduce_16_rows(const uint32_t* rows, Pick pick) {
-  __m512i quad[4];
+  alignas(64) uint32_t quarters[64];
   for (int q = 0; q < 4; ++q) {
-    const __m512i r0 = _mm512_load_si512(rows + 64 * q), r1 = _mm512_load_si512(rows + 64 * q + 16);
-    const __m512i r2 = _mm512_load_si512(rows + 64 * q + 32), r3 = _mm512_load_si512(rows + 64 * q + 48);
-    const __m512i m01 = pick(_mm512_unpacklo_epi32(r0, r1), _mm512_unpackhi_epi32(r0, r1));
-    const __m512i m23 = pick(_mm512_unpacklo_epi32(r2, r3), _mm512_unpackhi_epi32(r2, r3));
-    quad[q] = pick(_mm512_unpacklo_epi64(m01, m23), _mm512_unpackhi_epi64(m01, m23));
+    const uint32_t* const r = rows + 64 * q;
+    _mm512_store_si512(quarters + 16 * q, reduce_4_rows(_mm512_load_si512(r), _mm512_load_si512(r + 16), _mm512_load_si512(r + 32),
+                                                        _mm512_load_si512(r + 48), pick));
   }
-  const __m512i low = pick(_mm512_shuffle_i32x4(quad[0], quad[1], 0x88), _mm512_shuffle_i32x4(quad[0], quad[1], 0xdd));
-  const __m512i high = pick(_mm512_shuffle_i32x4(quad[2], quad[3], 0x88), _mm512_shuffle_i32x4(quad[2], quad[3], 0xdd));
-  return {pick(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd))};
+  return reduce_quarters(quarters, pick);
 }
 
 template <>

@@ -68,10 +68,11 @@ struct Loops {
     }
   }
 
+  /// Of groups begin ... end - 1.
   template <class Narrow, MasterWeights kMaster>
-  static void load_narrow_weights(Block& b) {
+  static void load_narrow_weights_of(Block& b, int begin, int end) {
     const auto* parameter = static_cast<const uint16_t*>(b.parameter);
-    for (int i = 0; i < b.groups * kGroup; i += kWidth) {
+    for (int i = begin * kGroup; i < end * kGroup; i += kWidth) {
       F w = Narrow::template widen<F>(core::load_u16<F>(parameter + i));
       if constexpr (core::has_correction(kMaster)) {
         const F value = core::correction_value<Narrow, core::correction_bits(kMaster), F>(w, load_correction<kMaster>(b.correction, i));
@@ -80,6 +81,11 @@ struct Loops {
       }
       core::store_f32(b.weight + i, w);
     }
+  }
+
+  template <class Narrow, MasterWeights kMaster>
+  static void load_narrow_weights(Block& b) {
+    load_narrow_weights_of<Narrow, kMaster>(b, 0, b.groups);
   }
 
   static void load_f32_weights(Block& b) {
@@ -256,8 +262,12 @@ struct Loops {
       for (int group = groups; group < kBlockGroups; ++group) store(group, core::splat_bits<H>(0u));
     }
     FLASHOPTIM_HD void store(int group, HI value) { core::store_u32(bits + group * kRow, value); }
-    FLASHOPTIM_HD void maxima(PerGroup& out) const { core::LaneMemory<H>::max_of_rows(bits, out.bits); }
-    FLASHOPTIM_HD void unsigned_minima(PerGroup& out) const { core::LaneMemory<H>::unsigned_min_of_rows(bits, out.bits); }
+    FLASHOPTIM_HD void maxima(PerGroup& out) const {
+      for (int group = 0; group < kBlockGroups; group += 16) core::LaneMemory<H>::max_of_rows(bits + group * kRow, out.bits + group);
+    }
+    FLASHOPTIM_HD void unsigned_minima(PerGroup& out) const {
+      for (int group = 0; group < kBlockGroups; group += 16) core::LaneMemory<H>::unsigned_min_of_rows(bits + group * kRow, out.bits + group);
+    }
   };
 
   static FLASHOPTIM_HD PerGroup load_headers(const Block& b, int slot) {

@@ -46,14 +46,31 @@ struct AdamRule {
 
   template <class F>
   static FLASHOPTIM_HD F update(F w, F g, F (&s)[kMaxStates], const Hyper& h) {
+    advance(w, g, s, h);
+    return decayed(w, step(s, h), h);
+  }
+
+  /// The first part of update(): m and v.
+  template <class F>
+  static FLASHOPTIM_HD void advance(F w, F g, F (&s)[kMaxStates], const Hyper& h) {
     if constexpr (!kDecoupled) g = g + splat<F>(h.decay) * w;
     g = clamp_gradient(g);
     s[0] = splat<F>(h.beta1) * s[0] + splat<F>(h.one_minus_beta1) * g;
     s[1] = splat<F>(h.beta2) * s[1] + splat<F>(h.one_minus_beta2) * (g * g);
+  }
+
+  /// The second: delta without decoupled decay, of the new m and v.
+  template <class F>
+  static FLASHOPTIM_HD F step(const F (&s)[kMaxStates], const Hyper& h) {
     const F denominator = sqrt(s[1]) * splat<F>(h.inverse_sqrt_bias2) + splat<F>(h.eps);
-    const F update = splat<F>(h.step_size) * (s[0] / max(splat<F>(kSmallestDenominator), denominator));
-    if constexpr (kDecoupled) return splat<F>(h.decay) * w + update;
-    return update;
+    return splat<F>(h.step_size) * (s[0] / max(splat<F>(kSmallestDenominator), denominator));
+  }
+
+  /// The last: delta.
+  template <class F>
+  static FLASHOPTIM_HD F decayed(F w, F step, const Hyper& h) {
+    if constexpr (kDecoupled) return splat<F>(h.decay) * w + step;
+    return step;
   }
 
   /// "Exact Adam's bound" (docs/numerics.md, "Largest update"): lr for a steady gradient, and for one that comes after
@@ -67,6 +84,15 @@ struct AdamRule {
   template <class F>
   static FLASHOPTIM_HD F clamp_gradient(F g) {
     return min(splat<F>(0x1p60f), max(splat<F>(-0x1p60f), g));
+  }
+
+  /// Where every v after update() lies between these patterns, 2^-124 and 2^54, and variance_bounds(h), the two bounds in
+  /// update() change nothing: (1 - beta2) g^2 <= v keeps |g| below 2^40, and sqrt(v) / sqrt(1 - beta2^t) + eps is at least
+  /// 2^-62, and at most 2^27 2^12 + 2^38. v before was bounded as well, and so m.
+  static constexpr uint32_t kSmallestBoundingVariance = (127u - 124u) << 23;
+  static constexpr uint32_t kLargestBoundingVariance = (127u + 54u) << 23;
+  static FLASHOPTIM_HD bool variance_bounds(const Hyper& h) {
+    return h.beta2 > 0.0f && h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f && h.decay <= 1.0f;
   }
 
   /// Only reached with eps below it and |g| below about 1e-18, where g^2 underflows and v no longer bounds m.
