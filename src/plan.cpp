@@ -208,7 +208,7 @@ struct Plan::Impl {
       store_groups(usual.finish, block, 0, block.groups / 2);
       usual.encode[0](block);
       store_groups(usual.finish, block, block.groups / 2, block.groups);
-      usual.encode[1](block);
+      if (usual.encode[1] != nullptr) usual.encode[1](block);
     } else {
       run_stages(block, t, has_next ? index + 1 : -1);
     }

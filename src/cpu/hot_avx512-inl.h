@@ -99,7 +99,7 @@ struct HotAvx512 {
     uint32_t half_down = (255u << 23) - 1u - (127u << 22);  ///< inverse_root_scale's
     uint16_t one_more = 0x0080, exponent_but_last = 0x7f00;
     uint16_t exponent_of_64 = 64 << 7, upper_exponents = 0x4000;
-    float two = 2.0f;
+    float two = 2.0f, last_digit_is_one = 0x1.8p23f;
 
     constexpr Constants() : low_places(), high_places(), upper_halves(), lowest_bytes(), low_pairs(), high_pairs() {
       for (uint32_t i = 0; i < 32; ++i) {
@@ -113,6 +113,10 @@ struct HotAvx512 {
         high_pairs[i] = static_cast<uint8_t>(low_pairs[i] + 16);
       }
     }
+  };
+  struct PaperConstants {
+    float inverse_high = core::PaperVariance::kInverse255High, inverse_low = core::PaperVariance::kInverse255Low;
+    float n = 127.0f, two_n = 254.0f, half = 0.5f, n_and_half = 128.5f;
   };
   template <class T>
   static FLASHOPTIM_HD const T& known() {
@@ -227,10 +231,17 @@ struct HotAvx512 {
     FLASHOPTIM_HD __m512i high(int group) const { return _mm512_add_epi32(lanes_high, start.spread(group)); }
   };
 
+  struct NoDither {
+    explicit FLASHOPTIM_HD NoDither(const Block&) {}
+  };
+
   // ---- extremes of groups ---------------------------------------------------------------------------------------
 
   struct Largest {
     FLASHOPTIM_HD __m512i operator()(__m512i a, __m512i b) const { return _mm512_max_epi32(a, b); }
+  };
+  struct LargestUnsigned {
+    FLASHOPTIM_HD __m512i operator()(__m512i a, __m512i b) const { return _mm512_max_epu32(a, b); }
   };
   struct Smallest {
     FLASHOPTIM_HD __m512i operator()(__m512i a, __m512i b) const { return _mm512_min_epi32(a, b); }
@@ -283,9 +294,9 @@ struct HotAvx512 {
     }
   };
 
-  /// core::split_update_dithered of new narrow values that are not far from 1. Clamped are integers, which exceed N by
-  /// roundings alone, and by less than one.
-  template <int kBits>
+  /// The correction of core::split_update_dithered, for new narrow values that are not far from 1. Clamped are integers, which
+  /// exceed N by roundings alone, and by less than one.
+  template <int kBits, bool kNearest>
   struct CutCorrection {
     static constexpr int kFraction = CorrectionConstants<kBits>::kFraction;
     __m512i units = all(known<CorrectionConstants<kBits>>().units);
@@ -293,11 +304,10 @@ struct HotAvx512 {
     __m512i exponent = all(known<Constants>().exponent);
     PackBytes<3> top_bytes;
 
-    /// With kFraction digits behind the point, below 2^31 - 2^23 in magnitude.
-    FLASHOPTIM_HD __m512i operator()(__m512 n, __m512 n_new, __m512 rest, __m512i dither) const {
-      const __m512 new_rest = _mm512_add_ps(_mm512_sub_ps(n, n_new), rest);
-      const __m512i factor = _mm512_sub_epi32(units, _mm512_and_si512(bits_of(n_new), exponent));
-      const __m512 x = _mm512_mul_ps(new_rest, float_of(factor));
+    /// With kFraction digits behind the point. `rest` is the weight less its new narrow value.
+    FLASHOPTIM_HD __m512i operator()(__m512 rest, __m512 narrow, __m512i dither) const {
+      const __m512i factor = _mm512_sub_epi32(units, _mm512_and_si512(bits_of(narrow), exponent));
+      const __m512 x = _mm512_mul_ps(rest, float_of(factor));
       return _mm512_add_epi32(_mm512_cvttps_epi32(x), _mm512_srli_epi32(dither, 32 - kFraction));
     }
     FLASHOPTIM_HD void store(void* base, int i, __m512i low, __m512i high) const {
@@ -311,6 +321,30 @@ struct HotAvx512 {
           return _mm512_add_epi32(inside, inside);
         };
         _mm512_storeu_si512(static_cast<uint16_t*>(base) + i, upper_halves(clamped(low), clamped(high)));
+      }
+    }
+  };
+
+  /// That of core::split. What a weight is rounded by, a single time, is at most half an ULP: there is nothing to clamp.
+  template <int kBits>
+  struct CutCorrection<kBits, true> {
+    __m512i units = all(known<CorrectionConstants<kBits>>().units - (static_cast<uint32_t>(CorrectionConstants<kBits>::kFraction) << 23));
+    __m512i exponent = all(known<Constants>().exponent);
+    __m512 magic = all_f(known<Constants>().last_digit_is_one);
+    PackBytes<0> low_bytes;
+
+    /// In the low digits.
+    FLASHOPTIM_HD __m512i operator()(__m512 rest, __m512 narrow) const {
+      const __m512i factor = _mm512_sub_epi32(units, _mm512_and_si512(bits_of(narrow), exponent));
+      return bits_of(_mm512_add_ps(_mm512_mul_ps(rest, float_of(factor)), magic));
+    }
+    FLASHOPTIM_HD void store(void* base, int i, __m512i low, __m512i high) const {
+      if constexpr (kBits == 8) {
+        store_32_bytes(static_cast<uint8_t*>(base) + i, low_bytes(low, high));
+      } else {
+        auto* const to = static_cast<uint16_t*>(base) + i;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(low));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kLanes), _mm512_cvtepi32_epi16(high));
       }
     }
   };
@@ -380,22 +414,142 @@ struct HotAvx512 {
     const Dither<core::DitherStream::kWeight> dither(b);
     const Widen widen;
     const FarFromOne far_from_one;
-    const CutCorrection<core::correction_bits(kMaster)> cut;
+    const CutCorrection<core::correction_bits(kMaster), false> cut;
     for (int group = b.store_begin; group < end; ++group) {
       const int i = group * kGroup;
       const __m512i words = _mm512_loadu_si512(parameter + i);
-      const __m512 low = widen.low(words), high = widen.high(words);
-      const __m512 delta_low = _mm512_load_ps(b.delta + i), delta_high = _mm512_load_ps(b.delta + i + kLanes);
-      const __m512 rest_low = _mm512_sub_ps(_mm512_load_ps(b.correction_value + i), delta_low);
-      const __m512 rest_high = _mm512_sub_ps(_mm512_load_ps(b.correction_value + i + kLanes), delta_high);
-      const __m512i rounded = round_to_words(_mm512_add_ps(low, rest_low), _mm512_add_ps(high, rest_high));
-      if (far_from_one(rounded) != 0 || !have_no_zero(delta_low, delta_high)) [[unlikely]] {
+      const Pair narrow = {{widen.low(words)}, {widen.high(words)}}, delta = core::load_f32<Pair>(b.delta + i);
+      const Pair rest = core::load_f32<Pair>(b.correction_value + i) - delta;
+      const Pair moved = narrow + rest;
+      const __m512i rounded = round_to_words(moved.lo.v, moved.hi.v);
+      if (far_from_one(rounded) != 0 || !have_no_zero(delta.lo.v, delta.hi.v)) [[unlikely]] {
         store_group_generic<kMaster>(b, group);
         continue;
       }
       _mm512_storeu_si512(parameter + i, rounded);
-      cut.store(corrections, i, cut(low, widen.low(rounded), rest_low, dither.low(group)), cut(high, widen.high(rounded), rest_high, dither.high(group)));
+      const Pair rounded_narrow = {{widen.low(rounded)}, {widen.high(rounded)}};
+      const Pair new_rest = (narrow - rounded_narrow) + rest;
+      cut.store(corrections, i, cut(new_rest.lo.v, rounded_narrow.lo.v, dither.low(group)),
+                cut(new_rest.hi.v, rounded_narrow.hi.v, dither.high(group)));
     }
+  }
+
+  // ---- usual blocks: straight from bf16 gradients to bf16 weights ------------------------------------------------
+
+  /// Reads a group's gradient, and its weight where the rule takes weight decay into the gradient, and asks for the memory of
+  /// the next block's gradients and states.
+  template <class Rule, MasterWeights kMaster, bool kScaled>
+  struct NarrowInputs {
+    const uint16_t* gradient;
+    const uint16_t* parameter;
+    const void* corrections;
+    const uint16_t* gradient_ahead;
+    const char* states_ahead[kMaxStates];
+    __m512 scale;
+    Widen widen;
+    NotNormal not_normal;
+    CorrectionValue<core::correction_bits(kMaster)> correction_value;
+    __mmask32 unusual = 0;  ///< weights whose corrections have been taken for what they are not
+
+    explicit FLASHOPTIM_HD NarrowInputs(const Block& b)
+        : gradient(static_cast<const uint16_t*>(b.gradient)),
+          parameter(static_cast<const uint16_t*>(b.parameter)),
+          corrections(b.correction),
+          gradient_ahead(gradient + b.ahead),
+          states_ahead{static_cast<const char*>(b.states[0]) + b.ahead, static_cast<const char*>(b.states[1]) + b.ahead},
+          scale(all_f(b.gradient_scale)) {}
+
+    FLASHOPTIM_HD void operator()(int group, Pair* w, Pair* g) {
+      const int i = group * kGroup;
+      __builtin_prefetch(gradient_ahead + i, 0, 3);
+      __builtin_prefetch(states_ahead[group & 1] + (group & ~1) * kGroup, 1, 3);
+      const __m512i words = _mm512_loadu_si512(gradient + i);
+      *g = {{widen.low(words)}, {widen.high(words)}};
+      if constexpr (kScaled) *g = {{_mm512_mul_ps(g->lo.v, scale)}, {_mm512_mul_ps(g->hi.v, scale)}};
+      if constexpr (!Rule::kDecoupledDecay) {
+        const __m512i weights = _mm512_loadu_si512(parameter + i);
+        unusual |= not_normal(weights);
+        const __m512 low = widen.low(weights), high = widen.high(weights);
+        *w = {{_mm512_add_ps(low, correction_value(low, corrections, i))},
+              {_mm512_add_ps(high, correction_value(high, corrections, i + kLanes))}};
+      }
+    }
+  };
+
+  template <class Rule, MasterWeights kMaster>
+  [[gnu::noinline]] static void finish_group_generic(Block& b, int group) {
+    using Lane = BoundedLane<Pair>;
+    const int i = group * kGroup;
+    Generic::load_narrow_weights_of<core::BFloat16, kMaster>(b, group, group + 1);
+    const Lane w{core::load_f32<Pair>(b.weight + i)}, step{core::load_f32<Pair>(b.delta + i)};
+    core::store_f32(b.delta + i, Rule::template decayed<Lane>(w, step, *static_cast<const typename Rule::Hyper*>(b.hyper)).v);
+    store_group_generic<kMaster>(b, group);
+  }
+
+  /// finish() of UsualStages: weights of groups store_begin ... store_end - 1, whose steps stand in delta.
+  template <class Rule, MasterWeights kMaster>
+  static void finish(Block& b) {
+    using Lane = BoundedLane<Pair>;
+    constexpr int kBits = core::correction_bits(kMaster);
+    constexpr bool kNearest = core::is_nearest(kMaster);
+    using Dithering = std::conditional_t<kNearest, NoDither, Dither<core::DitherStream::kWeight>>;
+    const auto h = *static_cast<const typename Rule::Hyper*>(b.hyper);
+    auto* const parameter = static_cast<uint16_t*>(b.parameter);
+    void* const corrections = b.correction;
+    const float* const steps = b.delta;
+    const auto* const parameter_ahead = parameter + b.ahead;
+    const auto* const corrections_ahead = static_cast<const char*>(corrections) + b.ahead * (kBits / 8);
+    const int end = b.store_end;
+    const Dithering dither(b);
+    const Widen widen;
+    const FarFromOne far_from_one;
+    const CorrectionValue<kBits> correction_value;
+    const CutCorrection<kBits, kNearest> cut;
+    struct Group {
+      Pair narrow, delta;
+      Pair rest;  ///< what the narrow value is too small by; or, where corrections are rounded to nearest, the new weight
+    };
+    const auto update = [&](int group) __attribute__((always_inline)) {
+      const int i = group * kGroup;
+      __builtin_prefetch(parameter_ahead + i, 1, 3);
+      __builtin_prefetch(corrections_ahead + i * (kBits / 8), 1, 3);
+      const __m512i words = _mm512_loadu_si512(parameter + i);
+      Group of;
+      of.narrow = {{widen.low(words)}, {widen.high(words)}};
+      // Wrong for narrow values that are not normal. Where the new one is normal nevertheless, and not far from 1, the old
+      // was 0 or subnormal, and its correction is too small to count.
+      const Pair value = {{correction_value(of.narrow.lo.v, corrections, i)}, {correction_value(of.narrow.hi.v, corrections, i + kLanes)}};
+      const Pair w = of.narrow + value;
+      of.delta = Rule::template decayed<Lane>({w}, {core::load_f32<Pair>(steps + i)}, h).v;
+      of.rest = (kNearest ? w : value) - of.delta;
+      return of;
+    };
+    const auto store = [&](int group, const Group& of) __attribute__((always_inline)) {
+      const int i = group * kGroup;
+      const Pair moved = kNearest ? of.rest : of.narrow + of.rest;
+      const __m512i rounded = round_to_words(moved.lo.v, moved.hi.v);
+      if (far_from_one(rounded) != 0 || !have_no_zero(of.delta.lo.v, of.delta.hi.v)) [[unlikely]] {
+        return finish_group_generic<Rule, kMaster>(b, group);
+      }
+      _mm512_storeu_si512(parameter + i, rounded);
+      const __m512 low = widen.low(rounded), high = widen.high(rounded);
+      if constexpr (kNearest) {
+        cut.store(corrections, i, cut(_mm512_sub_ps(moved.lo.v, low), low), cut(_mm512_sub_ps(moved.hi.v, high), high));
+      } else {
+        const __m512 rest_low = _mm512_add_ps(_mm512_sub_ps(of.narrow.lo.v, low), of.rest.lo.v);
+        const __m512 rest_high = _mm512_add_ps(_mm512_sub_ps(of.narrow.hi.v, high), of.rest.hi.v);
+        cut.store(corrections, i, cut(rest_low, low, dither.low(group)), cut(rest_high, high, dither.high(group)));
+      }
+    };
+    // The first half of one group beside the second of the one before: chains of half the length, of which more fit into the
+    // processor's window.
+    Group next = update(b.store_begin);
+    for (int group = b.store_begin; group < end - 1; ++group) {
+      const Group of = next;
+      next = update(group + 1);
+      store(group, of);
+    }
+    store(end - 1, next);
   }
 
   // ---- states of the default codec: momentum relative to a variance ---------------------------------------------
@@ -501,7 +655,7 @@ struct HotAvx512 {
     /// weight(group) and gradient(group) return, and the new states. False, and nothing lost, where a new variance is not between those that vouch
     /// for the rule's bounds.
     template <class Inputs, class Body>
-    static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs inputs, Body body) {
+    static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs& inputs, Body body) {
       const Decode decode(b, headers);
       float* const m = b.state_f32[0];
       float* const v = b.state_f32[1];
@@ -549,137 +703,43 @@ struct HotAvx512 {
     static void update(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Headers headers;
-      b.usual = b.groups == kBlockGroups && Rule::variance_bounds(h) && headers.open(b) &&
-                advance(
-                    b, headers, h,
-                    [&](int group, Pair* w, Pair* g) __attribute__((always_inline)) {
-                      *w = core::load_f32<Pair>(b.weight + group * kGroup);
-                      *g = core::load_f32<Pair>(b.gradient_f32 + group * kGroup);
-                    },
-                    [&](int group, const Lane(&s)[kMaxStates]) __attribute__((always_inline)) {
-                      const int i = group * kGroup;
-                      core::store_f32(b.delta + i, Rule::template decayed<Lane>({core::load_f32<Pair>(b.weight + i)}, Rule::template step<Lane>(s, h), h).v);
-                    });
+      const auto inputs = [&](int group, Pair* w, Pair* g) __attribute__((always_inline)) {
+        *w = core::load_f32<Pair>(b.weight + group * kGroup);
+        *g = core::load_f32<Pair>(b.gradient_f32 + group * kGroup);
+      };
+      const auto keep_delta = [&](int group, const Lane(&s)[kMaxStates]) __attribute__((always_inline)) {
+        const int i = group * kGroup;
+        core::store_f32(b.delta + i, Rule::template decayed<Lane>({core::load_f32<Pair>(b.weight + i)}, Rule::template step<Lane>(s, h), h).v);
+      };
+      b.usual = b.groups == kBlockGroups && Rule::variance_bounds(h) && headers.open(b) && advance(b, headers, h, inputs, keep_delta);
       if (!b.usual) [[unlikely]] States::update(b);
     }
 
-    // ---- the same, straight from bf16 weights and gradients
-
-    template <bool kScaled, MasterWeights kMaster>
-    static FLASHOPTIM_HD bool begin_usual(Block& b, const Headers& headers, const Hyper& h) {
-      const auto* const gradient = static_cast<const uint16_t*>(b.gradient);
-      const auto* const parameter = static_cast<const uint16_t*>(b.parameter);
-      const void* const corrections = b.correction;
-      const char* const ahead[] = {static_cast<const char*>(b.states[0]) + b.ahead, static_cast<const char*>(b.states[1]) + b.ahead};
-      const auto* const gradient_ahead = gradient + b.ahead;
-      const __m512 scale = all_f(b.gradient_scale);
-      const Widen widen;
-      const NotNormal not_normal;
-      const CorrectionValue<core::correction_bits(kMaster)> correction_value;
-      __mmask32 unusual = 0;
-      const auto inputs = [&](int group, Pair* w, Pair* g) __attribute__((always_inline)) {
-        const int i = group * kGroup;
-        __builtin_prefetch(gradient_ahead + i, 0, 3);
-        __builtin_prefetch(ahead[group & 1] + (group & ~1) * kGroup, 1, 3);
-        const __m512i words = _mm512_loadu_si512(gradient + i);
-        const __m512 low = widen.low(words), high = widen.high(words);
-        *g = {{kScaled ? _mm512_mul_ps(low, scale) : low}, {kScaled ? _mm512_mul_ps(high, scale) : high}};
-        if constexpr (!Rule::kDecoupledDecay) {
-          const __m512i weights = _mm512_loadu_si512(parameter + i);
-          unusual |= not_normal(weights);
-          const __m512 n_low = widen.low(weights), n_high = widen.high(weights);
-          *w = {{_mm512_add_ps(n_low, correction_value(n_low, corrections, i))},
-                {_mm512_add_ps(n_high, correction_value(n_high, corrections, i + kLanes))}};
-        }
-      };
-      float* const steps = b.delta;
-      const bool usual = advance(b, headers, h, inputs, [&](int group, const Lane(&s)[kMaxStates]) __attribute__((always_inline)) {
-        core::store_f32(steps + group * kGroup, Rule::template step<Lane>(s, h).v);
-      });
-      return usual && unusual == 0;
-    }
-
-    /// New states and the variances' headers. False, and nothing lost, where the general stages must take the block.
+    /// begin() of UsualStages.
     template <MasterWeights kMaster>
     static bool begin(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Headers headers;
       if (b.groups != kBlockGroups || !Rule::variance_bounds(h) || !headers.open(b)) return false;
-      b.usual = b.gradient_scale == 1.0f ? begin_usual<false, kMaster>(b, headers, h) : begin_usual<true, kMaster>(b, headers, h);
+      b.usual = b.gradient_scale == 1.0f ? begin_from(b, headers, h, NarrowInputs<Rule, kMaster, false>(b))
+                                         : begin_from(b, headers, h, NarrowInputs<Rule, kMaster, true>(b));
       return b.usual;
     }
-
-    template <MasterWeights kMaster>
-    [[gnu::noinline]] static void finish_group_generic(Block& b, int group) {
-      const int i = group * kGroup;
-      Generic::load_narrow_weights_of<core::BFloat16, kMaster>(b, group, group + 1);
-      const Lane w{core::load_f32<Pair>(b.weight + i)}, step{core::load_f32<Pair>(b.delta + i)};
-      core::store_f32(b.delta + i, Rule::template decayed<Lane>(w, step, *static_cast<const Hyper*>(b.hyper)).v);
-      store_group_generic<kMaster>(b, group);
-    }
-
-    /// Weights of groups store_begin ... store_end - 1, whose steps stand in delta.
-    template <MasterWeights kMaster>
-    static void finish(Block& b) {
-      constexpr int kBits = core::correction_bits(kMaster);
-      const Hyper h = *static_cast<const Hyper*>(b.hyper);
-      auto* const parameter = static_cast<uint16_t*>(b.parameter);
-      void* const corrections = b.correction;
-      const float* const steps = b.delta;
-      const auto* const parameter_ahead = parameter + b.ahead;
-      const auto* const corrections_ahead = static_cast<const char*>(corrections) + b.ahead * (kBits / 8);
-      const int end = b.store_end;
-      const Dither<core::DitherStream::kWeight> dither(b);
-      const Widen widen;
-      const FarFromOne far_from_one;
-      const CorrectionValue<kBits> correction_value;
-      const CutCorrection<kBits> cut;
-      struct Group {
-        __m512 low, high;  ///< narrow values
-        Pair delta, rest;
+    template <class Inputs>
+    static FLASHOPTIM_HD bool begin_from(Block& b, const Headers& headers, const Hyper& h, Inputs inputs) {
+      float* const steps = b.delta;
+      const auto keep_step = [&](int group, const Lane(&s)[kMaxStates]) __attribute__((always_inline)) {
+        core::store_f32(steps + group * kGroup, Rule::template step<Lane>(s, h).v);
       };
-      const auto update = [&](int group) __attribute__((always_inline)) {
-        const int i = group * kGroup;
-        __builtin_prefetch(parameter_ahead + i, 1, 3);
-        __builtin_prefetch(corrections_ahead + i * (kBits / 8), 1, 3);
-        const __m512i words = _mm512_loadu_si512(parameter + i);
-        Group of;
-        of.low = widen.low(words);
-        of.high = widen.high(words);
-        // Wrong for narrow values that are not normal. Where the new one is normal nevertheless, and not far from 1, the old
-        // was 0 or subnormal, and its correction is too small to count.
-        const Pair value = {{correction_value(of.low, corrections, i)}, {correction_value(of.high, corrections, i + kLanes)}};
-        of.delta = Rule::template decayed<Lane>({Pair{{of.low}, {of.high}} + value}, {core::load_f32<Pair>(steps + i)}, h).v;
-        of.rest = value - of.delta;
-        return of;
-      };
-      const auto store = [&](int group, const Group& of) __attribute__((always_inline)) {
-        const __m512i rounded = round_to_words(_mm512_add_ps(of.low, of.rest.lo.v), _mm512_add_ps(of.high, of.rest.hi.v));
-        if (far_from_one(rounded) != 0 || !have_no_zero(of.delta.lo.v, of.delta.hi.v)) [[unlikely]] {
-          return finish_group_generic<kMaster>(b, group);
-        }
-        _mm512_storeu_si512(parameter + group * kGroup, rounded);
-        cut.store(corrections, group * kGroup, cut(of.low, widen.low(rounded), of.rest.lo.v, dither.low(group)),
-                  cut(of.high, widen.high(rounded), of.rest.hi.v, dither.high(group)));
-      };
-      // The first half of one group beside the second of the one before: chains of half the length, of which more fit into the
-      // processor's window.
-      Group next = update(b.store_begin);
-      for (int group = b.store_begin; group < end - 1; ++group) {
-        const Group of = next;
-        next = update(group + 1);
-        store(group, of);
-      }
-      store(end - 1, next);
+      return advance(b, headers, h, inputs, keep_step) && inputs.unusual == 0;
     }
 
     /// WindowCodec::encode of variances that are not 0; leaves momentum relative to them, and its headers.
     static void encode_variance(Block& b) {
       if (!b.usual) [[unlikely]] return States::template encode_variance<true>(b);
       const Dither<core::DitherStream::kVariance> dither(b);
-      const float* const m = b.state_f32[0];
+      float* const m = b.state_f32[0];
       const float* const v = b.state_f32[1];
-      float* const relative = b.gradient_f32;  // gradients have been used; momentum is wanted once more
       auto* const codes = static_cast<uint8_t*>(b.states[1]);
       const __m512i exponent = all(known<Constants>().exponent), half_down = all(known<Constants>().half_down);
       const PackBytes<0> low_bytes;
@@ -696,7 +756,7 @@ struct HotAvx512 {
             // The sum's exponent is that of the stored variance: cutting takes away less.
             const __m512i inverse = _mm512_and_si512(_mm512_sub_epi32(half_down, _mm512_srli_epi32(sum, 1)), exponent);
             *x = _mm512_mul_ps(_mm512_load_ps(m + at), float_of(inverse));
-            _mm512_store_ps(relative + at, *x);
+            _mm512_store_ps(m + at, *x);
             return _mm512_srlv_epi32(sum, shift);
           };
           __m512 x_low, x_high;
@@ -717,7 +777,7 @@ struct HotAvx512 {
     static void encode_momentum(Block& b) {
       if (!b.usual) [[unlikely]] return States::template encode_momentum<true>(b);
       const Dither<core::DitherStream::kMomentum> dither(b);
-      const float* const relative = b.gradient_f32;
+      const float* const relative = b.state_f32[0];
       auto* const codes = static_cast<uint8_t*>(b.states[0]);
       const __m512 two = all_f(known<Constants>().two);
       const PackBytes<2> third_bytes;
@@ -739,6 +799,117 @@ struct HotAvx512 {
     }
   };
 
+  // ---- states of the paper's codec: momentum and variance -------------------------------------------------------
+
+  template <class Rule>
+  struct PaperUsual {
+    using Hyper = typename Rule::Hyper;
+    using Lane = BoundedLane<Pair>;
+    static constexpr float kLargestRoot = 0x1p27f;  ///< of variances that vouch for the rule's bounds
+
+    template <MasterWeights kMaster>
+    static bool begin(Block& b) {
+      const Hyper h = *static_cast<const Hyper*>(b.hyper);
+      // Variances may be 0: eps keeps divisors from their bound.
+      if (b.groups != kBlockGroups || !Rule::variance_bounds(h) || h.eps < 0x1p-62f) return false;
+      PerGroup scale[kMaxStates];
+      __mmask16 infinite = 0;
+      for_each_header([&](int first) __attribute__((always_inline)) {
+        for (int k = 0; k < kMaxStates; ++k) {
+          const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
+          infinite |= _mm512_cmp_ps_mask(s, all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
+          scale[k].store(first, bits_of(s));
+        }
+      });
+      if (infinite != 0) return false;
+      return b.gradient_scale == 1.0f ? begin_from(b, scale, h, NarrowInputs<Rule, kMaster, false>(b))
+                                      : begin_from(b, scale, h, NarrowInputs<Rule, kMaster, true>(b));
+    }
+    template <class Inputs>
+    static FLASHOPTIM_HD bool begin_from(Block& b, const PerGroup (&scale)[kMaxStates], const Hyper& h_of_block, Inputs inputs) {
+      const Hyper h = h_of_block;
+      const auto* const m_codes = static_cast<const uint8_t*>(b.states[0]);
+      const auto* const v_codes = static_cast<const uint8_t*>(b.states[1]);
+      float* const m = b.state_f32[0];
+      float* const root = b.state_f32[1];
+      float* const steps = b.delta;
+      const auto& k = known<PaperConstants>();
+      const __m512 inverse_high = all_f(k.inverse_high), inverse_low = all_f(k.inverse_low), two_n = all_f(k.two_n);
+      Extremes<Largest> largest_m;
+      Extremes<LargestUnsigned> largest_root;
+      for (int first = 0; first < kBlockGroups; first += 4) {
+        __m512i most_m[4], most_root[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const int group = first + j, i = group * kGroup;
+          const __m512 m_scale = float_of(scale[0].spread(group)), v_scale = float_of(scale[1].spread(group));
+          const auto decode_m = [&](int at) __attribute__((always_inline)) {
+            const __m512 q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(m_codes + at)));
+            return _mm512_mul_ps(_mm512_div_ps(q, _mm512_sub_ps(two_n, _mm512_abs_ps(q))), m_scale);
+          };
+          // code * kInverse255High is exact, so an fma rounds as the sum does.
+          const auto decode_v = [&](int at) __attribute__((always_inline)) {
+            const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16_bytes(v_codes + at)));
+            const __m512 r = _mm512_mul_ps(_mm512_fmadd_ps(c, inverse_high, _mm512_mul_ps(c, inverse_low)), v_scale);
+            return _mm512_mul_ps(r, r);
+          };
+          Lane w, g, s[kMaxStates] = {{{{decode_m(i)}, {decode_m(i + kLanes)}}}, {{{decode_v(i)}, {decode_v(i + kLanes)}}}};
+          inputs(group, &w.v, &g.v);
+          Rule::template advance<Lane>(w, g, s, h);
+          const Pair r = core::sqrt(s[1].v);
+          core::store_f32(m + i, s[0].v);
+          core::store_f32(root + i, r);
+          core::store_f32(steps + i, Rule::template step<Lane>(s, h).v);
+          most_m[j] = bits_of(_mm512_range_ps(s[0].v.lo.v, s[0].v.hi.v, 0x0b));  // the larger magnitude
+          most_root[j] = _mm512_max_epu32(bits_of(r.lo.v), bits_of(r.hi.v));      // a NaN is above all
+        }
+        largest_m.store(first, most_m);
+        largest_root.store(first, most_root);
+      }
+      I absmax[kMaxStates][kBlockGroups / kLanes];
+      __mmask16 unusual = 0;
+      for_each_header([&](int first) __attribute__((always_inline)) {
+        absmax[0][first / kLanes] = largest_m.of_groups(first);
+        absmax[1][first / kLanes] = largest_root.of_groups(first);
+        unusual |= _mm512_cmpgt_epu32_mask(absmax[1][first / kLanes].v, bits_of(all_f(kLargestRoot)));
+      });
+      if (unusual != 0 || inputs.unusual != 0) return false;
+      for_each_header([&](int first) __attribute__((always_inline)) {
+        for (int slot = 0; slot < kMaxStates; ++slot) {
+          const F a = core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax[slot][first / kLanes]));
+          core::store_16(b.scales[slot] + first, core::paper_header(a));
+          core::store_f32(b.encoding_factor[slot] + first, slot == 0 ? core::PaperMomentum::encoding_factor(a) : core::PaperVariance::encoding_factor(a));
+        }
+      });
+      return true;
+    }
+
+    static void encode(Block& b) {
+      const float* const m = b.state_f32[0];
+      const float* const root = b.state_f32[1];
+      auto* const m_codes = static_cast<uint8_t*>(b.states[0]);
+      auto* const v_codes = static_cast<uint8_t*>(b.states[1]);
+      const auto& k = known<PaperConstants>();
+      const __m512 half = all_f(k.half), n = all_f(k.n), n_and_half = all_f(k.n_and_half);
+      const PackBytes<0> low_bytes;
+      for (int group = 0; group < kBlockGroups; ++group) {
+        const int i = group * kGroup;
+        const __m512 half_absmax = all_f(b.encoding_factor[0][group]), factor = all_f(b.encoding_factor[1][group]);
+        const auto encode_m = [&](int at) __attribute__((always_inline)) {
+          const __m512 x = _mm512_load_ps(m + at);
+          const __m512 y = _mm512_div_ps(x, _mm512_add_ps(half_absmax, _mm512_mul_ps(_mm512_abs_ps(x), half)));
+          return _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(y, n), n_and_half));
+        };
+        const auto encode_v = [&](int at) __attribute__((always_inline)) {
+          return _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(root + at), factor), half));
+        };
+        // 128 less is another top bit.
+        store_32_bytes(m_codes + i, _mm256_xor_si256(low_bytes(encode_m(i), encode_m(i + kLanes)), _mm256_set1_epi8(-128)));
+        store_32_bytes(v_codes + i, low_bytes(encode_v(i), encode_v(i + kLanes)));
+      }
+    }
+  };
+
   // ---- the table ------------------------------------------------------------------------------------------------
 
   template <MasterWeights kMaster>
@@ -749,14 +920,20 @@ struct HotAvx512 {
   }
   template <class Rule, MasterWeights kMaster>
   static constexpr void add_usual(KernelTable& t, RuleKind kind) {
-    using States = RelativeStates<Rule>;
-    t.usual[static_cast<int>(kind)][static_cast<int>(StateCodec::kDefault)][static_cast<int>(kMaster)] = {
-        States::template begin<kMaster>, States::template finish<kMaster>, {States::encode_variance, States::encode_momentum}};
+    using Relative = RelativeStates<Rule>;
+    using Paper = PaperUsual<Rule>;
+    auto& usual = t.usual[static_cast<int>(kind)];
+    constexpr int kM = static_cast<int>(kMaster);
+    usual[static_cast<int>(StateCodec::kDefault)][kM] = {
+        Relative::template begin<kMaster>, finish<Rule, kMaster>, {Relative::encode_variance, Relative::encode_momentum}};
+    usual[static_cast<int>(StateCodec::kPaper)][kM] = {Paper::template begin<kMaster>, finish<Rule, kMaster>, {Paper::encode, nullptr}};
   }
   template <class Rule>
   static constexpr void add_rule(KernelTable& t, RuleKind kind) {
     add_usual<Rule, MasterWeights::kCorrection8>(t, kind);
     add_usual<Rule, MasterWeights::kCorrection16>(t, kind);
+    add_usual<Rule, MasterWeights::kCorrection8Nearest>(t, kind);
+    add_usual<Rule, MasterWeights::kCorrection16Nearest>(t, kind);
     auto& stages = t.rule[static_cast<int>(kind)][static_cast<int>(StateCodec::kDefault)];
     stages[0] = RelativeStates<Rule>::update;
     stages[1] = RelativeStates<Rule>::encode_variance;

@@ -80,7 +80,7 @@ inline constexpr int kRuleStages = 3;
 struct UsualStages {
   bool (*begin)(Block&);
   Stage finish;  ///< of groups store_begin ... store_end - 1
-  Stage encode[2];
+  Stage encode[2];  ///< the second may be null
 };
 
 struct KernelTable {
