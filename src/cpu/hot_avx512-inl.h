@@ -571,11 +571,9 @@ struct HotAvx512 {
       /// False where a variance is 0, or damaged, or a G smaller than usual.
       FLASHOPTIM_HD bool open(const Block& b) {
         const auto* const variance_codes = static_cast<const uint8_t*>(b.states[1]);
-        __mmask64 zeros = 0;
-        for (int i = 0; i < kBlockElements; i += 64) {
-          const __m512i codes = _mm512_loadu_si512(variance_codes + i);
-          zeros |= _mm512_testn_epi8_mask(codes, codes);
-        }
+        __m512i smallest = _mm512_loadu_si512(variance_codes);
+        for (int i = 64; i < kBlockElements; i += 64) smallest = _mm512_min_epu8(smallest, _mm512_loadu_si512(variance_codes + i));
+        const __mmask64 zeros = _mm512_testn_epi8_mask(smallest, smallest);
         __mmask16 unusual = 0;
         for_each_header([&](int first) __attribute__((always_inline)) {
           const __m512i g = _mm512_min_epi32(_mm512_slli_epi32(core::load_u16<F>(b.scales[0] + first).v, 15), all((127u + 30u) << 23));
