@@ -57,11 +57,17 @@ BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
 
 void BlockWalker::open(Block& block, const BlockAccess& access) {
   block.groups = groups_;
-  for (int g = 0; g < kBlockGroups; ++g) {
-    const int64_t in_tensor = contiguous_ ? first_element_ + g * kGroupSize : runs_[std::min(g, groups_ - 1)].first;
-    const uint64_t first = static_cast<uint64_t>(tensor_.first_element + in_tensor);
-    block.group_first_low[g] = static_cast<uint32_t>(first);
-    block.group_first_high[g] = static_cast<uint32_t>(first >> 32);
+  const auto set_first = [&](auto in_tensor) {
+    for (int g = 0; g < kBlockGroups; ++g) {
+      const uint64_t first = static_cast<uint64_t>(tensor_.first_element + in_tensor(g));
+      block.group_first_low[g] = static_cast<uint32_t>(first);
+      block.group_first_high[g] = static_cast<uint32_t>(first >> 32);
+    }
+  };
+  if (contiguous_) {
+    set_first([this](int g) { return first_element_ + g * kGroupSize; });
+  } else {
+    set_first([this](int g) { return runs_[std::min(g, groups_ - 1)].first; });
   }
   for (int k = 0; k < kMaxStates; ++k) {
     block.scales[k] = tensor_.scales[k] == nullptr ? nullptr : static_cast<uint16_t*>(tensor_.scales[k]) + first_group_;

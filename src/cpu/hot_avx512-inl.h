@@ -280,10 +280,13 @@ struct HotAvx512 {
     __m512 inverse_low = all_f(known<CorrectionConstants<kBits>>().inverse_low);
     __m512i exponent = all(known<Constants>().exponent);
 
-    FLASHOPTIM_HD __m512 operator()(__m512 n, const void* corrections, int i) const {
+    FLASHOPTIM_HD __m512 fraction(const void* corrections, int i) const {
       const __m512 c = _mm512_cvtepi32_ps(load(corrections, i));
-      const __m512 fraction = _mm512_fmadd_ps(c, inverse_high, _mm512_mul_ps(c, inverse_low));
-      return _mm512_mul_ps(fraction, float_of(_mm512_and_si512(bits_of(n), exponent)));
+      return _mm512_fmadd_ps(c, inverse_high, _mm512_mul_ps(c, inverse_low));
+    }
+    FLASHOPTIM_HD __m512 scale(__m512 n) const { return float_of(_mm512_and_si512(bits_of(n), exponent)); }
+    FLASHOPTIM_HD __m512 operator()(__m512 n, const void* corrections, int i) const {
+      return _mm512_mul_ps(fraction(corrections, i), scale(n));
     }
     static FLASHOPTIM_HD __m512i load(const void* base, int i) {
       if constexpr (kBits == 8) {
@@ -516,12 +519,18 @@ struct HotAvx512 {
       const __m512i words = _mm512_loadu_si512(parameter + i);
       Group of;
       of.narrow = {{widen.low(words)}, {widen.high(words)}};
-      // Wrong for narrow values that are not normal. Where the new one is normal nevertheless, and not far from 1, the old
-      // was 0 or subnormal, and its correction is too small to count.
-      const Pair value = {{correction_value(of.narrow.lo.v, corrections, i)}, {correction_value(of.narrow.hi.v, corrections, i + kLanes)}};
-      const Pair w = of.narrow + value;
+      // Their corrections' values, fraction * scale, are exact, so that an fma rounds as the sum does. They are wrong where a
+      // narrow value is not normal. If the new one is normal nevertheless, and not far from 1, the old was 0 or subnormal, and
+      // its correction is too small to count.
+      const Pair fraction = {{correction_value.fraction(corrections, i)}, {correction_value.fraction(corrections, i + kLanes)}};
+      const Pair scale = {{correction_value.scale(of.narrow.lo.v)}, {correction_value.scale(of.narrow.hi.v)}};
+      const Pair w = {{_mm512_fmadd_ps(fraction.lo.v, scale.lo.v, of.narrow.lo.v)}, {_mm512_fmadd_ps(fraction.hi.v, scale.hi.v, of.narrow.hi.v)}};
       of.delta = Rule::template decayed<Lane>({w}, {core::load_f32<Pair>(steps + i)}, h).v;
-      of.rest = (kNearest ? w : value) - of.delta;
+      if constexpr (kNearest) {
+        of.rest = w - of.delta;
+      } else {
+        of.rest = {{_mm512_fmsub_ps(fraction.lo.v, scale.lo.v, of.delta.lo.v)}, {_mm512_fmsub_ps(fraction.hi.v, scale.hi.v, of.delta.hi.v)}};
+      }
       return of;
     };
     const auto store = [&](int group, const Group& of) __attribute__((always_inline)) {
