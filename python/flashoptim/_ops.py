@@ -145,7 +145,7 @@ def has_cuda() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def cpu_isa() -> str:
-    """The instruction set that steps on CPU tensors use: ``scalar``, ``avx2`` or ``avx512``."""
+    """The instruction set that steps on CPU tensors use: ``scalar``, ``avx2``, ``avx512`` or ``avx512_bf16``."""
     isa: str = torch.ops.flashoptim.cpu_isa()
     return isa
 

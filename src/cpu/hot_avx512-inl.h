@@ -66,6 +66,8 @@ struct Magnitudes {
 inline constexpr Magnitudes kMagnitudes{};
 #endif
 
+inline namespace FLASHOPTIM_AVX512 {
+
 struct HotAvx512 {
   using F = core::Avx512Float;  ///< half a group; or, of headers, 16 groups
   using I = core::Avx512Int;
@@ -959,5 +961,7 @@ struct HotAvx512 {
     return t;
   }
 };
+
+}  // namespace FLASHOPTIM_AVX512
 
 }  // namespace flashoptim::cpu

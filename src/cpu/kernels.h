@@ -99,7 +99,8 @@ struct KernelTable {
 extern const KernelTable kScalarKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512Kernels;      ///< F, BW, DQ, VL
+extern const KernelTable kAvx512Bf16Kernels;  ///< and VBMI, BF16: Sapphire Rapids, Zen 4 and later
 #endif
 
 /// The table for this machine (see cpu_isa in step.h), or null with `status` set.

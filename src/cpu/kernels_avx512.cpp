@@ -1,3 +1,4 @@
+#define FLASHOPTIM_AVX512 avx512
 #include "src/cpu/hot_avx512-inl.h"
 
 namespace flashoptim::cpu {

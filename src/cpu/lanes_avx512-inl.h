@@ -1,5 +1,5 @@
 // 16 lanes of AVX-512 (F, BW, DQ, VL): the operations of core/lanes.h, each bit-equal to the scalar one.
-// Only included by translation units compiled for AVX-512.
+// Only included by translation units compiled for AVX-512, which define FLASHOPTIM_AVX512, the name of theirs.
 #pragma once
 
 #include <immintrin.h>
@@ -7,6 +7,9 @@
 #include "src/cpu/lane_memory.h"
 
 namespace flashoptim::core {
+
+// The same lanes are compiled for two instruction sets; a type each keeps the linker from taking one's code for the other's.
+inline namespace FLASHOPTIM_AVX512 {
 
 struct Avx512Int {
   __m512i v;
@@ -17,6 +20,8 @@ struct Avx512Float {
 struct Avx512Mask {
   __mmask16 v;
 };
+
+}  // namespace FLASHOPTIM_AVX512
 
 template <>
 struct LaneTraits<Avx512Float> {

@@ -20,9 +20,11 @@ bool machine_has(const char* isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   if (std::strcmp(isa, "avx2") == 0) return avx2;
-  if (std::strcmp(isa, "avx512") == 0) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
+  if (std::strcmp(isa, "avx512_bf16") == 0) {
+    return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return false;
@@ -32,6 +34,7 @@ Choice choose() {
   // Best first.
   static const KernelTable* const kTables[] = {
 #if defined(__x86_64__)
+      &kAvx512Bf16Kernels,
       &kAvx512Kernels,
       &kAvx2Kernels,
 #endif
@@ -51,7 +54,7 @@ Choice choose() {
                                          "or set it to one it has (scalar always works)")};
   }
   return {nullptr, Status::unsupported(std::string("FLASHOPTIM_ISA=") + forced +
-                                       ": not an instruction set; allowed are scalar, avx2, avx512")};
+                                       ": not an instruction set; allowed are scalar, avx2, avx512, avx512_bf16")};
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ inline std::vector<const cpu::KernelTable*> machine_tables() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     tables.push_back(&cpu::kAvx512Kernels);
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) tables.push_back(&cpu::kAvx512Bf16Kernels);
   }
 #endif
   return tables;

@@ -12,7 +12,10 @@
 
 namespace flashoptim::test {
 
-/// The instruction sets that this machine has, best last, found out without the library.
+/// The instruction sets that there are kernels for, each with those before it.
+inline constexpr const char* kIsas[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+
+/// Those that this machine has, found out without the library.
 inline std::vector<std::string> machine_isas() {
   std::vector<std::string> isas{"scalar"};
 #if defined(__x86_64__)
@@ -21,6 +24,7 @@ inline std::vector<std::string> machine_isas() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     isas.push_back("avx512");
+    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) isas.push_back("avx512_bf16");
   }
 #endif
   return isas;

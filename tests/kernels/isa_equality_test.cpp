@@ -16,6 +16,8 @@ struct Run {
   int64_t steps;
   Gradients gradients;
   Configurations configurations;
+  Hyperparameters (*hyperparameters)(int64_t) = busy_hyperparameters;
+  float gradient_scale = 1.0f;
 
   /// kSome: one master-weights kind for each dtype. kFew: of those, bfloat16 and float32 with AdamW and Lion.
   bool includes(const OptimizerChoice& optimizer, const Storage& storage) const {
@@ -42,7 +44,9 @@ int write_results(std::FILE* file, const char* isa, const Run& run) {
           tensors.push_back(std::make_unique<TestTensor>(optimizer, codec, storage, run.shapes[i], 100 + i,
                                                          static_cast<int64_t>(i % 2), run.gradients));
         }
-        const Status status = run_steps(optimizer, tensors, 1, run.steps);
+        StepOptions options;
+        options.gradient_scale = run.gradient_scale;
+        const Status status = run_steps(optimizer, tensors, 1, run.steps, options, run.hyperparameters);
         if (!status.is_ok()) {
           std::fprintf(stderr, "%s: %s\n", describe(optimizer, codec, storage).c_str(), status.message().c_str());
           return 11;
@@ -89,9 +93,7 @@ std::string locate(const std::vector<unsigned char>& bytes, size_t offset, const
 
 void expect_all_isas_agree(const Run& run) {
   const std::vector<std::string> isas = machine_isas();
-  if (isas.size() < 3)
-    std::printf("  NOTE: this machine lacks %s; it is not compared\n",
-                isas.size() == 2 ? "AVX-512" : "AVX2 and AVX-512");
+  for (size_t i = isas.size(); i < std::size(kIsas); ++i) std::printf("  NOTE: this machine lacks %s; it is not compared\n", kIsas[i]);
   std::vector<std::unique_ptr<Child>> children;
   for (const std::string& isa : isas) {
     children.push_back(
@@ -125,7 +127,7 @@ const std::vector<std::vector<int64_t>> kRows{{7, 33},    {3, 1000}, {100, 31}, 
                                               {2, 3, 40}, {1, 31},   {0, 64},   {64, 32}};
 
 TEST(IsaEquality, FlatTensorsOfEverySizeInEveryConfigurationOver100Steps) {
-  expect_all_isas_agree({flat({0, 1, 31, 32, 33, 63, 64, 511, 512, 513, 1000, kSanitized ? 65 : 4097}),
+  expect_all_isas_agree({flat({0, 1, 31, 32, 33, 63, 64, 511, 512, 513, 1000, 1023, 1024, 1025, kSanitized ? 65 : 4097}),
                          kSanitized ? 3 : 100, Gradients::kOrdinary, Configurations::kAll});
 }
 
@@ -136,6 +138,17 @@ TEST(IsaEquality, RowsOfEveryKindInEveryConfiguration) {
 TEST(IsaEquality, HostileGradientsInEveryConfiguration) {
   expect_all_isas_agree(
       {{{33}, {513}, {7, 33}, {5, 64}, {1000}}, kSanitized ? 3 : 20, Gradients::kHostile, Configurations::kAll});
+}
+
+// What AVX-512's hot path takes and what it leaves to the general one lies side by side in these.
+TEST(IsaEquality, RareHostileWeightsAndGradientsUnderSeveralHyperparameters) {
+  const std::vector<std::vector<int64_t>> shapes{{1024}, {4096}, {3000}, {3, 2048}, {5, 1056}};
+  const Configurations configurations = kSanitized ? Configurations::kFew : Configurations::kAll;
+  expect_all_isas_agree({shapes, kSanitized ? 4 : 12, Gradients::kRarelyHostile, configurations});
+  expect_all_isas_agree({shapes, kSanitized ? 4 : 12, Gradients::kRarelyHostile, configurations, default_hyperparameters});
+  expect_all_isas_agree({shapes, 3, Gradients::kRarelyHostile, configurations, frozen_hyperparameters});
+  expect_all_isas_agree({shapes, 4, Gradients::kRarelyHostile, configurations, default_hyperparameters, 0.37f});
+  expect_all_isas_agree({shapes, 4, Gradients::kRarelyHostile, configurations, default_hyperparameters, 3e30f});
 }
 
 TEST(IsaEquality, AHundredThousandAndThreeElements) {
@@ -226,14 +239,14 @@ TEST(IsaChoice, AnUnknownNameIsAnErrorThatNamesItAndWhatIsAllowed) {
     const std::string answer = choice_under(isa);
     EXPECT_EQ(answer.substr(0, 2), std::to_string(static_cast<int>(StatusCode::kUnsupported)) + " ") << answer;
     EXPECT_NE(answer.find(std::string("FLASHOPTIM_ISA=") + isa), std::string::npos) << answer;
-    EXPECT_NE(answer.find("scalar, avx2, avx512"), std::string::npos) << answer;
+    EXPECT_NE(answer.find("scalar, avx2, avx512, avx512_bf16"), std::string::npos) << answer;
   }
 }
 
 TEST(IsaChoice, AnInstructionSetThatTheMachineLacksIsAnErrorAndNoFallback) {
   const std::vector<std::string> isas = machine_isas();
-  if (isas.size() == 3) GTEST_SKIP() << "this machine lacks none";
-  const std::string lacking = isas.size() == 2 ? "avx512" : "avx2";
+  if (isas.size() == std::size(kIsas)) GTEST_SKIP() << "this machine lacks none";
+  const std::string lacking = kIsas[isas.size()];
   const std::string answer = choice_under(lacking.c_str());
   EXPECT_EQ(answer.substr(0, 2), std::to_string(static_cast<int>(StatusCode::kUnsupported)) + " ") << answer;
   EXPECT_NE(answer.find(lacking), std::string::npos) << answer;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -116,7 +117,8 @@ inline ElementSizesOf element_sizes_of(const ParameterTensors& t) {
           t.state_codec == StateCodec::kFloat32 ? 4 : 1};
 }
 
-enum class Gradients { kOrdinary, kHostile };
+/// kRarelyHostile: so seldom that most blocks have none; and weights, too.
+enum class Gradients { kOrdinary, kHostile, kRarelyHostile };
 
 /// One parameter with everything it has; values depend on `seed` alone, never on alignment.
 class TestTensor {
@@ -131,7 +133,13 @@ class TestTensor {
     t_.state_codec = codec;
     const int64_t count = t_.layout.numel();
     parameter_ = GuardedArray(count, storage.dtype == DType::kFloat32 ? 4 : 2, shift);
-    for (int64_t i = 0; i < count; ++i) put(parameter_, storage.dtype, i, static_cast<float>(random.normal() * 0.3));
+    const float hostile[] = {0.0f,  -0.0f,  0x1p-149f, -0x1p-130f, 0x1p-126f, 1e-30f,   0x1p-64f,  -0x1.ffp-64f, 0x1p-63f,
+                             1e30f, 0x1p65f, 0x1.fcp64f, 3.0e38f,   NAN,       INFINITY, -INFINITY, 65504.0f,    6e-8f};
+    for (int64_t i = 0; i < count; ++i) {
+      float w = static_cast<float>(random.normal() * 0.3);
+      if (gradients == Gradients::kRarelyHostile && random.below(700) == 0) w = hostile[random.below(std::size(hostile))];
+      put(parameter_, storage.dtype, i, w);
+    }
     t_.parameter = parameter_.data();
     const int correction = correction_bits();
     correction_ = GuardedArray(count, correction / 8, shift);
@@ -259,7 +267,7 @@ class TestTensor {
       if (what == 0) g = 0.0;
       if (what == 1) g *= std::pow(10.0, 4.0 - 10.0 * random.uniform());
       put(gradient_, t_.gradient_dtype, i, static_cast<float>(g));
-      if (kind == Gradients::kHostile && random.below(24) == 0)
+      if ((kind == Gradients::kHostile && random.below(24) == 0) || (kind == Gradients::kRarelyHostile && random.below(5000) == 0))
         put(gradient_, t_.gradient_dtype, i, hostile[random.below(11)]);
     }
   }
@@ -269,9 +277,26 @@ class TestTensor {
   int64_t offset_ = 0;
 };
 
+/// What PyTorch's optimizers have without arguments, but for weight decay and momentum.
+inline Hyperparameters default_hyperparameters(int64_t step) {
+  Hyperparameters h;
+  h.lr = 1e-3;
+  h.weight_decay = 0.01;
+  h.momentum = 0.9;
+  h.step = step;
+  return h;
+}
+/// Nothing moves.
+inline Hyperparameters frozen_hyperparameters(int64_t step) {
+  Hyperparameters h = default_hyperparameters(step);
+  h.lr = 0.0;
+  return h;
+}
+
 /// A plan over tensors that it does not own, stepped with changing gradients.
 inline Status run_steps(const OptimizerChoice& optimizer, const std::vector<std::unique_ptr<TestTensor>>& tensors,
-                        int64_t first_step, int64_t steps, const StepOptions& options = {}) {
+                        int64_t first_step, int64_t steps, const StepOptions& options = {},
+                        Hyperparameters (*hyperparameters)(int64_t) = busy_hyperparameters) {
   std::vector<ParameterTensors> list;
   for (const auto& t : tensors) list.push_back(t->tensors());
   Plan plan;
@@ -282,7 +307,7 @@ inline Status run_steps(const OptimizerChoice& optimizer, const std::vector<std:
       tensors[i]->set_step(s);
       status = plan.set_gradient(static_cast<int64_t>(i), tensors[i]->tensors().gradient);
     }
-    const Hyperparameters hyper = busy_hyperparameters(s);
+    const Hyperparameters hyper = hyperparameters(s);
     if (status.is_ok()) status = plan.step(&hyper, 1, options);
   }
   return status;

@@ -22,7 +22,7 @@ def test_names_and_types():
 
     assert all(hasattr(optimizers, name) for name in optimizers.__all__)
     assert all(hasattr(flashoptim, name) for name in flashoptim.__all__)
-    assert flashoptim.cpu_isa() in ("scalar", "avx2", "avx512")
+    assert flashoptim.cpu_isa() in ("scalar", "avx2", "avx512", "avx512_bf16")
 
 
 def test_defaults_hold_no_initial_lr_and_repr_works():
