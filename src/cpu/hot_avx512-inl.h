@@ -517,7 +517,6 @@ struct HotAvx512 {
     const auto update = [&](int group) __attribute__((always_inline)) {
       const int i = group * kGroup;
       __builtin_prefetch(parameter_ahead + i, 1, 3);
-      __builtin_prefetch(corrections_ahead + i * (kBits / 8), 1, 3);
       const __m512i words = _mm512_loadu_si512(parameter + i);
       Group of;
       of.narrow = {{widen.low(words)}, {widen.high(words)}};
@@ -555,12 +554,15 @@ struct HotAvx512 {
     // The first half of one group beside the second of the one before: chains of half the length, of which more fit into the
     // processor's window.
     Group next = update(b.store_begin);
-    for (int group = b.store_begin; group < end - 1; ++group) {
-      const Group of = next;
-      next = update(group + 1);
-      store(group, of);
+    for (int group = b.store_begin; group < end; group += 2) {
+      __builtin_prefetch(corrections_ahead + group * kGroup * (kBits / 8), 1, 3);
+      if constexpr (kBits == 16) __builtin_prefetch(corrections_ahead + (group + 1) * kGroup * 2, 1, 3);
+      const Group first = next;
+      const Group second = update(group + 1);
+      store(group, first);
+      if (group + 2 < end) next = update(group + 2);
+      store(group + 1, second);
     }
-    store(end - 1, next);
   }
 
   // ---- states of the default codec: momentum relative to a variance ---------------------------------------------
