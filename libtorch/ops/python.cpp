@@ -141,6 +141,44 @@ PyObject* take_gradients(PyObject* const* arguments) {
   return PyTuple_Pack(2, grads.get(), absent.get());
 }
 
+/// Lets other threads of Python run for a scope.
+class WithoutLock {
+ public:
+  WithoutLock() : state_(PyEval_SaveThread()) {}
+  WithoutLock(const WithoutLock&) = delete;
+  WithoutLock& operator=(const WithoutLock&) = delete;
+  ~WithoutLock() { PyEval_RestoreThread(state_); }
+
+ private:
+  void* state_;
+};
+
+/// step(plan, hyper_index: list[int], hypers: list[float], grad_scale: float, nonfinite: Tensor) -> bool: plan_step_ with the
+/// gradients that take_gradients() has just given the plan, without the dispatcher. False, with nothing done, where `nonfinite`
+/// is not what the operator wants.
+PyObject* step(PyObject* const* arguments) {
+  const Op op{"plan_step_"};
+  const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
+  std::vector<int64_t> hyper_index(static_cast<size_t>(PyList_Size(arguments[1])));
+  for (size_t i = 0; i < hyper_index.size(); ++i) hyper_index[i] = PyLong_AsLongLong(PyList_GetItem(arguments[1], static_cast<PySsize>(i)));
+  std::vector<double> hypers(static_cast<size_t>(PyList_Size(arguments[2])));
+  for (size_t i = 0; i < hypers.size(); ++i) hypers[i] = PyFloat_AsDouble(PyList_GetItem(arguments[2], static_cast<PySsize>(i)));
+  StepControls controls;
+  controls.gradient_scale = checked_grad_scale(op, PyFloat_AsDouble(arguments[3]));
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  dlpack::Tensor nonfinite;
+  if (!read(arguments[4], &nonfinite) || !plan->is_counter(nonfinite)) return to_bool(false);
+  controls.nonfinite_gradients = static_cast<int64_t*>(const_cast<void*>(nonfinite.address()));
+  {
+    const WithoutLock without_lock;
+    const std::lock_guard lock(plan->mutex());
+    plan->set_hypers(op, hypers, hyper_index);
+    plan->set_or_use_gradients(op, {});
+    plan->step(op, controls);
+  }
+  return to_bool(true);
+}
+
 /// count(plan, dicts: list, key, value, known: list, places: list[int]): dict[key] = known[place] = value for every
 /// dict, where `known` is what the plan remembers.
 PyObject* count(PyObject* const* arguments) {
@@ -162,6 +200,7 @@ PyMethod g_functions[] = {
     {"remember", reinterpret_cast<void*>(&guarded<remember>), kPyFastCall, nullptr},
     {"is_current", reinterpret_cast<void*>(&guarded<is_current>), kPyFastCall, nullptr},
     {"take_gradients", reinterpret_cast<void*>(&guarded<take_gradients>), kPyFastCall, nullptr},
+    {"step", reinterpret_cast<void*>(&guarded<step>), kPyFastCall, nullptr},
     {"count", reinterpret_cast<void*>(&guarded<count>), kPyFastCall, nullptr},
 };
 

@@ -31,6 +31,9 @@ FLASHOPTIM_WEAK PyObject* PyObject_GetAttr(PyObject*, PyObject*);
 FLASHOPTIM_WEAK PyObject* PyBool_FromLong(long);
 FLASHOPTIM_WEAK long long PyLong_AsLongLong(PyObject*);
 FLASHOPTIM_WEAK PyObject* PyLong_FromLongLong(long long);
+FLASHOPTIM_WEAK double PyFloat_AsDouble(PyObject*);
+FLASHOPTIM_WEAK void* PyEval_SaveThread();
+FLASHOPTIM_WEAK void PyEval_RestoreThread(void*);
 FLASHOPTIM_WEAK PyObject* PyUnicode_InternFromString(const char*);
 FLASHOPTIM_WEAK PyObject* PyTuple_Pack(PySsize, ...);
 FLASHOPTIM_WEAK PyObject* PyList_New(PySsize);
@@ -68,7 +71,7 @@ namespace dlpack {
 
 // DLTensor and DLPackExchangeAPI of DLPack 1.x.
 inline constexpr int32_t kCpu = 1, kCuda = 2;
-inline constexpr uint8_t kFloat = 2, kBfloat = 4;
+inline constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 struct Tensor {
   void* data;
