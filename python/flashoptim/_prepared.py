@@ -50,6 +50,8 @@ class Controls:
 
     def on(self, device: torch.device) -> Controls:
         """The same with every tensor on ``device``, as float32 of one element."""
+        if not self.has_tensors():
+            return self
         moved = Controls()
         moved.grad_scale = self.grad_scale
         for name in ("clip_coefficient", "found_inf", "grad_divisor"):
