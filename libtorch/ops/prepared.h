@@ -13,6 +13,14 @@
 
 namespace flashoptim::ops {
 
+/// What python.cpp expects to find in the states again.
+struct KnownStates {
+  std::vector<const PyObject*> values;  ///< kept alive by the caller, compared by address
+  bool is_watched = false;              ///< every change of a state is counted
+  bool is_seen = false;                 ///< they were found when the count was `changes`
+  uint64_t changes = 0;
+};
+
 class PreparedPlan {
  public:
   /// From checked tensors, whose gradients give their dtypes; `params` are read for shapes.
@@ -45,8 +53,7 @@ class PreparedPlan {
   void offer_gradients(Op op, const std::vector<const void*>& gradients);
   /// set_gradients(grads); where `grads` is empty, those that were offered since the last call.
   void set_or_use_gradients(Op op, const TensorList& grads);
-  /// Python objects that are to be found in the states again; kept alive by the caller, compared by address.
-  std::vector<const PyObject*>& known() { return known_; }
+  KnownStates& known() { return known_; }
 
  private:
   bool is_on_device(const dlpack::Tensor& tensor) const;
@@ -72,7 +79,7 @@ class PreparedPlan {
   bool has_offered_ = false;
   std::vector<Hyperparameters> hypers_;
   std::vector<int64_t> hyper_index_;
-  std::vector<const PyObject*> known_;
+  KnownStates known_;
   DevicePlan plan_;
 };
 

@@ -1,4 +1,4 @@
-// The few functions of CPython's stable ABI and structs of DLPack that python.cpp uses, declared without their headers.
+// The few functions of CPython and structs of DLPack that python.cpp uses, declared without their headers.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +47,9 @@ FLASHOPTIM_WEAK int PyDict_SetItem(PyObject*, PyObject*, PyObject*);
 FLASHOPTIM_WEAK int PyDict_SetItemString(PyObject*, const char*, PyObject*);
 FLASHOPTIM_WEAK PyObject* PyCFunction_NewEx(PyMethod*, PyObject*, PyObject*);
 FLASHOPTIM_WEAK void* PyCapsule_GetPointer(PyObject*, const char*);
+// Not in the stable ABI, and there from Python 3.12 on: python.cpp does without where they are not.
+FLASHOPTIM_WEAK int PyDict_AddWatcher(int (*callback)(int event, PyObject* dict, PyObject* key, PyObject* value));
+FLASHOPTIM_WEAK int PyDict_Watch(int watcher, PyObject* dict);
 #undef FLASHOPTIM_WEAK
 }
 

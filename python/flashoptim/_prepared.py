@@ -137,7 +137,7 @@ class Prepared:
 
     def _remember_in_c(self) -> None:
         if _ops.python_functions:
-            _ops.python_functions["remember"](self.plan, self.known)
+            _ops.python_functions["remember"](self.plan, self.dicts, self.known)
 
     def _find_common_count(self) -> None:
         counts = set() if self.counts_on_device else set(map(_get_step, self.dicts))

@@ -78,6 +78,36 @@ def test_whatever_changes_is_seen(what):
     assert_same_bits(a, b)
 
 
+EDITS = {
+    "assigned": lambda state: state.__setitem__("exp_avg", state["exp_avg"] + 1),
+    "updated": lambda state: state.update(exp_avg=state["exp_avg"] + 1),
+    "merged": lambda state: state.__ior__({"correction": state["correction"] + 1}),
+    "taken out and put back": lambda state: state.update(exp_avg=state.pop("exp_avg") + 1),
+    "emptied": lambda state: state.clear(),
+    "added": lambda state: state.setdefault("something else", 1),
+}
+
+
+@pytest.mark.parametrize("edit", list(EDITS))
+def test_an_edit_of_any_state_is_seen_at_the_next_step(edit):
+    """Among others' steps, which change their own states, and after many steps in which nothing was edited."""
+    a, b = pair()
+    others, other = pair()[0]
+    slow(b[1])
+    for params, optimizer in (a, b):
+        for i in range(3):
+            run(optimizer, params, i, i + 1)
+            run(other, others, 2 * i, 2 * i + 2)
+    for place in (-1, 3):
+        for params, optimizer in (a, b):
+            EDITS[edit](optimizer.state[params[place]])
+            assert optimizer is b[1] or not all(prepared.is_current() for prepared in optimizer._prepared)
+            run(optimizer, params, 4 + place, 6 + place)
+        assert_same_bits(a, b)
+    run(other, others, 6, 8)
+    assert all(prepared.is_current() for prepared in other._prepared)
+
+
 def test_a_refused_gradient_changes_nothing_and_the_next_step_is_quick_again():
     (params, optimizer), _ = pair()
     run(optimizer, params, 0, 2)
