@@ -8,8 +8,8 @@
 
 Each is one process; on an H100 with 80 GB some 30 seconds are expected. Weights are made on the device in the dtype that they
 have; every block is checkpointed, or every few (--checkpoint-blocks); the loss is computed for 256 tokens at a time
-(chunked_cross_entropy in common.py), so that logits take 0.3 GB and not 2. torch-fused has fp32 weights under autocast (16 bytes a parameter: not for 80 GB with all
-layers). report.py makes tables of the JSON files.
+(chunked_cross_entropy in common.py), so that logits take 0.3 GB and not 2. torch-fused has fp32 weights under autocast (16
+bytes a parameter: not for 80 GB with all layers). report.py makes tables of the JSON files.
 """
 
 import argparse
@@ -87,9 +87,7 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(shape["dim"], eps=1e-5)
         self.head = nn.Linear(shape["dim"], shape["vocab"], bias=False)
 
-    def loss(
-        self, tokens: torch.Tensor, targets: torch.Tensor, chunk: int, checkpoint_blocks: int = 1
-    ) -> torch.Tensor:
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor, chunk: int, checkpoint_blocks: int = 1) -> torch.Tensor:
         exponents = torch.arange(0, self.width, 2, device=tokens.device) / self.width
         angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device), ROPE_BASE**-exponents)
         cosine, sine = angles.cos(), angles.sin()

@@ -3,8 +3,9 @@
 // takes 40.
 //
 // The library names no Python at link time: it uses functions of CPython's stable ABI, as weak symbols, which are there
-// where Python has loaded the library, and two beyond it that it can do without (DictWatcher). Tensors are read through torch's DLPack exchange table (DLPack 1.3), a
-// stable ABI as well. Whatever is not as expected is left to the operators, which take lists and name what is wrong.
+// where Python has loaded the library, and two beyond it that it can do without (DictWatcher). Tensors are read through
+// torch's DLPack exchange table (DLPack 1.3), a stable ABI as well. Whatever is not as expected is left to the
+// operators, which take lists and name what is wrong.
 //
 // The plan keeps no tensor of its own: a held reference would make torch.utils.swap_tensors refuse the parameter.
 #include <atomic>
@@ -118,8 +119,8 @@ class DictWatcher {
 };
 DictWatcher g_watcher;
 
-/// remember(plan, dicts: list, known: list): the dicts' values, one behind the other, which is_current() compares with. The
-/// caller keeps them.
+/// remember(plan, dicts: list, known: list): the dicts' values, one behind the other, which is_current() compares with.
+/// The caller keeps them.
 PyObject* remember(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject* const values = arguments[2];
@@ -206,16 +207,18 @@ class WithoutLock {
   void* state_;
 };
 
-/// step(plan, hyper_index: list[int], hypers: list[float], grad_scale: float, nonfinite: Tensor) -> bool: plan_step_ with the
-/// gradients that take_gradients() has just given the plan, without the dispatcher. False, with nothing done, where `nonfinite`
-/// is not what the operator wants.
+/// step(plan, hyper_index: list[int], hypers: list[float], grad_scale: float, nonfinite: Tensor) -> bool: plan_step_
+/// with the gradients that take_gradients() has just given the plan, without the dispatcher. False, with nothing done,
+/// where `nonfinite` is not what the operator wants.
 PyObject* step(PyObject* const* arguments) {
   const Op op{"plan_step_"};
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   std::vector<int64_t> hyper_index(static_cast<size_t>(PyList_Size(arguments[1])));
-  for (size_t i = 0; i < hyper_index.size(); ++i) hyper_index[i] = PyLong_AsLongLong(PyList_GetItem(arguments[1], static_cast<PySsize>(i)));
+  for (size_t i = 0; i < hyper_index.size(); ++i)
+    hyper_index[i] = PyLong_AsLongLong(PyList_GetItem(arguments[1], static_cast<PySsize>(i)));
   std::vector<double> hypers(static_cast<size_t>(PyList_Size(arguments[2])));
-  for (size_t i = 0; i < hypers.size(); ++i) hypers[i] = PyFloat_AsDouble(PyList_GetItem(arguments[2], static_cast<PySsize>(i)));
+  for (size_t i = 0; i < hypers.size(); ++i)
+    hypers[i] = PyFloat_AsDouble(PyList_GetItem(arguments[2], static_cast<PySsize>(i)));
   StepControls controls;
   controls.gradient_scale = checked_grad_scale(op, PyFloat_AsDouble(arguments[3]));
   if (PyErr_Occurred() != nullptr) return nullptr;
@@ -265,8 +268,8 @@ PyMethod g_functions[] = {
 }  // namespace flashoptim::ops
 
 /// For ctypes.PyDLL: the functions above as a dict, from torch.Tensor, torch.nn.Parameter and
-/// torch.Tensor.__dlpack_c_exchange_api__. Empty, where that table is of another version; null, where Python's functions
-/// are not to be found.
+/// torch.Tensor.__dlpack_c_exchange_api__. Empty, where that table is of another version; null, where Python's
+/// functions are not to be found.
 extern "C" __attribute__((visibility("default"))) PyObject* flashoptim_python_functions(PyObject* tensor_type,
                                                                                         PyObject* parameter_type,
                                                                                         PyObject* capsule) {

@@ -124,7 +124,8 @@ void Zeros::make_together(at::Device device) {
     for (size_t first = 0; first < places.size();) {
       size_t end = first + 1;
       int64_t total = room(*places[first]);
-      for (; end < places.size() && (total + room(*places[end])) * item <= kChunkBytes; ++end) total += room(*places[end]);
+      for (; end < places.size() && (total + room(*places[end])) * item <= kChunkBytes; ++end)
+        total += room(*places[end]);
       const at::Tensor chunk = chunks.emplace_back(at::empty({total}, places[first]->options));
       for (int64_t offset = 0; first < end; offset += room(*places[first]), ++first) {
         *places[first]->place = chunk.as_strided(places[first]->sizes, places[first]->strides, offset);
@@ -176,7 +177,8 @@ void add_slots(const at::Tensor& param, OptimizerKind kind, FlashParamState* sta
     const at::ScalarType codes = is_paper && signs[k] != 0 ? at::kChar : at::kByte;
     zeros->add(param.sizes(), param.strides(), on_device.dtype(is_quantized ? codes : at::kFloat), &state->states[k]);
     if (is_quantized) {
-      zeros->add({state->rows, groups_per_row}, {std::max<int64_t>(1, groups_per_row), 1}, on_device.dtype(headers), &state->scales[k]);
+      zeros->add({state->rows, groups_per_row}, {std::max<int64_t>(1, groups_per_row), 1}, on_device.dtype(headers),
+                 &state->scales[k]);
     } else {
       state->scales[k] = at::empty({0}, on_device.dtype(headers));
     }

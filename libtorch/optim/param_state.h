@@ -20,8 +20,8 @@ void check_param(const std::string& name, const at::Tensor& param);
 /// Same order of elements in memory, for tensors of the same shape.
 bool same_element_order(const at::Tensor& a, const at::Tensor& b);
 
-/// Tensors of zeros, asked for one by one and made together. On CUDA they lie in a few allocations, one behind the other, and
-/// one launch zeroes them; elsewhere each has its own.
+/// Tensors of zeros, asked for one by one and made together. On CUDA they lie in a few allocations, one behind the
+/// other, and one launch zeroes them; elsewhere each has its own.
 class Zeros {
  public:
   /// *place, which must stay where it is, becomes a tensor of these dense sizes and strides.

@@ -1,4 +1,5 @@
-// Apart from all other kernels: a driver that cannot take more than 4 KB of arguments may refuse the file that they are in.
+// Apart from all other kernels: a driver that cannot take more than 4 KB of arguments may refuse the file that they are
+// in.
 #include "src/cuda/gradients-inl.cuh"
 
 namespace flashoptim::cuda {

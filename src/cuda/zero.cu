@@ -37,14 +37,16 @@ int launch_zero(const ZeroArguments& args, int blocks, void* stream) {
 Status zero(void* const* arrays, const int64_t* bytes, int64_t count, int32_t device, void* stream) {
   for (int64_t i = 0; i < count; ++i) {
     if (bytes[i] < 0 || (bytes[i] > 0 && arrays[i] == nullptr)) {
-      return Status::invalid_argument("arrays[" + std::to_string(i) + "] is null or has a negative size, " + std::to_string(bytes[i]));
+      return Status::invalid_argument("arrays[" + std::to_string(i) + "] is null or has a negative size, " +
+                                      std::to_string(bytes[i]));
     }
   }
   DeviceGuard guard(device);
   Status status = device_status(guard.error(), "cannot use the device of the arrays");
   int multiprocessors = 0;
   if (status.is_ok()) {
-    status = device_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    status = device_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                           "cudaDeviceGetAttribute");
   }
   for (int64_t begin = 0; status.is_ok() && begin < count; begin += kZeroArrays) {
     ZeroArguments args;
@@ -59,7 +61,8 @@ Status zero(void* const* arrays, const int64_t* bytes, int64_t count, int32_t de
     constexpr int64_t kBlockBytes = kZeroThreads * static_cast<int64_t>(sizeof(uint4));
     const auto most = static_cast<int64_t>(kZeroBlocksPerMultiprocessor) * multiprocessors;
     const auto blocks = static_cast<int>(std::min(most, (largest + kBlockBytes - 1) / kBlockBytes));
-    status = device_status(static_cast<cudaError_t>(launch_zero(args, blocks, stream)), "launching the zeroing of states");
+    status =
+        device_status(static_cast<cudaError_t>(launch_zero(args, blocks, stream)), "launching the zeroing of states");
   }
   return status;
 }

@@ -18,7 +18,8 @@ void step_with_everything(PlanPair& pair, const Config& config) {
   std::vector<StepTelemetry> host_telemetry(pair.size());
   StepTelemetry* telemetry = nullptr;
   ASSERT_CUDA(cudaMalloc(reinterpret_cast<void**>(&telemetry), pair.size() * sizeof(StepTelemetry)));
-  ASSERT_CUDA(cudaMemcpy(telemetry, host_telemetry.data(), pair.size() * sizeof(StepTelemetry), cudaMemcpyHostToDevice));
+  ASSERT_CUDA(
+      cudaMemcpy(telemetry, host_telemetry.data(), pair.size() * sizeof(StepTelemetry), cudaMemcpyHostToDevice));
   for (int64_t step = 1; step <= 2; ++step) {
     pair.new_gradients({});
     std::vector<Hyperparameters> hypers(2, test_hyper(config, step));
@@ -43,7 +44,8 @@ void step_with_everything(PlanPair& pair, const Config& config) {
     ASSERT_OK(pair.cuda().set_hyper_index(0, 1));
   }
   std::vector<StepTelemetry> device_telemetry(pair.size());
-  EXPECT_EQ(cudaMemcpy(device_telemetry.data(), telemetry, pair.size() * sizeof(StepTelemetry), cudaMemcpyDeviceToHost), cudaSuccess);
+  EXPECT_EQ(cudaMemcpy(device_telemetry.data(), telemetry, pair.size() * sizeof(StepTelemetry), cudaMemcpyDeviceToHost),
+            cudaSuccess);
   for (size_t i = 0; i < pair.size(); ++i) EXPECT_EQ(device_telemetry[i].examined, host_telemetry[i].examined);
   cudaFree(telemetry);
 }
@@ -133,11 +135,15 @@ TEST(CudaSmall, Conversions) {
         for (int k = 0; k < count; ++k) EXPECT_TRUE(values[k].same(&difference)) << k << ": " << difference;
         EXPECT_EQ(pair.difference(), "");
       };
-      ASSERT_OK(merge_weights(config.parameter_dtype, config.master, host.parameter, host.correction, host_values[0], size));
-      ASSERT_OK(cuda::merge_weights(config.parameter_dtype, config.master, device.parameter, device.correction, device_values[0], size, 0, nullptr));
+      ASSERT_OK(
+          merge_weights(config.parameter_dtype, config.master, host.parameter, host.correction, host_values[0], size));
+      ASSERT_OK(cuda::merge_weights(config.parameter_dtype, config.master, device.parameter, device.correction,
+                                    device_values[0], size, 0, nullptr));
       expect_same(1);
-      ASSERT_OK(split_weights(config.parameter_dtype, config.master, host_values[0], host.parameter, host.correction, size));
-      ASSERT_OK(cuda::split_weights(config.parameter_dtype, config.master, device_values[0], device.parameter, device.correction, size, 0, nullptr));
+      ASSERT_OK(
+          split_weights(config.parameter_dtype, config.master, host_values[0], host.parameter, host.correction, size));
+      ASSERT_OK(cuda::split_weights(config.parameter_dtype, config.master, device_values[0], device.parameter,
+                                    device.correction, size, 0, nullptr));
       expect_same(1);
       ASSERT_OK(decode_states(config.optimizer, false, host, host_values));
       ASSERT_OK(cuda::decode_states(config.optimizer, false, device, device_values, 0, nullptr));

@@ -81,7 +81,9 @@ def measure_parts(numel):
             "  of it, counts": lambda: prepared._count([], set()),
             "optimizer.step()": optimizer.step,
         }
-        print(f"FlashAdamW, 300 quantized tensors of {numel}, in parts:     the same gradients      new ones before each")
+        print(
+            f"FlashAdamW, 300 quantized tensors of {numel}, in parts:     the same gradients      new ones before each"
+        )
         for name, part in parts.items():
             print(f"  {name:50} {cost(part, 300)}    {cost(part, 300, new_gradients)}")
 

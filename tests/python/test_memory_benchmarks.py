@@ -68,7 +68,9 @@ def test_scripts_and_report(tmp_path):
         plain, released = runs[name], runs[f"{name}-release"]
         assert plain["loss"] == released["loss"]
         assert (plain["gradient_bytes_per_parameter"], released["gradient_bytes_per_parameter"]) == (2.0, 0.0)
-    assert pairs["results"]["loss"] == runs["llama_shape-tiny-flash"]["loss"] and pairs["config"]["checkpoint_blocks"] == 2
+    assert (
+        pairs["results"]["loss"] == runs["llama_shape-tiny-flash"]["loss"] and pairs["config"]["checkpoint_blocks"] == 2
+    )
     torchs = runs["gpt2-tiny-torch-fused"]
     assert abs(torchs["val_loss"] - runs["gpt2-tiny-flash"]["val_loss"]) < 0.02
     assert 16.0 < torchs["bytes_per_parameter"] < 16.01
