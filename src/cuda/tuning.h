@@ -48,8 +48,9 @@ inline constexpr int kGradientsPerLaunch = 500;
 inline constexpr int kLargeGradientsPerLaunch = 4000;
 inline constexpr int kLargeArgumentsDriver = 12010;
 
-/// Arrays that one launch of zero() takes, and blocks of it on a multiprocessor.
+/// Arrays that one launch of zero() takes, its threads a block, and blocks on a multiprocessor.
 inline constexpr int kZeroArrays = 250;
+inline constexpr int kZeroThreads = 256;
 inline constexpr int kZeroBlocksPerMultiprocessor = 8;
 
 /// Blocks of the gradient norm's reduction take this many groups each.
