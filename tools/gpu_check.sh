@@ -38,7 +38,7 @@ row() {
   "$@" >"$logs/${name// /_}.log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
   printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")" | tee -a "$logs/checks.txt"
 }
-summary() { grep -E 'PASSED|FAILED  \]|(ERROR|RACECHECK) SUMMARY|^learned|^[0-9]+ (passed|failed|skipped)|all quantized ' "$1" | tail -1 | tr -s ' ='; }
+summary() { grep -E 'PASSED|FAILED  \]|(ERROR|RACECHECK) SUMMARY|^learned|(^|[ =])[0-9]+ (passed|failed|skipped)|all quantized ' "$1" | tail -1 | tr -s ' ='; }
 
 libtorch() {
   local build=${GPU_CHECK_BUILD:-$logs/libtorch}
@@ -65,18 +65,18 @@ run() {
   {
     echo "device=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -1)"
     echo "commit=${GPU_CHECK_COMMIT:-$(git -C "$root" log -1 --format=%h 2>/dev/null || echo unknown)}"
+    echo "command=${GPU_CHECK_FULL:+GPU_CHECK_FULL=$GPU_CHECK_FULL }${GPU_CHECK_LIBTORCH:+GPU_CHECK_LIBTORCH=$GPU_CHECK_LIBTORCH }tools/gpu_check.sh run DIR"
   } | tee "$logs/facts.txt"
   row "bits against the CPU, plans, graphs, norm" ./flashoptim_cuda_test --gtest_brief=1
   [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "every division" env FLASHOPTIM_TEST_ALL=1 ./flashoptim_cuda_test --gtest_filter='CudaArithmetic.*'
   row "plain_cuda example" ./plain_cuda
-  if python3 -c 'import pytest, hypothesis, torch' 2>/dev/null; then
+  local has_python=0
+  python3 -c 'import pytest, hypothesis, torch' 2>/dev/null && has_python=1
+  if [ $has_python = 1 ]; then
     row "Python front end" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
       python3 -m pytest "$root/tests/python/test_cuda.py"
     [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "more than 2^31 elements" env FLASHOPTIM_TEST_ALL=1 PYTHONPATH="$root/python" \
       FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" python3 -m pytest "$root/tests/python/test_cuda.py" -k two_to_the_31
-    row "torch fused AdamW" python3 "$root/benchmarks/cuda/torch_adamw.py"
-    row "host time of step()" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
-      python3 "$root/tests/python/measure_step.py" cuda
   else
     echo "Python front end: not checked, python3 has no pytest, hypothesis and torch" | tee -a "$logs/checks.txt"
   fi
@@ -89,6 +89,12 @@ run() {
     done
   else
     echo "sanitizer: not checked, there is no compute-sanitizer" | tee -a "$logs/checks.txt"
+  fi
+  # Times last, when nothing is being built.
+  if [ $has_python = 1 ]; then
+    row "torch fused AdamW" python3 "$root/benchmarks/cuda/torch_adamw.py"
+    row "host time of step()" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
+      python3 "$root/tests/python/measure_step.py" cuda
   fi
   write_report || failures=$((failures + 1))
   [ $failures = 0 ] && echo "all checks passed" || echo "$failures checks FAILED: logs in $logs"

@@ -42,9 +42,11 @@ def main() -> None:
     copy = re.search(r"copy (\d+) GB/s", device)
 
     out = [f"# CUDA step: {facts.get('device', 'unknown device').split(',')[0]}", ""]
-    out.append("Made by `tools/gpu_check.sh run DIR` (after `tools/gpu_check.sh build DIR`); reasons and variants are in docs/cuda.md.")
+    out.append("Made by `tools/gpu_check.sh run DIR` (after `tools/gpu_check.sh build DIR`); reasons and variants are in")
+    out.append("[docs/cuda.md](../../docs/cuda.md), training runs in [h100_memory.md](h100_memory.md).")
     out += ["", f"- {facts.get('device', '')}; {device}"]
-    out.append(f"- commit {facts.get('commit', 'unknown')}; copy bandwidth in the same run {copy[1] if copy else '?'} GB/s (bytes read and written)")
+    out.append(f"- commit {facts.get('commit', 'unknown')}, everything from one run: `{facts.get('command', 'tools/gpu_check.sh run DIR')}`; copy")
+    out.append(f"  bandwidth in the same run {copy[1] if copy else '?'} GB/s (bytes read and written)")
     out += ["- times are medians by events, the next steps queued behind; wall is a step that is waited for", ""]
     rows = []
     for name, (reach, aim, is_wall) in AIMS.items():

@@ -7,9 +7,9 @@
     python benchmarks/memory/llama_shape.py --device cpu --tiny              tries the script
 
 Each is one process; on an H100 with 80 GB some 30 seconds are expected. Weights are made on the device in the dtype that they
-have; every block is checkpointed; the loss is computed for 256 tokens at a time (chunked_cross_entropy in common.py), so that
-logits take 0.3 GB and not 2. torch-fused has fp32 weights under autocast (16 bytes a parameter: not for 80 GB with all
-layers). report.py makes tables of the JSON files.
+have; every block is checkpointed, or every few (--checkpoint-blocks); the loss is computed for 256 tokens at a time
+(chunked_cross_entropy in common.py), so that logits take 0.3 GB and not 2. torch-fused has fp32 weights under autocast (16
+bytes a parameter: not for 80 GB with all layers). report.py makes tables of the JSON files.
 """
 
 import argparse
@@ -87,14 +87,21 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(shape["dim"], eps=1e-5)
         self.head = nn.Linear(shape["dim"], shape["vocab"], bias=False)
 
-    def loss(self, tokens: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor, chunk: int, checkpoint_blocks: int = 1) -> torch.Tensor:
         exponents = torch.arange(0, self.width, 2, device=tokens.device) / self.width
         angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device), ROPE_BASE**-exponents)
         cosine, sine = angles.cos(), angles.sin()
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = checkpoint(block, x, cosine, sine, use_reentrant=False)
+        for first in range(0, len(self.blocks), checkpoint_blocks):
+            x = checkpoint(self.run_blocks, first, checkpoint_blocks, x, cosine, sine, use_reentrant=False)
         return chunked_cross_entropy(self.norm(x), self.head.weight, targets, chunk)
+
+    def run_blocks(
+        self, first: int, count: int, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> torch.Tensor:
+        for block in list(self.blocks)[first : first + count]:
+            x = block(x, cosine, sine)
+        return x
 
 
 @torch.no_grad()
@@ -147,7 +154,7 @@ def measure(args: argparse.Namespace, shape: dict, start: float) -> dict:
         optimizer.zero_grad()
         marks = [times.clock.mark()]
         with autocast if is_mixed else contextlib.nullcontext():
-            loss = model.loss(data[:, :-1], data[:, 1:], args.chunk)
+            loss = model.loss(data[:, :-1], data[:, 1:], args.chunk, args.checkpoint_blocks)
         marks.append(times.clock.mark())
         loss.backward()
         marks.append(times.clock.mark())
@@ -177,13 +184,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="length of a sequence (default: 2048)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=256, help="tokens whose logits exist at a time")
+    parser.add_argument(
+        "--checkpoint-blocks",
+        type=int,
+        default=1,
+        help="blocks that share a checkpoint: fewer inputs are kept, more is computed anew at a time (default: 1)",
+    )
     parser.add_argument("--steps", type=int, default=12, help="the first two are for warming up (default: 12)")
     add_options(parser)
     args = parser.parse_args(arguments)
     if args.optimizer != "flash" and (args.gradient_release or args.no_correction or args.state_codec != "default"):
         parser.error("--gradient-release, --no-correction and --state-codec go with --optimizer flash")
-    if args.steps < 1 or (args.layers is not None and args.layers < 1):
-        parser.error("--steps and --layers are 1 or more")
+    if min(args.steps, args.checkpoint_blocks) < 1 or (args.layers is not None and args.layers < 1):
+        parser.error("--steps, --checkpoint-blocks and --layers are 1 or more")
     return args
 
 
@@ -200,6 +213,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "full_depth": shape["layers"] == default_layers,
         "batch": args.batch,
         "chunk": args.chunk,
+        "checkpoint_blocks": args.checkpoint_blocks,
         "steps": args.steps,
         "seed": args.seed,
         "adamw": ADAMW,

@@ -41,8 +41,8 @@ COLUMNS = {
 }
 INTRODUCTIONS = {
     "llama_shape": "A decoder of Llama-3.1-8B's shape ({layers} layers, dim {dim}, {heads} heads, {kv_heads} key-value heads, ffn "
-    "{ffn}, vocabulary {vocab:,}; {parameters:,} parameters), random weights, batch {batch} x {tokens} tokens, every block "
-    "checkpointed, cross entropy for {chunk} tokens at a time; {steps} steps on one batch.",
+    "{ffn}, vocabulary {vocab:,}; {parameters:,} parameters), random weights, batch {batch} x {tokens} tokens, blocks by "
+    "checkpoint: {checkpoint_blocks}, cross entropy for {chunk} tokens at a time; {steps} steps on one batch.",
     "gpt2": "A decoder of GPT-2's shape ({layers} layers, dim {dim}, {heads} heads, vocabulary {vocab:,}, tied head; "
     "{parameters:,} parameters), bytes of pydoc's topics, batch {batch} x {context}, {steps} steps, the same batches and initial "
     "weights for all; no clipping. Losses in nats a byte.",

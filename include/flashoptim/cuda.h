@@ -106,6 +106,9 @@ Status decode_states(OptimizerKind optimizer, bool has_momentum, const Parameter
 Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
                      const float* const* values, int32_t device, void* stream);
 
+/// Zeroes `count` arrays of bytes[i] bytes, in one launch for up to 250 of them: new states, whatever their codec.
+Status zero(void* const* arrays, const int64_t* bytes, int64_t count, int32_t device, void* stream);
+
 /// *counter += 1 on the device, unless found_inf is set and non-zero: a step counter for StepOptions::step.
 Status advance_step(int64_t* counter, const float* found_inf, int32_t device, void* stream);
 

@@ -78,13 +78,13 @@ Status DevicePlan::set_gradient(int64_t index, const void* gradient) {
   return std::visit([=](auto& plan) { return plan.set_gradient(index, gradient); }, plan_);
 }
 Status DevicePlan::set_gradients(const void* const* gradients) {
-  return std::visit(
-      [=](auto& plan) {
-        Status status;
-        for (int64_t i = 0; status.is_ok() && i < plan.size(); ++i) status = plan.set_gradient(i, gradients[i]);
-        return status;
-      },
-      plan_);
+#if FLASHOPTIM_HAS_CUDA
+  if (auto* plan = std::get_if<cuda::Plan>(&plan_)) return plan->set_gradients(gradients);
+#endif
+  Plan& plan = std::get<Plan>(plan_);
+  Status status;
+  for (int64_t i = 0; status.is_ok() && i < plan.size(); ++i) status = plan.set_gradient(i, gradients[i]);
+  return status;
 }
 Status DevicePlan::set_hyper_index(int64_t index, int32_t hyper_index) {
   return std::visit([=](auto& plan) { return plan.set_hyper_index(index, hyper_index); }, plan_);

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -226,14 +227,7 @@ void plan_step_kernel(StableIValue* stack, uint64_t, uint64_t) {
 
   const std::shared_ptr<PreparedPlan> plan = PreparedPlans::instance().find(op, number);
   const std::lock_guard lock(plan->mutex());
-  thread_local std::vector<Hyperparameters> hypers;
-  hypers.clear();
-  unpack_hypers(op, values, plan->optimizer(), plan->has_momentum(), &hypers);
-  if (!hyper_index.empty() && hyper_index.size() != static_cast<size_t>(plan->size())) {
-    op.fail("hyper_index has " + std::to_string(hyper_index.size()) + " entries; needed are none or " +
-            std::to_string(plan->size()) + ", one per tensor of the plan");
-  }
-  for (size_t i = 0; i < hyper_index.size(); ++i) check_hyper_index(op, i, hyper_index[i], hypers.size());
+  const size_t sets = plan->set_hypers(op, values, hyper_index);
   if (stride < 1) op.fail("telemetry_stride = " + std::to_string(stride) + "; must be at least 1");
   const Device device = plan->device();
   StepControls controls;
@@ -248,19 +242,15 @@ void plan_step_kernel(StableIValue* stack, uint64_t, uint64_t) {
     controls.clip_coefficient = static_cast<const float*>(scalar("clip_coefficient", clip_coefficient, c.float32));
     controls.found_inf = static_cast<const float*>(scalar("found_inf", found_inf, c.float32));
     controls.nonfinite_gradients = static_cast<int64_t*>(scalar("nonfinite", nonfinite, c.int64));
-    controls.lrs = unpack_per_set<const float>(op, "lrs", lrs, hypers.size(), c.float32, device);
-    controls.steps = unpack_per_set<int64_t>(op, "steps", steps, hypers.size(), c.int64, device);
+    controls.lrs = unpack_per_set<const float>(op, "lrs", lrs, sets, c.float32, device);
+    controls.steps = unpack_per_set<int64_t>(op, "steps", steps, sets, c.int64, device);
     static_assert(sizeof(StepTelemetry) == kTelemetryNumbers * sizeof(int64_t));
     controls.telemetry = static_cast<StepTelemetry*>(
         unpack_array(op, {"telemetry"}, telemetry, c.int64, plan->size() * kTelemetryNumbers, device));
     controls.telemetry_stride = stride;
   }
   plan->set_or_use_gradients(op, grads);
-  if (is_meta) return;
-  for (size_t i = 0; i < hyper_index.size(); ++i) {
-    op.check(plan->plan().set_hyper_index(static_cast<int64_t>(i), static_cast<int32_t>(hyper_index[i])));
-  }
-  op.check(plan->plan().step(hypers, controls));
+  if (!is_meta) plan->step(op, controls);
 }
 
 // grads: as for plan_step_. result: 4 float32: the sum of squares as one double, the norm, the clipping coefficient.
@@ -406,6 +396,40 @@ void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
+constexpr const char* kZeroSchema = "zero_(Tensor(a!)[] tensors) -> ()";
+
+/// Dense tensors of one device and any dtypes; on CUDA in one launch, which torch._foreach_zero_ is not.
+void zero_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"zero_"};
+  const TensorList tensors = take_tensors(stack[0]);
+  std::vector<void*> arrays;
+  std::vector<int64_t> bytes;
+  Device device;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Name name{"tensors", static_cast<int64_t>(i)};
+    const TensorInfo info = read_tensor(op, name, tensors[i]);
+    if (i == 0) device = info.device;
+    check_device(op, name, info.device, {"tensors", 0}, device);
+    if (!is_dense(info)) {
+      op.fail(name.str() + " has shape " + ints(info.sizes, info.dim) + " and strides " + ints(info.strides, info.dim) +
+              "; its elements must fill their memory without gaps or overlap");
+    }
+    bytes.push_back(info.numel * static_cast<int64_t>(aoti_torch_dtype_element_size(info.dtype)));
+  }
+  if (tensors.empty()) return;
+  const Backend backend = select_backend(op.name, "tensors[0]", device);
+  if (backend == Backend::kMeta) return;
+  for (const Tensor& tensor : tensors) arrays.push_back(mutable_data(tensor));
+#if FLASHOPTIM_HAS_CUDA
+  if (backend == Backend::kCuda) {
+    return op.check(cuda::zero(arrays.data(), bytes.data(), static_cast<int64_t>(arrays.size()), device.index, current_stream(device)));
+  }
+#endif
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    if (bytes[i] != 0) std::memset(arrays[i], 0, static_cast<size_t>(bytes[i]));
+  }
+}
+
 // ---- facts ----------------------------------------------------------------------------------------------------------
 
 constexpr const char* kGroupLayoutSchema = "group_layout(int[] sizes) -> int[]";
@@ -469,7 +493,7 @@ STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
   for (const char* schema : {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kGroupLayoutSchema,
                              kCpuIsaSchema, kStateNamesSchema, kStateSignsSchema, kHasCudaSchema, kPlanNewSchema,
-                             kPlanFreeSchema, kPlanCheckSchema, kPlanStepSchema, kPlanNormSchema}) {
+                             kPlanFreeSchema, kPlanCheckSchema, kPlanStepSchema, kPlanNormSchema, kZeroSchema}) {
     m.def(schema);
   }
 }
@@ -492,4 +516,5 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("plan_check", plan_check_kernel);
   m.impl("plan_step_", plan_step_kernel);
   m.impl("plan_norm_", plan_norm_kernel);
+  m.impl("zero_", zero_kernel);
 }

@@ -15,12 +15,14 @@ PreparedPlan::PreparedPlan(Op op, const StepInput& input, const TensorList& para
     const TensorInfo info = read_tensor(op, {"params", static_cast<int64_t>(i)}, params[i]);
     const DType dtype = input.tensors[i].gradient_dtype;
     const bool same = dtype == input.tensors[i].parameter_dtype;
-    shapes_.push_back({{info.sizes, info.sizes + info.dim},
-                       {info.strides, info.strides + info.dim},
+    shapes_.push_back({extents_.size(),
+                       info.dim,
                        info.numel,
                        same ? info.dtype : codes().float32,
                        dtype == DType::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat,
                        static_cast<uint8_t>(dtype == DType::kFloat32 ? 32 : 16)});
+    extents_.insert(extents_.end(), info.sizes, info.sizes + info.dim);
+    extents_.insert(extents_.end(), info.strides, info.strides + info.dim);
   }
   if (backend_ == Backend::kMeta) return;
   for (const ParameterTensors& tensor : input.tensors) parameters_.push_back(tensor.parameter);
@@ -43,9 +45,9 @@ void PreparedPlan::set_gradients(Op op, const TensorList& grads) {
       continue;
     }
     TensorInfo like = grad;
-    like.dim = static_cast<int64_t>(shape.sizes.size());
-    like.sizes = shape.sizes.data();
-    like.strides = shape.strides.data();
+    like.dim = shape.dim;
+    like.sizes = sizes(shape);
+    like.strides = strides(shape);
     like.device = device_;
     check_like(op, name, grad, {"params", static_cast<int64_t>(i)}, like);
     check_dtype(op, name, grad.dtype, shape.gradient_dtype, "the plan");
@@ -55,21 +57,48 @@ void PreparedPlan::set_gradients(Op op, const TensorList& grads) {
   op.check(plan_.set_gradients(gradients_.data()));
 }
 
+size_t PreparedPlan::set_hypers(Op op, const std::vector<double>& values, const std::vector<int64_t>& hyper_index) {
+  hypers_.clear();
+  unpack_hypers(op, values, optimizer_, has_momentum_, &hypers_);
+  if (!hyper_index.empty() && hyper_index.size() != static_cast<size_t>(size())) {
+    op.fail("hyper_index has " + std::to_string(hyper_index.size()) + " entries; needed are none or " +
+            std::to_string(size()) + ", one per tensor of the plan");
+  }
+  for (size_t i = 0; i < hyper_index.size(); ++i) check_hyper_index(op, i, hyper_index[i], hypers_.size());
+  hyper_index_ = hyper_index;
+  return hypers_.size();
+}
+
+void PreparedPlan::step(Op op, const StepControls& controls) {
+  for (size_t i = 0; i < hyper_index_.size(); ++i) {
+    op.check(plan_.set_hyper_index(static_cast<int64_t>(i), static_cast<int32_t>(hyper_index_[i])));
+  }
+  op.check(plan_.step(hypers_, controls));
+}
+
 bool PreparedPlan::is_parameter(int64_t index, const dlpack::Tensor& tensor) const {
   return backend_ != Backend::kMeta && tensor.address() == parameters_[static_cast<size_t>(index)];
 }
 
+bool PreparedPlan::is_on_device(const dlpack::Tensor& tensor) const {
+  if (backend_ == Backend::kCuda) return tensor.device_type == dlpack::kCuda && tensor.device_index == device_.index;
+  return backend_ == Backend::kCpu && tensor.device_type == dlpack::kCpu;
+}
+
+bool PreparedPlan::is_counter(const dlpack::Tensor& tensor) const {
+  if (!is_on_device(tensor) || tensor.type != dlpack::kInt || tensor.bits != 64 || tensor.lanes != 1) return false;
+  return std::all_of(tensor.sizes, tensor.sizes + tensor.dim, [](int64_t size) { return size == 1; });
+}
+
 bool PreparedPlan::is_gradient(int64_t index, const dlpack::Tensor& tensor) const {
   const Shape& shape = shapes_[static_cast<size_t>(index)];
-  const bool on_device = backend_ == Backend::kCuda
-                             ? tensor.device_type == dlpack::kCuda && tensor.device_index == device_.index
-                             : backend_ == Backend::kCpu && tensor.device_type == dlpack::kCpu;
-  if (!on_device || tensor.lanes != 1) return false;
+  if (!is_on_device(tensor) || tensor.lanes != 1) return false;
   if (tensor.type != shape.dlpack_type || tensor.bits != shape.dlpack_bits) return false;
-  if (static_cast<size_t>(tensor.dim) != shape.sizes.size()) return false;
-  for (size_t d = 0; d < shape.sizes.size(); ++d) {
-    if (tensor.sizes[d] != shape.sizes[d]) return false;
-    if (tensor.strides[d] != shape.strides[d] && shape.sizes[d] != 1 && shape.numel != 0) return false;
+  if (tensor.dim != shape.dim) return false;
+  const int64_t *const wanted_sizes = sizes(shape), *const wanted_strides = strides(shape);
+  for (int64_t d = 0; d < shape.dim; ++d) {
+    if (tensor.sizes[d] != wanted_sizes[d]) return false;
+    if (tensor.strides[d] != wanted_strides[d] && wanted_sizes[d] != 1 && shape.numel != 0) return false;
   }
   return true;
 }

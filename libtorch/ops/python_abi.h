@@ -1,4 +1,4 @@
-// The few functions of CPython's stable ABI and structs of DLPack that python.cpp uses, declared without their headers.
+// The few functions of CPython and structs of DLPack that python.cpp uses, declared without their headers.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,9 @@ FLASHOPTIM_WEAK PyObject* PyObject_GetAttr(PyObject*, PyObject*);
 FLASHOPTIM_WEAK PyObject* PyBool_FromLong(long);
 FLASHOPTIM_WEAK long long PyLong_AsLongLong(PyObject*);
 FLASHOPTIM_WEAK PyObject* PyLong_FromLongLong(long long);
+FLASHOPTIM_WEAK double PyFloat_AsDouble(PyObject*);
+FLASHOPTIM_WEAK void* PyEval_SaveThread();
+FLASHOPTIM_WEAK void PyEval_RestoreThread(void*);
 FLASHOPTIM_WEAK PyObject* PyUnicode_InternFromString(const char*);
 FLASHOPTIM_WEAK PyObject* PyTuple_Pack(PySsize, ...);
 FLASHOPTIM_WEAK PyObject* PyList_New(PySsize);
@@ -44,6 +47,9 @@ FLASHOPTIM_WEAK int PyDict_SetItem(PyObject*, PyObject*, PyObject*);
 FLASHOPTIM_WEAK int PyDict_SetItemString(PyObject*, const char*, PyObject*);
 FLASHOPTIM_WEAK PyObject* PyCFunction_NewEx(PyMethod*, PyObject*, PyObject*);
 FLASHOPTIM_WEAK void* PyCapsule_GetPointer(PyObject*, const char*);
+// Not in the stable ABI, and there from Python 3.12 on: python.cpp does without where they are not.
+FLASHOPTIM_WEAK int PyDict_AddWatcher(int (*callback)(int event, PyObject* dict, PyObject* key, PyObject* value));
+FLASHOPTIM_WEAK int PyDict_Watch(int watcher, PyObject* dict);
 #undef FLASHOPTIM_WEAK
 }
 
@@ -68,7 +74,7 @@ namespace dlpack {
 
 // DLTensor and DLPackExchangeAPI of DLPack 1.x.
 inline constexpr int32_t kCpu = 1, kCuda = 2;
-inline constexpr uint8_t kFloat = 2, kBfloat = 4;
+inline constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 struct Tensor {
   void* data;

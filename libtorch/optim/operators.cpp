@@ -90,6 +90,11 @@ std::vector<at::Tensor> decode_states(OptimizerKind kind, const std::vector<at::
   return call(op, name_of(kind), states, scales, static_cast<int64_t>(codec), rows);
 }
 
+void zero_(const std::vector<at::Tensor>& tensors) {
+  static const auto op = find<void(at::TensorList)>("flashoptim::zero_");
+  call(op, tensors);
+}
+
 std::vector<int64_t> group_layout(at::IntArrayRef sizes) {
   static const auto op = find<std::vector<int64_t>(at::IntArrayRef)>("flashoptim::group_layout");
   return call(op, sizes);

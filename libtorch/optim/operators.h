@@ -28,6 +28,8 @@ void split_weights_(const at::Tensor& weights, const at::Tensor& param, const at
                     MasterWeights master_weights);
 std::vector<at::Tensor> decode_states(OptimizerKind kind, const std::vector<at::Tensor>& states,
                                       const std::vector<at::Tensor>& scales, StateCodec codec, int64_t rows);
+/// Zeroes dense tensors of one device, on CUDA in one launch.
+void zero_(const std::vector<at::Tensor>& tensors);
 /// [rows, row_size, groups_per_row]
 std::vector<int64_t> group_layout(at::IntArrayRef sizes);
 /// Names of all slots, those that only momentum needs included.

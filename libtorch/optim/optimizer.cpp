@@ -109,6 +109,7 @@ FlashParamState* FlashOptimizer::find_state(const at::Tensor& param) const {
 
 std::vector<FlashOptimizer::Work> FlashOptimizer::collect_work() {
   std::vector<Work> works;
+  Zeros zeros;
   for (size_t g = 0; g < param_groups_.size(); ++g) {
     FlashOptions& options = group_options(g);
     options.check(prefix(kind_) + "param_groups[" + std::to_string(g) + "].");
@@ -122,10 +123,10 @@ std::vector<FlashOptimizer::Work> FlashOptimizer::collect_work() {
       Work work{place, param, {}, find_state(param), nullptr, &options};
       if (work.state == nullptr) {
         check_param(name(), param);  // again: params() can be changed from outside
-        work.made = make_state(param, options);
+        work.made = make_state(param, options, &zeros);
       } else if (options.has_momentum() && work.state->states.empty()) {
         work.made = std::make_unique<FlashParamState>(*work.state);
-        add_slots(param, kind_, work.made.get());
+        add_slots(param, kind_, work.made.get(), &zeros);
       }
       if (work.made != nullptr) work.state = work.made.get();
       const bool fits = grad.sizes() == param.sizes() && grad.strides() == param.strides() &&
@@ -135,6 +136,7 @@ std::vector<FlashOptimizer::Work> FlashOptimizer::collect_work() {
       works.push_back(std::move(work));
     }
   }
+  zeros.make();
   return works;
 }
 
@@ -266,7 +268,9 @@ void FlashOptimizer::set_fp32_weight(const at::Tensor& param, const at::Tensor& 
   std::unique_ptr<FlashParamState> made;
   if (state == nullptr) {
     check_param(prefix(kind_) + place.str(), param);
-    made = make_state(param, group_options(place.group));
+    Zeros zeros;
+    made = make_state(param, group_options(place.group), &zeros);
+    zeros.make();
     state = made.get();
   }
   const at::Tensor ordered =

@@ -1,6 +1,8 @@
 #include "libtorch/optim/param_state.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 #include <torch/types.h>
 
 #include <algorithm>
@@ -37,6 +39,10 @@ MasterWeights master_weights_for(const at::Tensor& param, const OptionValues& op
       return options.stochastic_rounding ? MasterWeights::kNoneStochastic : MasterWeights::kNone;
   }
 }
+
+/// As in python/flashoptim/_states.py, which says why.
+constexpr int64_t kChunkBytes = int64_t{1} << 30;
+constexpr int64_t kAlignment = 256;
 
 StateCodec codec_for(const at::Tensor& param, const OptionValues& options) {
   if (!options.quantize || param.numel() < options.min_quantized_numel) return StateCodec::kFloat32;
@@ -81,13 +87,61 @@ bool same_element_order(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-std::unique_ptr<FlashParamState> make_state(const at::Tensor& param, const FlashOptions& options) {
+void Zeros::add(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options, at::Tensor* place) {
+  wanted_.push_back({sizes.vec(), strides.vec(), options.requires_grad(false), c10::multiply_integers(sizes), place});
+}
+
+void Zeros::make() {
+  std::vector<at::Device> together;
+  for (const Wanted& wanted : wanted_) {
+    const at::Device device = wanted.options.device();
+    if (!device.is_cuda()) {
+      *wanted.place = at::empty_strided(wanted.sizes, wanted.strides, wanted.options).zero_();
+    } else if (std::find(together.begin(), together.end(), device) == together.end()) {
+      together.push_back(device);
+    }
+  }
+  for (const at::Device device : together) make_together(device);
+  wanted_.clear();
+}
+
+/// A chunk holds tensors of one dtype: it then needs no view of another dtype, which archives could not hold.
+void Zeros::make_together(at::Device device) {
+  const at::AutoDispatchBelowADInplaceOrView no_views;
+  std::vector<at::Tensor> chunks;
+  std::vector<at::ScalarType> dtypes;
+  for (const Wanted& wanted : wanted_) {
+    const at::ScalarType dtype = c10::typeMetaToScalarType(wanted.options.dtype());
+    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) dtypes.push_back(dtype);
+  }
+  for (const at::ScalarType dtype : dtypes) {
+    const auto item = static_cast<int64_t>(c10::elementSize(dtype)), step = kAlignment / item;
+    std::vector<const Wanted*> places;
+    for (const Wanted& wanted : wanted_) {
+      if (wanted.options.device() == device && wanted.options.dtype() == dtype) places.push_back(&wanted);
+    }
+    const auto room = [step](const Wanted& wanted) { return (wanted.numel + step - 1) / step * step; };
+    for (size_t first = 0; first < places.size();) {
+      size_t end = first + 1;
+      int64_t total = room(*places[first]);
+      for (; end < places.size() && (total + room(*places[end])) * item <= kChunkBytes; ++end)
+        total += room(*places[end]);
+      const at::Tensor chunk = chunks.emplace_back(at::empty({total}, places[first]->options));
+      for (int64_t offset = 0; first < end; offset += room(*places[first]), ++first) {
+        *places[first]->place = chunk.as_strided(places[first]->sizes, places[first]->strides, offset);
+      }
+    }
+  }
+  operators::zero_(chunks);
+}
+
+std::unique_ptr<FlashParamState> make_state(const at::Tensor& param, const FlashOptions& options, Zeros* zeros) {
   return make_state(param, options.kind(), options.has_momentum(), master_weights_for(param, options.values()),
-                    codec_for(param, options.values()));
+                    codec_for(param, options.values()), zeros);
 }
 
 std::unique_ptr<FlashParamState> make_state(const at::Tensor& param, OptimizerKind kind, bool has_momentum,
-                                            MasterWeights master_weights, StateCodec codec) {
+                                            MasterWeights master_weights, StateCodec codec, Zeros* zeros) {
   auto state = std::make_unique<FlashParamState>();
   state->master_weights = master_weights;
   state->state_codec = codec;
@@ -95,32 +149,39 @@ std::unique_ptr<FlashParamState> make_state(const at::Tensor& param, OptimizerKi
   switch (master_weights) {
     case MasterWeights::kCorrection8:
     case MasterWeights::kCorrection8Nearest:
-      state->correction = at::zeros_like(param, param.options().dtype(at::kChar).requires_grad(false));
+      zeros->add(param.sizes(), param.strides(), param.options().dtype(at::kChar), &state->correction);
       break;
     case MasterWeights::kCorrection16:
     case MasterWeights::kCorrection16Nearest:
-      state->correction = at::zeros_like(param, param.options().dtype(at::kShort).requires_grad(false));
+      zeros->add(param.sizes(), param.strides(), param.options().dtype(at::kShort), &state->correction);
       break;
     case MasterWeights::kNone:
     case MasterWeights::kNoneStochastic:
       state->correction = at::empty({0}, param.options().dtype(at::kChar).requires_grad(false));
       break;
   }
-  if (has_momentum) add_slots(param, kind, state.get());
+  if (has_momentum) add_slots(param, kind, state.get(), zeros);
   return state;
 }
 
-void add_slots(const at::Tensor& param, OptimizerKind kind, FlashParamState* state) {
+void add_slots(const at::Tensor& param, OptimizerKind kind, FlashParamState* state, Zeros* zeros) {
   const bool is_paper = state->state_codec == StateCodec::kPaper;
   const bool is_quantized = state->state_codec != StateCodec::kFloat32;
   const int64_t groups_per_row = operators::group_layout(memory_order_sizes(param))[2];
   const at::TensorOptions on_device = at::TensorOptions().device(param.device());
-  for (const int64_t is_signed : operators::state_signs(kind)) {
-    const at::ScalarType codes = is_paper && is_signed != 0 ? at::kChar : at::kByte;
-    state->states.push_back(at::zeros_like(param, on_device.dtype(is_quantized ? codes : at::kFloat)));
-    const at::ScalarType headers = is_paper ? at::kHalf : at::kShort;
-    state->scales.push_back(is_quantized ? at::zeros({state->rows, groups_per_row}, on_device.dtype(headers))
-                                         : at::empty({0}, on_device.dtype(headers)));
+  const at::ScalarType headers = is_paper ? at::kHalf : at::kShort;
+  const std::vector<int64_t> signs = operators::state_signs(kind);
+  state->states.resize(signs.size());
+  state->scales.resize(signs.size());
+  for (size_t k = 0; k < signs.size(); ++k) {
+    const at::ScalarType codes = is_paper && signs[k] != 0 ? at::kChar : at::kByte;
+    zeros->add(param.sizes(), param.strides(), on_device.dtype(is_quantized ? codes : at::kFloat), &state->states[k]);
+    if (is_quantized) {
+      zeros->add({state->rows, groups_per_row}, {std::max<int64_t>(1, groups_per_row), 1}, on_device.dtype(headers),
+                 &state->scales[k]);
+    } else {
+      state->scales[k] = at::empty({0}, on_device.dtype(headers));
+    }
   }
 }
 

@@ -30,6 +30,12 @@ int64_t read_int(InputArchive& archive, const std::string& key) {
   return value.toInt();
 }
 
+/// An archive holds whole storages: a tensor that shares its own is copied, to the host.
+at::Tensor with_own_storage(const at::Tensor& tensor) {
+  if (tensor.storage().nbytes() <= tensor.nbytes()) return tensor;
+  return tensor.to(at::kCPU, /*non_blocking=*/false, /*copy=*/true);
+}
+
 /// The saved tensor must be what a new state would have in its place.
 void check_saved(const std::string& name, const at::Tensor& saved, const at::Tensor& expected) {
   TORCH_CHECK(saved.scalar_type() == expected.scalar_type(), name, " was saved with dtype ", saved.scalar_type(),
@@ -50,7 +56,9 @@ std::unique_ptr<FlashParamState> restore_state(const std::string& name, const at
   TORCH_CHECK(codec >= 0 && codec <= static_cast<int64_t>(StateCodec::kDefault), name, ": state_codec = ", codec,
               " in the archive; must be 0 to 2");
   TORCH_CHECK(saved.step >= 0, name, ": step = ", saved.step, " in the archive; must be at least 0");
-  auto state = make_state(param, kind, !saved.states.empty(), saved.master_weights, saved.state_codec);
+  Zeros zeros;
+  auto state = make_state(param, kind, !saved.states.empty(), saved.master_weights, saved.state_codec, &zeros);
+  zeros.make();
   state->step = saved.step;
   TORCH_CHECK(saved.rows == state->rows, name, ": rows = ", saved.rows, " in the archive; must be ", state->rows);
   TORCH_CHECK(saved.states.size() == state->states.size() && saved.scales.size() == state->scales.size(), name, ": ",
@@ -76,10 +84,10 @@ void FlashParamState::serialize(OutputArchive& archive) const {
   archive.write("state_codec", c10::IValue(static_cast<int64_t>(state_codec)));
   archive.write("rows", c10::IValue(rows));
   archive.write("slots", c10::IValue(static_cast<int64_t>(states.size())));
-  archive.write("correction", correction, /*is_buffer=*/true);
+  archive.write("correction", with_own_storage(correction), /*is_buffer=*/true);
   for (size_t k = 0; k < states.size(); ++k) {
-    archive.write("states" + std::to_string(k), states[k], /*is_buffer=*/true);
-    archive.write("scales" + std::to_string(k), scales[k], /*is_buffer=*/true);
+    archive.write("states" + std::to_string(k), with_own_storage(states[k]), /*is_buffer=*/true);
+    archive.write("scales" + std::to_string(k), with_own_storage(scales[k]), /*is_buffer=*/true);
   }
 }
 

@@ -122,6 +122,7 @@ merge_weights = torch.ops.flashoptim.merge_weights.default
 split_weights_ = torch.ops.flashoptim.split_weights_.default
 decode_states = torch.ops.flashoptim.decode_states.default
 encode_states_ = torch.ops.flashoptim.encode_states_.default
+zero_ = torch.ops.flashoptim.zero_.default
 
 
 @functools.lru_cache(maxsize=4096)

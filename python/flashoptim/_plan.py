@@ -233,21 +233,37 @@ class Plan:
     def gather(self, state: State, hypers: list[list[float]], careful: bool = False) -> list[Call]:
         """Everything one step needs; changes nothing. ``careful``: every parameter takes the slower path."""
         calls = []
+        made = self._new_states(state)
         for (device, _), (buckets, others) in self.calls.items():
             call = Call(device)
             for bucket in buckets:
                 if careful or bucket.is_irregular or not bucket.gather(call, state, hypers):
                     bucket.is_irregular |= careful
                     for entry in bucket.entries:
-                        self.gather_entry(entry, call, state, hypers)
+                        self.gather_entry(entry, call, state, hypers, made)
             for entry in others:
-                self.gather_entry(entry, call, state, hypers)
+                self.gather_entry(entry, call, state, hypers, made)
             if call.params:
                 calls.append(call)
         return calls
 
-    def gather_entry(self, entry: Entry, call: Call, state: State, hypers: list[list[float]]) -> None:
-        """Adds one parameter to a call, whatever it needs first."""
+    def _new_states(self, state: State) -> dict[int, dict[str, Any]]:
+        """New states of all parameters that this step needs one for, by id, made together."""
+        if len(state) >= len(self.entries):
+            return {}
+        missing = [e for e in self.entries.values() if e.param.grad is not None and not state.get(e.param)]
+        made = _states.new_states([(e.param, e.slots, e.form) for e in missing])
+        return dict(zip((id(e.param) for e in missing), made))
+
+    def gather_entry(
+        self,
+        entry: Entry,
+        call: Call,
+        state: State,
+        hypers: list[list[float]],
+        made: Mapping[int, dict[str, Any]] | None = None,
+    ) -> None:
+        """Adds one parameter to a call, whatever it needs first. ``made``: new states, by id of the parameter."""
         param, grad = entry.param, entry.param.grad
         if grad is None:
             return
@@ -256,7 +272,8 @@ class Plan:
         _validate.check_gradient(param, grad, entry.name)
         param_state = state.get(param)
         if not param_state or not _states.conforms(param_state, param, entry.slots, entry.form):
-            param_state = self.prepare_state(entry, param_state)
+            new = None if param_state or made is None else made.get(id(param))
+            param_state = self.prepare_state(entry, param_state) if new is None else new
             call.new_states.append((param, param_state))
         order = _states.state_order(param_state, entry.slots, param)
         weights = ordered(param.detach(), order)

@@ -127,19 +127,30 @@ def arrays_of(param: Tensor, slots: Sequence[str], form: Format) -> list[Array]:
 
 def new_state(param: Tensor, slots: Sequence[str], form: Format) -> dict[str, Any]:
     """The state of a parameter that has taken no step: zeros, which every codec stores as zero bytes."""
+    if _zeroes_in_one_launch(param.device):
+        return new_states([(param, slots, form)])[0]
     state: dict[str, Any] = {STEP: 0}
     for name, dtype, shape, order in arrays_of(param, slots, form):
         state[name] = from_storage_order(torch.zeros(shape, dtype=dtype, device=param.device), order)
     return state
 
 
-#: Bytes of one allocation that the states of several parameters share.
-_CHUNK_BYTES = 1 << 28
+#: Bytes of one allocation that the states of several parameters share: an 8B model's states take 25. It stays allocated as long
+#: as any state in it, and must find room in one piece, so it is not larger.
+_CHUNK_BYTES = 1 << 30
 _ALIGNMENT = 256
 
 
+def _zeroes_in_one_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and _ops.has_cuda()
+
+
 def new_states(items: Sequence[tuple[Tensor, Sequence[str], Format]]) -> list[dict[str, Any]]:
-    """As new_state() for many parameters, in a few allocations: per dtype, arrays lie one behind the other in a chunk."""
+    """As new_state() for many parameters, in a few allocations: per dtype, arrays lie one behind the other in a chunk.
+
+    One chunk for all dtypes would do, but torch.save refuses tensors of several dtypes that share a storage. On CUDA one launch
+    zeroes all chunks of a device.
+    """
     wanted: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], Array]]] = {}
     states: list[dict[str, Any]] = []
     for param, slots, form in items:
@@ -148,7 +159,9 @@ def new_states(items: Sequence[tuple[Tensor, Sequence[str], Format]]) -> list[di
             state[array.name] = None  # entries in new_state()'s order
             wanted.setdefault((param.device, array.dtype), []).append((state, array))
         states.append(state)
+    to_zero: dict[torch.device, list[Tensor]] = {}
     for (device, dtype), places in wanted.items():
+        allocate = torch.empty if _zeroes_in_one_launch(device) else torch.zeros
         step = _ALIGNMENT // dtype.itemsize
         lengths = [-(-math.prod(array.shape) // step) * step for _, array in places]
         first = 0
@@ -157,13 +170,17 @@ def new_states(items: Sequence[tuple[Tensor, Sequence[str], Format]]) -> list[di
             while end < len(places) and (total + lengths[end]) * dtype.itemsize <= _CHUNK_BYTES:
                 total += lengths[end]
                 end += 1
-            chunk = torch.zeros(total, dtype=dtype, device=device)
+            chunk = allocate(total, dtype=dtype, device=device)
+            if allocate is torch.empty:
+                to_zero.setdefault(device, []).append(chunk)
             offset = 0
             for (state, array), length in zip(places[first:end], lengths[first:end]):
                 values = chunk[offset : offset + math.prod(array.shape)].view(array.shape)
                 state[array.name] = from_storage_order(values, array.order)
                 offset += length
             first = end
+    for chunks in to_zero.values():
+        _ops.zero_(chunks)
     return states
 
 

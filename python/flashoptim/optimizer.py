@@ -295,8 +295,9 @@ class FlashOptimizer(torch.optim.Optimizer):
         """What GradScaler and clip_grad_norm_() left for this step; None where it is skipped, as far as the host knows."""
         controls = Controls()
         controls.clip_coefficient = self._clip
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        scale: Tensor | float | None = getattr(self, "grad_scale", None)
+        attributes = vars(self)  # where GradScaler sets them
+        found_inf: Tensor | None = attributes.get("found_inf")
+        scale: Tensor | float | None = attributes.get("grad_scale")
         if any(prepared.device.type == "cuda" for prepared in self._prepared):
             controls.found_inf = found_inf
             if isinstance(scale, Tensor):

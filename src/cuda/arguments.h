@@ -106,6 +106,22 @@ struct UpdateArguments {
 };
 static_assert(sizeof(UpdateArguments) <= 4096);
 
+template <int capacity>
+struct GradientArguments {
+  TensorEntry* tensors;
+  int32_t count;
+  const void* gradients[capacity];
+};
+static_assert(sizeof(GradientArguments<kGradientsPerLaunch>) <= 4096);
+static_assert(sizeof(GradientArguments<kLargeGradientsPerLaunch>) <= 32764);
+
+struct ZeroArguments {
+  int32_t count;
+  unsigned char* arrays[kZeroArrays];
+  int64_t bytes[kZeroArrays];
+};
+static_assert(sizeof(ZeroArguments) <= 4096);
+
 struct NormArguments {
   const TensorEntry* tensors;
   const Chunk* chunks;
@@ -196,6 +212,10 @@ const StepLaunches& step_launches(RuleKind rule);
 
 int launch_prepare(const PrepareArguments& arguments, void* stream);
 int launch_update(const UpdateArguments& arguments, void* stream);
+/// For the two capacities of tuning.h.
+template <int capacity>
+int launch_gradients(const GradientArguments<capacity>& arguments, void* stream);
+int launch_zero(const ZeroArguments& arguments, int blocks, void* stream);
 int launch_inspect(RuleKind rule, const InspectArguments& arguments, void* stream);
 int launch_convert(const ConvertArguments& arguments, void* stream);
 int launch_norm(const NormArguments& arguments, void* stream);

@@ -77,6 +77,7 @@ struct Plan::Impl {
   RuleKind rule;
   int32_t device = 0;
   int multiprocessors = 0;
+  bool takes_large_arguments = false;
   int states = 0;
   int32_t hyper_capacity = 0;
   std::vector<Launch> launches;
@@ -94,8 +95,13 @@ struct Plan::Impl {
   unsigned int* finished = nullptr;
   WorkCounter* work = nullptr;
 
-  // Entries [dirty_begin, dirty_end) differ from the device's.
+  // What steps look at again and again, side by side: `tensors` has a few cache lines for each.
+  std::vector<const void*> gradients;
+  int32_t used_hypers = -1;  // sets 0 ... used_hypers - 1 are used by a tensor with a gradient; -1: to be counted
+
+  // Entries [dirty_begin, dirty_end) differ from the device's: in their gradients, and if dirty_indices in more than that.
   int64_t dirty_begin = 0, dirty_end = 0;
+  bool dirty_indices = false;
   // Once captured, a replay may have put older gradients into the table at any time.
   bool captured = false;
 
@@ -110,8 +116,22 @@ struct Plan::Impl {
     dirty_end = std::max(dirty_end, end);
   }
 
+  Status set_gradient(int64_t index, const void* gradient) {
+    if (index >= 0 && index < tensors.size() && gradients[static_cast<size_t>(index)] == gradient) return Status::ok();
+    Status status = tensors.set_gradient(index, gradient);
+    if (!status.is_ok()) return status;
+    const void*& kept = gradients[static_cast<size_t>(index)];
+    if ((kept == nullptr) != (gradient == nullptr)) used_hypers = -1;
+    kept = gradient;
+    mark_dirty(index, index + 1);
+    return status;
+  }
+
   Status upload();
   Status upload_changes(void* stream);
+  Status upload_entries(void* stream) const;
+  template <int capacity>
+  Status upload_gradients(void* stream) const;
   Status prepare_inline(const Hyperparameters* given, int32_t used, const StepOptions& options, StepArguments* args) const;
   Status prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options, float* updates) const;
 
@@ -120,7 +140,7 @@ struct Plan::Impl {
     int32_t hypers = 0;      ///< sets 0 ... hypers - 1; none: no tensor has a gradient
     bool on_device = false;  ///< some of their numbers are only known there
   };
-  Status check(const Hyperparameters* given, int64_t count, const StepOptions& options, Use* use) const;
+  Status check(const Hyperparameters* given, int64_t count, const StepOptions& options, Use* use);
 };
 
 namespace {
@@ -200,6 +220,9 @@ Status Plan::Impl::upload() {
   if (status.is_ok()) {
     status = device_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   }
+  int driver = 0;
+  if (status.is_ok()) status = device_status(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  takes_large_arguments = driver >= kLargeArgumentsDriver;
   if (status.is_ok()) status = device_status(cudaMalloc(reinterpret_cast<void**>(&memory), static_cast<size_t>(arena.size())), "cudaMalloc for the plan");
   if (!status.is_ok()) return status;
   entries = reinterpret_cast<TensorEntry*>(memory + entries_at);
@@ -224,8 +247,25 @@ Status Plan::Impl::upload_changes(void* stream) {
   if (!status.is_ok()) return status;
   captured = captured || capture != cudaStreamCaptureStatusNone;
   if (captured) mark_dirty(0, tensors.size());
+  if (dirty_begin == dirty_end) return status;
+  const int64_t count = dirty_end - dirty_begin;
+  if (captured || dirty_indices) {
+    status = upload_entries(stream);
+  } else if (count > kGradientsPerLaunch && takes_large_arguments) {
+    status = upload_gradients<kLargeGradientsPerLaunch>(stream);
+  } else {
+    status = upload_gradients<kGradientsPerLaunch>(stream);
+  }
+  if (!status.is_ok()) return status;
+  dirty_begin = dirty_end = 0;
+  dirty_indices = false;
+  return status;
+}
+
+Status Plan::Impl::upload_entries(void* stream) const {
+  Status status;
   UpdateArguments args;
-  for (int64_t begin = dirty_begin; begin < dirty_end; begin += kUpdatesPerLaunch) {
+  for (int64_t begin = dirty_begin; status.is_ok() && begin < dirty_end; begin += kUpdatesPerLaunch) {
     args.tensors = entries + begin;
     args.count = static_cast<int32_t>(std::min<int64_t>(kUpdatesPerLaunch, dirty_end - begin));
     for (int32_t i = 0; i < args.count; ++i) {
@@ -233,9 +273,20 @@ Status Plan::Impl::upload_changes(void* stream) {
       args.updates[i] = {t.gradient, t.hyper_index};
     }
     status = device_status(static_cast<cudaError_t>(launch_update(args, stream)), "launching the plan's update");
-    if (!status.is_ok()) return status;
   }
-  dirty_begin = dirty_end = 0;
+  return status;
+}
+
+template <int capacity>
+Status Plan::Impl::upload_gradients(void* stream) const {
+  Status status;
+  GradientArguments<capacity> args;
+  for (int64_t begin = dirty_begin; status.is_ok() && begin < dirty_end; begin += capacity) {
+    args.tensors = entries + begin;
+    args.count = static_cast<int32_t>(std::min<int64_t>(capacity, dirty_end - begin));
+    std::copy_n(gradients.data() + begin, args.count, args.gradients);
+    status = device_status(static_cast<cudaError_t>(launch_gradients(args, stream)), "launching the plan's update");
+  }
   return status;
 }
 
@@ -289,6 +340,7 @@ Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTen
   impl->states = state_count(optimizer, has_momentum);
   impl->device = device;
   impl->hyper_capacity = static_cast<int32_t>(count);
+  for (int64_t i = 0; i < count; ++i) impl->gradients.push_back(tensors[i].gradient);
   for (int64_t i = 0; i < count; ++i) {
     impl->hyper_capacity = std::max(impl->hyper_capacity, tensors[i].hyper_index + 1);
     for (int k = 0; k < kMaxStates; ++k) {
@@ -311,33 +363,35 @@ int32_t Plan::launches() const { return impl_ == nullptr ? 0 : static_cast<int32
 
 Status Plan::set_gradient(int64_t index, const void* gradient) {
   if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
-  if (index >= 0 && index < size() && tensor(index).gradient == gradient) return Status::ok();
-  Status status = impl_->tensors.set_gradient(index, gradient);
-  if (status.is_ok()) impl_->mark_dirty(index, index + 1);
-  return status;
+  return impl_->set_gradient(index, gradient);
 }
 
 Status Plan::set_gradients(const void* const* gradients) {
-  for (int64_t i = 0; i < size(); ++i) {
-    Status status = set_gradient(i, gradients[i]);
-    if (!status.is_ok()) return status;
-  }
-  return Status::ok();
+  Status status;
+  for (int64_t i = 0, count = size(); status.is_ok() && i < count; ++i) status = impl_->set_gradient(i, gradients[i]);
+  return status;
 }
 
 Status Plan::set_hyper_index(int64_t index, int32_t hyper_index) {
   if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
   if (index >= 0 && index < size() && tensor(index).hyper_index == hyper_index) return Status::ok();
   Status status = impl_->tensors.set_hyper_index(index, hyper_index);
-  if (status.is_ok()) impl_->mark_dirty(index, index + 1);
+  if (status.is_ok()) {
+    impl_->mark_dirty(index, index + 1);
+    impl_->dirty_indices = true;
+    impl_->used_hypers = -1;
+  }
   return status;
 }
 
-Status Plan::Impl::check(const Hyperparameters* given, int64_t count, const StepOptions& options, Use* use) const {
-  int32_t used = 0;
-  for (int64_t i = 0; i < tensors.size(); ++i) {
-    if (tensors.tensor(i).gradient != nullptr) used = std::max(used, tensors.tensor(i).hyper_index + 1);
+Status Plan::Impl::check(const Hyperparameters* given, int64_t count, const StepOptions& options, Use* use) {
+  if (used_hypers < 0) {
+    used_hypers = 0;
+    for (int64_t i = 0; i < tensors.size(); ++i) {
+      if (tensors.tensor(i).gradient != nullptr) used_hypers = std::max(used_hypers, tensors.tensor(i).hyper_index + 1);
+    }
   }
+  const int32_t used = used_hypers;
   if (used > count) {
     return Status::invalid_argument("hypers has " + std::to_string(count) + " entries, but a tensor's hyper_index is " +
                                     std::to_string(used - 1));

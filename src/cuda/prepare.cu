@@ -3,6 +3,7 @@
 
 #include "flashoptim/core/optimizer_list.h"
 #include "src/cuda/arguments.h"
+#include "src/cuda/gradients-inl.cuh"
 
 namespace flashoptim::cuda {
 namespace {
@@ -62,6 +63,8 @@ int launch_update(const UpdateArguments& args, void* stream) {
   update_kernel<<<1, 256, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return static_cast<int>(cudaGetLastError());
 }
+
+template int launch_gradients(const GradientArguments<kGradientsPerLaunch>&, void*);
 
 int launch_advance(int64_t* counter, const float* found_inf, void* stream) {
   advance_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(counter, found_inf);

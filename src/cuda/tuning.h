@@ -40,7 +40,18 @@ inline constexpr int kFewTiles = 20000;
 inline constexpr int kInlineHypers = 16;
 /// Entries per launch of the small preparing kernels: their arguments stay within 4 KB.
 inline constexpr int kHypersPerLaunch = 28;
+
 inline constexpr int kUpdatesPerLaunch = 240;
+/// The same where gradients alone have moved, as after zero_grad(): of a model's 300 tensors in one launch instead of two.
+inline constexpr int kGradientsPerLaunch = 500;
+/// And for more of them, in 32 KB, which drivers of CUDA 12.1 (R530) and later take. A launch copies all of its arguments.
+inline constexpr int kLargeGradientsPerLaunch = 4000;
+inline constexpr int kLargeArgumentsDriver = 12010;
+
+/// Arrays that one launch of zero() takes, its threads a block, and blocks on a multiprocessor.
+inline constexpr int kZeroArrays = 250;
+inline constexpr int kZeroThreads = 256;
+inline constexpr int kZeroBlocksPerMultiprocessor = 8;
 
 /// Blocks of the gradient norm's reduction take this many groups each.
 inline constexpr int kNormChunkGroups = 2048;

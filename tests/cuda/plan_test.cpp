@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "src/cuda/tuning.h"
 #include "tests/cuda/device_tensors.h"
 
 namespace flashoptim::cuda_test {
@@ -120,6 +121,71 @@ TEST(CudaPlan, ManyHyperparameterSetsAndTensors) {
   ASSERT_OK(pair.cpu().step(hypers.data(), 61));
   ASSERT_OK(pair.cuda().step(hypers.data(), 61));
   ASSERT_EQ(pair.difference(), "");
+}
+
+/// New gradient addresses for as many tensors as each way of uploading them takes, and one more.
+TEST(CudaPlan, GradientsThatMove) {
+  const Config config;
+  for (const int tensors : {cuda::kGradientsPerLaunch, cuda::kGradientsPerLaunch + 1, cuda::kLargeGradientsPerLaunch + 1}) {
+    SCOPED_TRACE(tensors);
+    PlanPair pair(config);
+    // Room for every gradient, in another place than the tensors' own.
+    constexpr int64_t kElements = 40, kStride = 64;
+    std::vector<uint16_t> values(static_cast<size_t>(tensors) * kStride);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint16_t>(0x3a00 + i % 512);
+    Mirror moved(values.size() * sizeof(uint16_t), 0);
+    ASSERT_TRUE(moved.ok());
+    std::memcpy(moved.data(), values.data(), moved.size());
+    moved.to_device();
+    for (int i = 0; i < tensors; ++i) pair.add({1, kElements});
+    ASSERT_OK(pair.make());
+    pair.new_gradients({});
+    for (int64_t step = 1; step <= 4; ++step) {
+      // All, then one at either end, then all back.
+      for (int i = 0; i < tensors; ++i) {
+        if (step == 3 && i > 0 && i < tensors - 1) continue;
+        const bool away = step == 2;
+        const size_t at = static_cast<size_t>(i) * kStride * sizeof(uint16_t);
+        ParameterTensors& host = pair.tensor(static_cast<size_t>(i)).host();
+        ParameterTensors& device = pair.tensor(static_cast<size_t>(i)).device();
+        ASSERT_OK(pair.cpu().set_gradient(i, away ? moved.data() + at : host.gradient));
+        ASSERT_OK(pair.cuda().set_gradient(i, away ? moved.device() + at : device.gradient));
+      }
+      const Hyperparameters hyper = test_hyper(config, step);
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+      ASSERT_EQ(pair.difference(), "") << "step " << step;
+    }
+  }
+}
+
+TEST(CudaPlan, Zero) {
+  // Sizes and starts that are no multiples of 16, more arrays than one launch takes, one of more than a block's pass.
+  std::vector<Mirror> arrays;
+  std::vector<void*> pointers;
+  std::vector<int64_t> bytes;
+  for (int i = 0; i < cuda::kZeroArrays + 3; ++i) {
+    const size_t size = i == 1 ? 70000001 : i == 2 ? 0 : static_cast<size_t>(i) * 5 % 97;
+    Mirror& array = arrays.emplace_back(size, static_cast<size_t>(i % 17));
+    ASSERT_TRUE(array.ok());
+    std::memset(array.data(), 0x5a, size);
+    array.to_device();
+    std::memset(array.data(), 0, size);
+    pointers.push_back(array.device());
+    bytes.push_back(static_cast<int64_t>(size));
+  }
+  ASSERT_OK(cuda::zero(pointers.data(), bytes.data(), static_cast<int64_t>(bytes.size()), 0, nullptr));
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    std::string difference;
+    EXPECT_TRUE(arrays[i].same(&difference)) << "array " << i << ": " << difference;
+  }
+  bytes[0] = -1;
+  EXPECT_EQ(cuda::zero(pointers.data(), bytes.data(), 1, 0, nullptr).code(), StatusCode::kInvalidArgument);
+  bytes[0] = 1;
+  pointers[0] = nullptr;
+  EXPECT_EQ(cuda::zero(pointers.data(), bytes.data(), 1, 0, nullptr).code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(cuda::zero(pointers.data() + 1, bytes.data() + 1, 1, 99, nullptr).code(), StatusCode::kDeviceError);
+  EXPECT_OK(cuda::zero(nullptr, nullptr, 0, 0, nullptr));
 }
 
 TEST(CudaPlan, PreparedOnTheDeviceLikeOnTheHost) {

@@ -216,9 +216,12 @@ TEST(CudaStepBits, ZerosInEveryMixture) {
   }
 }
 
-/// States from elsewhere: any bytes at all.
-TEST(CudaStepBits, AnyStoredBytes) {
+/// States from elsewhere: any bytes at all, and then a step of usual gradients. `beta2` < 0: as usual.
+void step_any_stored_bytes(double beta2) {
   for (const Config& config : all_configs()) {
+    const bool has_beta2 = config.optimizer == OptimizerKind::kAdamW || config.optimizer == OptimizerKind::kAdam ||
+                           config.optimizer == OptimizerKind::kLion;
+    if (beta2 >= 0.0 && !has_beta2) continue;
     SCOPED_TRACE(name(config));
     PlanPair pair(config);
     pair.add({1, 8195});
@@ -244,12 +247,21 @@ TEST(CudaStepBits, AnyStoredBytes) {
     scramble(host.parameter, device.parameter, count * (config.parameter_dtype == DType::kFloat32 ? 4 : 2));
     scramble(host.correction, device.correction,
              count * (config.master == MasterWeights::kCorrection8 || config.master == MasterWeights::kCorrection8Nearest ? 1 : 2));
-    const Hyperparameters hyper = test_hyper(config, 7);
-    ASSERT_OK(pair.cpu().step(&hyper, 1));
-    ASSERT_OK(pair.cuda().step(&hyper, 1));
-    EXPECT_EQ(pair.difference(), "");
+    for (int64_t step = 7; step < 9; ++step) {
+      Hyperparameters hyper = test_hyper(config, step);
+      if (beta2 >= 0.0) hyper.beta2 = beta2;
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+      ASSERT_EQ(pair.difference(), "") << "step " << step;
+      pair.new_gradients({});
+    }
   }
 }
+
+TEST(CudaStepBits, AnyStoredBytes) { step_any_stored_bytes(-1.0); }
+
+/// Nothing of the old variance is left, so nothing of it bounds the new one.
+TEST(CudaStepBits, AnyStoredBytesWithoutBeta2) { step_any_stored_bytes(0.0); }
 
 }  // namespace
 }  // namespace flashoptim::cuda_test

@@ -53,11 +53,21 @@ def main():
             optimizer.step()
         print(f"{name:32} {cost(optimizer.step, 300)}")
 
-    optimizer = flashoptim.FlashAdamW(make(numel=64), min_quantized_numel=0)
+    for numel in (8, 64):
+        measure_parts(numel)
+
+
+def measure_parts(numel):
+    optimizer = flashoptim.FlashAdamW(make(numel=numel), min_quantized_numel=0)
     for _ in range(3):
         optimizer.step()
     prepared = optimizer._prepared[0]
     params = prepared.params
+
+    def new_gradients():
+        for p in params:
+            p.grad = torch.empty_like(p).fill_(1.0)
+
     with torch.no_grad():
         hypers = optimizer._read_groups()
         counter = optimizer._monitor.counter(prepared.device)
@@ -68,17 +78,14 @@ def main():
             "  of it, gradients": prepared._gradients,
             "  the same through the operator": lambda: _ops.plan_check(prepared.plan, [p.grad for p in params]),
             "  of it, versions": lambda: torch.autograd.graph.increment_version(prepared.params),
+            "  of it, counts": lambda: prepared._count([], set()),
+            "optimizer.step()": optimizer.step,
         }
-        print("FlashAdamW, 300 quantized tensors of 64, in parts:")
+        print(
+            f"FlashAdamW, 300 quantized tensors of {numel}, in parts:     the same gradients      new ones before each"
+        )
         for name, part in parts.items():
-            print(f"  {name:40} {cost(part, 300)}")
-
-    def new_gradients():
-        for p in params:
-            p.grad = torch.empty_like(p).fill_(1.0)
-
-    print(f"  {'optimizer.step()':40} {cost(optimizer.step, 300)}")
-    print(f"  {'optimizer.step() after new gradients':40} {cost(optimizer.step, 300, new_gradients)}")
+            print(f"  {name:50} {cost(part, 300)}    {cost(part, 300, new_gradients)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from helpers import CLASSES, HYPERS, assert_same_bits, bits, make_params, set_grads
 
 import flashoptim
-from flashoptim import _ops
+from flashoptim import _ops, _states
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and _ops.has_cuda()), reason="no CUDA device, or operators built without CUDA"
@@ -343,6 +343,73 @@ def test_gradient_release():
             handle.remove()
         results.append(([*net.parameters()], optimizer))
     assert_same_bits(*results)
+
+
+def launches(function):
+    """Names of the kernels and memsets that a function puts on the device."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in names if "kernel" in name or name.startswith("Mem")]  # the others are ranges of the host
+
+
+@pytest.mark.parametrize("chunk", [1 << 30, 10_000])
+def test_states_are_zeroed_in_one_launch(monkeypatch, chunk):
+    monkeypatch.setattr(_states, "_CHUNK_BYTES", chunk)
+    forms = [
+        _states.Format(_ops.MasterWeights.CORRECTION8, _ops.StateCodec.DEFAULT),
+        _states.Format(_ops.MasterWeights.CORRECTION16_NEAREST, _ops.StateCodec.PAPER),
+        _states.Format(_ops.MasterWeights.NONE, _ops.StateCodec.FLOAT32),
+    ]
+    params = to_cuda(make_params(torch.bfloat16, SHAPES))
+    items = [(p, ("exp_avg", "exp_avg_sq"), form) for p in params for form in forms]
+    torch.full((1 << 24,), 0x5A, dtype=torch.uint8, device="cuda")  # what the allocator hands out next is not zero
+    made = []
+    names = launches(lambda: made.extend(_states.new_states(items)))
+    assert len(names) == 1 and "zero_kernel" in names[0]
+    for (param, slots, form), state in zip(items, made, strict=True):
+        wanted = {array.name: array for array in _states.arrays_of(param, slots, form)}
+        assert list(state) == ["step", *wanted]
+        for name, array in wanted.items():
+            assert state[name].dtype == array.dtype and tuple(state[name].shape) == array.shape
+            assert state[name].data_ptr() % 16 == 0 and state[name].count_nonzero() == 0
+
+
+def test_new_gradients_take_one_launch_more():
+    params = [torch.nn.Parameter(torch.randn(64, device="cuda").bfloat16()) for _ in range(300)]
+    optimizer = flashoptim.FlashAdamW(params, min_quantized_numel=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(launches(optimizer.step)) == 1
+    for p in params:
+        p.grad = torch.ones_like(p)
+    assert len(launches(optimizer.step)) == 2
+
+
+def test_zero_operator_on_the_current_stream():
+    tensor = torch.zeros(1 << 20, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        tensor.fill_(1.0)
+        _ops.zero_([tensor])  # on another stream it would be overtaken by fill_
+    stream.synchronize()
+    assert tensor.count_nonzero() == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_states_on_a_device_that_is_not_current():
+    params = [torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device="cuda:1")) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = flashoptim.FlashAdamW(params, min_quantized_numel=64)
+    optimizer.step()
+    assert torch.cuda.current_device() == 0
+    assert {state["exp_avg"].device for state in optimizer.state.values()} == {torch.device("cuda:1")}
 
 
 def test_states_come_from_few_allocations():

@@ -61,11 +61,16 @@ def test_scripts_and_report(tmp_path):
     run("llama_shape.py", *options)
     run("llama_shape.py", *options, "--gradient-release")
     run("gpt2.py", *options)
+    run("llama_shape.py", *options[:-1], tmp_path / "pairs", "--gradient-release", "--checkpoint-blocks", "2")
+    (pairs,) = (json.loads(path.read_text()) for path in (tmp_path / "pairs").glob("*.json"))
     runs = {path.stem: json.loads(path.read_text())["results"] for path in tmp_path.glob("*.json")}
     for name in ("llama_shape-tiny-flash", "gpt2-tiny-flash"):
         plain, released = runs[name], runs[f"{name}-release"]
         assert plain["loss"] == released["loss"]
         assert (plain["gradient_bytes_per_parameter"], released["gradient_bytes_per_parameter"]) == (2.0, 0.0)
+    assert (
+        pairs["results"]["loss"] == runs["llama_shape-tiny-flash"]["loss"] and pairs["config"]["checkpoint_blocks"] == 2
+    )
     torchs = runs["gpt2-tiny-torch-fused"]
     assert abs(torchs["val_loss"] - runs["gpt2-tiny-flash"]["val_loss"]) < 0.02
     assert 16.0 < torchs["bytes_per_parameter"] < 16.01

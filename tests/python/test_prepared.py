@@ -11,7 +11,7 @@ from helpers import CLASSES, HYPERS, assert_same_bits, make_params, run, set_gra
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import flashoptim
-from flashoptim import _ops
+from flashoptim import _ops, _states
 
 
 @pytest.fixture(autouse=True, params=["C", "Python"])
@@ -76,6 +76,36 @@ def test_whatever_changes_is_seen(what):
             slow(optimizer)._drop_prepared()
         run(optimizer, params, 2, 4)
     assert_same_bits(a, b)
+
+
+EDITS = {
+    "assigned": lambda state: state.__setitem__("exp_avg", state["exp_avg"] + 1),
+    "updated": lambda state: state.update(exp_avg=state["exp_avg"] + 1),
+    "merged": lambda state: state.__ior__({"correction": state["correction"] + 1}),
+    "taken out and put back": lambda state: state.update(exp_avg=state.pop("exp_avg") + 1),
+    "emptied": lambda state: state.clear(),
+    "added": lambda state: state.setdefault("something else", 1),
+}
+
+
+@pytest.mark.parametrize("edit", list(EDITS))
+def test_an_edit_of_any_state_is_seen_at_the_next_step(edit):
+    """Among others' steps, which change their own states, and after many steps in which nothing was edited."""
+    a, b = pair()
+    others, other = pair()[0]
+    slow(b[1])
+    for params, optimizer in (a, b):
+        for i in range(3):
+            run(optimizer, params, i, i + 1)
+            run(other, others, 2 * i, 2 * i + 2)
+    for place in (-1, 3):
+        for params, optimizer in (a, b):
+            EDITS[edit](optimizer.state[params[place]])
+            assert optimizer is b[1] or not all(prepared.is_current() for prepared in optimizer._prepared)
+            run(optimizer, params, 4 + place, 6 + place)
+        assert_same_bits(a, b)
+    run(other, others, 6, 8)
+    assert all(prepared.is_current() for prepared in other._prepared)
 
 
 def test_a_refused_gradient_changes_nothing_and_the_next_step_is_quick_again():
@@ -188,7 +218,7 @@ def test_hooks_and_profilers_see_steps_as_those_of_torch():
     assert seen == []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step()
-    assert "Optimizer.step#FlashAdamW.step" in {event.key for event in profile.key_averages()}
+    assert {"Optimizer.step#FlashAdamW.step", "flashoptim::plan_step_"} <= {event.key for event in profile.key_averages()}
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -207,6 +237,12 @@ def test_states_share_few_allocations_and_a_checkpoint_holds_them(tmp_path):
         if isinstance(value, torch.Tensor)
     }
     assert len(storages) == 3  # uint8, int16, int8
+    assert all(
+        value.data_ptr() % 16 == 0
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     twin = make_params(shapes=[(64, 64)] * 30)
     for p, q in zip(twin, params, strict=True):
@@ -216,6 +252,70 @@ def test_states_share_few_allocations_and_a_checkpoint_holds_them(tmp_path):
     run(optimizer, params, 1, 3)
     run(again, twin, 1, 3)
     assert_same_bits((params, optimizer), (twin, again))
+
+
+def test_states_that_fill_several_chunks(monkeypatch):
+    monkeypatch.setattr(_states, "_CHUNK_BYTES", 10_000)
+    a, b = pair()
+    monkeypatch.setattr(_states, "_CHUNK_BYTES", 1 << 30)
+    run(a[1], a[0], 0, 1)
+    run(b[1], b[0], 0, 1)
+    assert_same_bits(a, b)
+
+
+def test_the_slower_way_makes_states_together_too():
+    params = [torch.nn.Parameter(torch.randn(64, 64).bfloat16()) for _ in range(20)]
+    optimizer = slow(flashoptim.FlashAdamW(params, lr=1e-2, min_quantized_numel=64))
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert list(optimizer.state) == params[:1]
+    for p in params[:15]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert set(optimizer.state) == set(params[:15])
+    assert len({optimizer.state[p]["correction"].untyped_storage().data_ptr() for p in params[:15]}) == 2
+
+
+def test_zero_operator():
+    tensors = [
+        torch.full(shape, 7, dtype=dtype)
+        for shape, dtype in (((3,), torch.int8), ((0, 4), torch.int16), ((), torch.float32), ((257,), torch.uint8))
+    ]
+    room = torch.ones(6, 5)
+    _ops.zero_([*tensors, room[1:4].t()])
+    assert all(int(tensor.count_nonzero()) == 0 for tensor in tensors)
+    assert room.sum(1).tolist() == [5, 0, 0, 0, 5, 5]
+    _ops.zero_([])
+    _ops.zero_([torch.ones(3, device="meta")])
+    with pytest.raises(RuntimeError, match=r"tensors\[1\] has shape \[6, 2\] and strides \[5, 1\]"):
+        _ops.zero_([tensors[0], room[:, :2]])
+    with pytest.raises(RuntimeError, match=r"tensors\[1\] is on meta, but tensors\[0\] on cpu"):
+        _ops.zero_([room, torch.ones(3, device="meta")])
+    assert room[0].sum() == 5
+
+
+def test_a_step_in_c_takes_what_the_operator_takes(look):
+    step = _ops.python_functions.get("step")
+    if step is None:
+        pytest.skip("that of Python")
+    (params, optimizer), _ = pair()
+    run(optimizer, params, 0, 2)
+    prepared, before = optimizer._prepared[0], [p.clone() for p in params]
+    hypers = [0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0]
+    counter = torch.zeros(1, dtype=torch.int64)
+    for wrong in (counter.to(torch.int32), torch.zeros(2, dtype=torch.int64), counter.to("meta"), None):
+        assert not step(prepared.plan, [], hypers, 1.0, wrong)
+    with pytest.raises(RuntimeError, match="grads has 0 entries; needed are"):
+        step(prepared.plan, [], hypers, 1.0, counter)  # none were taken
+    with pytest.raises(RuntimeError, match=r"hypers has 11 numbers"):
+        step(prepared.plan, [], hypers[1:], 1.0, counter)
+    with pytest.raises(RuntimeError, match=r"hyper_index has 1 entries"):
+        step(prepared.plan, [0], hypers, 1.0, counter)
+    with pytest.raises(RuntimeError, match=r"grad_scale = inf"):
+        step(prepared.plan, [], hypers, float("inf"), counter)
+    with pytest.raises(TypeError):
+        step(prepared.plan, [], ["0.1"], 1.0, counter)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
 def test_plans_end_with_their_optimizer():
@@ -309,6 +409,8 @@ def test_an_error_behind_a_step_is_raised_and_nothing_is_stepped_twice(monkeypat
         return plan_step(*arguments)
 
     monkeypatch.setattr(_ops, "plan_step_", second_fails)
+    through_operators = {name: function for name, function in _ops.python_functions.items() if name != "step"}
+    monkeypatch.setattr(_ops, "python_functions", through_operators)
     with pytest.raises(RuntimeError, match="the device is gone"):
         optimizer.step()
     assert len(calls) == 2
