@@ -1,4 +1,4 @@
-// Walking a tensor in blocks of up to 16 groups: which memory a block covers, padded copies where groups are short.
+// Walking a tensor in blocks of up to kBlockGroups groups: which memory a block covers, padded copies where groups are short.
 #pragma once
 
 #include <algorithm>
@@ -33,14 +33,15 @@ class BlockPrefetch {
   /// `index` must lie within the tensor, or be negative: then nothing is asked for.
   BlockPrefetch(const ParameterTensors& tensor, int64_t index)
       : tensor_(tensor),
+        sizes_(element_sizes(tensor)),
         first_(index * kBlockElements),
         // Rows with short groups start blocks at other elements; close enough for a hint, and never behind the end.
         count_(index < 0 ? 0 : std::min<int64_t>(kBlockElements, tensor.layout.numel() - first_)) {}
 
-  void parameter() const { prefetch(tensor_.parameter, 2); }
-  void gradient() const { prefetch(tensor_.gradient, 2); }
-  void correction() const { prefetch(tensor_.correction, 1); }
-  void state(int k) const { prefetch(tensor_.states[k], 1); }
+  void parameter() const { prefetch(tensor_.parameter, sizes_.parameter); }
+  void gradient() const { prefetch(tensor_.gradient, sizes_.gradient); }
+  void correction() const { prefetch(tensor_.correction, sizes_.correction); }
+  void state(int k) const { prefetch(tensor_.states[k], sizes_.state); }
 
  private:
   void prefetch(const void* base, int64_t size) const {
@@ -49,6 +50,7 @@ class BlockPrefetch {
     for (int64_t offset = 0; offset < count_ * size; offset += 64) __builtin_prefetch(p + offset, 1, 3);
   }
   const ParameterTensors& tensor_;
+  ElementSizes sizes_;
   int64_t first_, count_;
 };
 
@@ -56,7 +58,7 @@ class BlockPrefetch {
 struct ElementRun {
   int64_t first;   ///< element of the tensor
   int offset;      ///< element of the block
-  int count;       ///< 1 ... 512
+  int count;       ///< 1 ... kBlockElements
 };
 
 /// The memory of one block of a tensor. Where every group of the block is full, open() points at the tensor's own

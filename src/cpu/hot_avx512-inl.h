@@ -941,6 +941,10 @@ struct HotAvx512 {
   }
   template <class Rule>
   static constexpr void add_rule(KernelTable& t, RuleKind kind) {
+    if constexpr (core::kHasBoundingVariance<Rule>) add_rule_with_variance<Rule>(t, kind);
+  }
+  template <class Rule>
+  static constexpr void add_rule_with_variance(KernelTable& t, RuleKind kind) {
     add_usual<Rule, MasterWeights::kCorrection8>(t, kind);
     add_usual<Rule, MasterWeights::kCorrection16>(t, kind);
     add_usual<Rule, MasterWeights::kCorrection8Nearest>(t, kind);
@@ -958,8 +962,9 @@ struct HotAvx512 {
     add_weights<MasterWeights::kCorrection8Nearest>(t);
     add_weights<MasterWeights::kCorrection16Nearest>(t);
     t.load_gradient[static_cast<int>(DType::kBFloat16)] = load_gradient;
-    add_rule<core::AdamW>(t, RuleKind::kAdamW);
-    add_rule<core::Adam>(t, RuleKind::kAdam);
+#define FLASHOPTIM_ADD_RULE(name) add_rule<core::name>(t, RuleKind::k##name);
+    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_ADD_RULE)
+#undef FLASHOPTIM_ADD_RULE
     return t;
   }
 };

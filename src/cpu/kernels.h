@@ -1,5 +1,5 @@
 // The CPU kernels' interface: one table of functions per instruction set, each function one pass over a block of up to
-// 16 groups (512 elements) that stays in the first-level cache.
+// 32 groups (1,024 elements) that stays in the first-level cache.
 //
 // A step of a block is: load weights and gradients as fp32, decode + update + encode the states (the rule), store the
 // weights. Cutting it there keeps the number of compiled loops a sum (dtypes + rules x codecs) instead of a product,

@@ -20,21 +20,18 @@
 namespace flashoptim::cuda {
 
 /// Where variances of at most kLargest vouch for what a rule bounds, and for its divisors (UpdateLane's kBounded).
-template <class Rule>
+template <class Rule, bool = core::kHasBoundingVariance<Rule>>
 struct VarianceBounds {
   static constexpr bool kKnown = false;
   static constexpr uint32_t kLargest = (127u + 124u) << 23;  ///< a pattern, far below where storable() saturates
   static __device__ __forceinline__ bool hold(const typename Rule::Hyper&) { return true; }
 };
-/// (1 - beta2) g^2 <= v' <= 2^54: |g| is below 2^40, and sqrt(v') / sqrt(1 - beta2^t) + eps at most 2^27 2^12 + 2^38. Below,
-/// the bound of radicands is one of divisors. With beta2 above 0, v before is bounded as well, and so m.
-template <bool kDecoupled>
-struct VarianceBounds<core::AdamRule<kDecoupled>> {
+/// The bound of radicands (UpdateGuard) is a bound of divisors as well.
+template <class Rule>
+struct VarianceBounds<Rule, true> {
   static constexpr bool kKnown = true;
-  static constexpr uint32_t kLargest = (127u + 54u) << 23;
-  static __device__ __forceinline__ bool hold(const typename core::AdamRule<kDecoupled>::Hyper& h) {
-    return h.beta2 > 0.0f && h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f;
-  }
+  static constexpr uint32_t kLargest = Rule::kLargestBoundingVariance;
+  static __device__ __forceinline__ bool hold(const typename Rule::Hyper& h) { return Rule::variance_bounds(h); }
 };
 
 /// Bits of a correction; 0: none.

@@ -11,6 +11,14 @@
 //     static double largest_update(const Hyperparameters&);  // bound of |delta| without that decay; 0: none
 //   };
 //
+// A rule with a variance may have its update() in three parts, and say where its own bounds change nothing. Hot paths use that:
+//
+//     template <class F> static void advance(F w, F g, F (&s)[kMaxStates], const Hyper&);  // the states
+//     template <class F> static F step(const F (&s)[kMaxStates], const Hyper&);            // delta without decoupled decay
+//     template <class F> static F decayed(F w, F step, const Hyper&);                      // delta
+//     static constexpr uint32_t kSmallestBoundingVariance, kLargestBoundingVariance;       // patterns
+//     static bool variance_bounds(const Hyper&);
+//
 // update() changes the states in place and returns delta; the weight becomes w - delta (the caller subtracts, because
 // a split weight can take off less than one fp32 ULP). largest_update() is what an exact update is held against
 // (core/inspect.h, benchmarks/fidelity); no step reads it.
@@ -22,6 +30,10 @@
 namespace flashoptim::core {
 
 enum class StateKind : int { kSigned, kUnsigned };
+
+/// Whether a rule says where its variances vouch for its bounds.
+template <class Rule>
+inline constexpr bool kHasBoundingVariance = requires { Rule::kLargestBoundingVariance; };
 
 inline constexpr int kNoSlot = -1;
 
