@@ -26,11 +26,29 @@ ElementSizes element_sizes(const ParameterTensors& t) {
   return sizes;
 }
 
+void prefetch_block(const ParameterTensors& t, int64_t index) {
+  constexpr int64_t kLine = 64;
+  const ElementSizes sizes = element_sizes(t);
+  // Rows with short groups start blocks at other elements; close enough for a hint, and never behind the end.
+  const int64_t elements = block_groups(t) * kGroupSize;
+  const int64_t first = index * elements;
+  const int64_t count = std::min(elements, t.layout.numel() - first);
+  const auto prefetch = [first, count](const void* base, int64_t size) {
+    if (base == nullptr) return;
+    const char* p = static_cast<const char*>(base) + first * size;
+    for (int64_t offset = 0; offset < count * size; offset += kLine) __builtin_prefetch(p + offset, 1, 3);
+  };
+  prefetch(t.parameter, sizes.parameter);
+  prefetch(t.gradient, sizes.gradient);
+  prefetch(t.correction, sizes.correction);
+  for (int k = 0; k < kMaxStates; ++k) prefetch(t.states[k], sizes.state);
+}
+
 BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
-    : tensor_(tensor), sizes_(element_sizes(tensor)), first_group_(index * kBlockGroups) {
+    : tensor_(tensor), sizes_(element_sizes(tensor)), first_group_(index * block_groups(tensor)) {
   const GroupLayout& layout = tensor.layout;
   const int64_t per_row = layout.groups_per_row();
-  groups_ = static_cast<int>(std::min<int64_t>(kBlockGroups, layout.groups() - first_group_));
+  groups_ = static_cast<int>(std::min<int64_t>(block_groups(tensor), layout.groups() - first_group_));
   // Without short groups in the block, group g starts at element 32 g: no walk over rows.
   const bool full_rows = layout.row_size % kGroupSize == 0;
   contiguous_ = full_rows || (layout.rows == 1 && (first_group_ + groups_) * kGroupSize <= layout.row_size);

@@ -1,7 +1,6 @@
 // Walking a tensor in blocks of up to kBlockGroups groups: which memory a block covers, padded copies where groups are short.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "flashoptim/step.h"
@@ -9,8 +8,14 @@
 
 namespace flashoptim::cpu {
 
-inline int64_t block_count(const GroupLayout& layout) {
-  return (layout.groups() + kBlockGroups - 1) / kBlockGroups;
+/// Groups of a tensor's blocks but the last: fewer where weights or states are fp32, so that two blocks' memory and the working
+/// set fit into the first-level cache.
+inline int block_groups(const ParameterTensors& tensor) {
+  const bool wide = tensor.parameter_dtype == DType::kFloat32 || tensor.state_codec == StateCodec::kFloat32;
+  return wide ? kBlockGroups / 2 : kBlockGroups;
+}
+inline int64_t block_count(const ParameterTensors& tensor) {
+  return (tensor.layout.groups() + block_groups(tensor) - 1) / block_groups(tensor);
 }
 
 /// Bytes per element of each array of a tensor; 0 for arrays it does not have.
@@ -26,33 +31,9 @@ struct BlockAccess {
   bool write_states;
 };
 
-/// Asks for the memory of one block of `tensor` ahead of its use, an array at a time: seven streams of a few hundred bytes a
-/// block, with page boundaries in them, are more than hardware prefetchers follow.
-class BlockPrefetch {
- public:
-  /// `index` must lie within the tensor, or be negative: then nothing is asked for.
-  BlockPrefetch(const ParameterTensors& tensor, int64_t index)
-      : tensor_(tensor),
-        sizes_(element_sizes(tensor)),
-        first_(index * kBlockElements),
-        // Rows with short groups start blocks at other elements; close enough for a hint, and never behind the end.
-        count_(index < 0 ? 0 : std::min<int64_t>(kBlockElements, tensor.layout.numel() - first_)) {}
-
-  void parameter() const { prefetch(tensor_.parameter, sizes_.parameter); }
-  void gradient() const { prefetch(tensor_.gradient, sizes_.gradient); }
-  void correction() const { prefetch(tensor_.correction, sizes_.correction); }
-  void state(int k) const { prefetch(tensor_.states[k], sizes_.state); }
-
- private:
-  void prefetch(const void* base, int64_t size) const {
-    if (base == nullptr) return;
-    const char* p = static_cast<const char*>(base) + first_ * size;
-    for (int64_t offset = 0; offset < count_ * size; offset += 64) __builtin_prefetch(p + offset, 1, 3);
-  }
-  const ParameterTensors& tensor_;
-  ElementSizes sizes_;
-  int64_t first_, count_;
-};
+/// Asks for the memory of block `index` of `tensor`, which must lie within it, ahead of its use: for blocks whose memory the
+/// passes do not see, because it is copied.
+void prefetch_block(const ParameterTensors& tensor, int64_t index);
 
 /// A stretch of elements that is contiguous both in the tensor and in the block.
 struct ElementRun {

@@ -165,27 +165,22 @@ struct Plan::Impl {
   std::vector<PreparedHyper> hypers;
   std::atomic<int64_t> nonfinite{0};
 
-  /// A step of a block whose memory and hyperparameters are set. `next`: the block whose memory is asked for, or -1.
-  void run_stages(Block& block, const ParameterTensors& t, int64_t next) const {
+  /// A step of a block whose memory and hyperparameters are set.
+  void run_stages(Block& block, const ParameterTensors& t) const {
     const int dtype = static_cast<int>(t.parameter_dtype), master = static_cast<int>(t.master_weights);
     const auto& stages = kernels->rule[static_cast<int>(rule)][static_cast<int>(t.state_codec)];
     const cpu::Stage store = kernels->store_weights[dtype][master];
-    const cpu::BlockPrefetch prefetch(t, next);
     kernels->load_weights[dtype][master](block);
-    prefetch.parameter();
     kernels->load_gradient[static_cast<int>(t.gradient_dtype)](block);
-    prefetch.gradient();
     stages[0](block);
-    prefetch.state(0);
     const int half = stages[2] != nullptr ? block.groups / 2 : block.groups;
     store_groups(store, block, 0, half);
-    prefetch.state(1);
     if (stages[1] != nullptr) stages[1](block);
-    prefetch.correction();
     if (half < block.groups) store_groups(store, block, half, block.groups);
     if (stages[2] != nullptr) stages[2](block);
   }
 
+  /// Block `index` of tensor t, which has a next one or not.
   void step_block(Block& block, const ParameterTensors& t, int64_t index, bool has_next) const {
     const PreparedHyper& hyper = hypers[static_cast<size_t>(t.hyper_index)];
     block.hyper = &hyper.rule;
@@ -194,10 +189,10 @@ struct Plan::Impl {
     const BlockAccess access{true, true, true};
     BlockWalker walker(t, index);
     walker.open(block, access);
-    const int master = static_cast<int>(t.master_weights);
+    block.ahead = has_next && walker.is_contiguous() ? cpu::block_groups(t) * kGroupSize : 0;
+    if (has_next && !walker.is_contiguous()) cpu::prefetch_block(t, index + 1);
     kernels->hash_groups(block);
-    // (Elements ahead are neighbours in memory only where the walker copies none.)
-    block.ahead = has_next && walker.is_contiguous() ? cpu::kBlockElements : 0;
+    const int master = static_cast<int>(t.master_weights);
     const bool all_bf16 = t.parameter_dtype == DType::kBFloat16 && t.gradient_dtype == DType::kBFloat16;
     const auto& usual = kernels->usual[static_cast<int>(rule)][static_cast<int>(t.state_codec)][master];
     if (all_bf16 && usual.begin != nullptr && usual.begin(block)) {
@@ -206,7 +201,7 @@ struct Plan::Impl {
       store_groups(usual.finish, block, block.groups / 2, block.groups);
       if (usual.encode[1] != nullptr) usual.encode[1](block);
     } else {
-      run_stages(block, t, has_next ? index + 1 : -1);
+      run_stages(block, t);
     }
     walker.close(access);
   }
@@ -234,8 +229,9 @@ struct Plan::Impl {
       const int64_t last = std::min(end, first_block[t + 1]);
       if (tensors[t].gradient != nullptr) {
         const PreparedHyper& hyper = hypers[static_cast<size_t>(tensors[t].hyper_index)];
-        const int64_t first_group = (b - first_block[t]) * cpu::kBlockGroups;
-        const int64_t end_group = std::min(tensors[t].layout.groups(), (last - first_block[t]) * cpu::kBlockGroups);
+        const int64_t per_block = cpu::block_groups(tensors[t]);
+        const int64_t first_group = (b - first_block[t]) * per_block;
+        const int64_t end_group = std::min(tensors[t].layout.groups(), (last - first_block[t]) * per_block);
         inspect_groups({tensors[t], static_cast<int64_t>(t), rule, hyper.rule, hyper.dither, hyper.gradient_scale,
                         hyper.largest_update, stride},
                        first_group, end_group, telemetry + t);
@@ -291,7 +287,7 @@ Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTen
   for (ParameterTensors& t : impl->tensors) {
     for (int k = states; k < kMaxStates; ++k) t.states[k] = t.scales[k] = nullptr;
     if (cpu::element_sizes(t).correction == 0) t.correction = nullptr;
-    impl->first_block.push_back(impl->first_block.back() + cpu::block_count(t.layout));
+    impl->first_block.push_back(impl->first_block.back() + cpu::block_count(t));
     hypers = std::max(hypers, t.hyper_index + 1);
   }
   // Room for one set per tensor, so that set_hyper_index never needs more.
@@ -393,7 +389,7 @@ namespace {
 template <class Before, class After>
 void for_each_block(const ParameterTensors& tensor, const BlockAccess& access, Before before, After after) {
   Block block{};
-  for (int64_t b = 0; b < cpu::block_count(tensor.layout); ++b) {
+  for (int64_t b = 0; b < cpu::block_count(tensor); ++b) {
     BlockWalker walker(tensor, b);
     walker.open(block, access);
     before(block, walker);

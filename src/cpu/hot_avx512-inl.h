@@ -237,6 +237,13 @@ struct HotAvx512 {
     explicit FLASHOPTIM_HD NoDither(const Block&) {}
   };
 
+  /// Asks for the memory of two arrays of codes, 64 bytes of one or the other a group.
+  struct CodesAhead {
+    const char* of[kMaxStates];
+    explicit FLASHOPTIM_HD CodesAhead(const Block& b) : of{static_cast<const char*>(b.states[0]) + b.ahead, static_cast<const char*>(b.states[1]) + b.ahead} {}
+    FLASHOPTIM_HD void ask(int group) const { __builtin_prefetch(of[group & 1] + (group & ~1) * kGroup, 1, 3); }
+  };
+
   // ---- extremes of groups ---------------------------------------------------------------------------------------
 
   struct Largest {
@@ -357,7 +364,8 @@ struct HotAvx512 {
   template <MasterWeights kMaster>
   static void load_weights(Block& b) {
     const auto* const parameter = static_cast<const uint16_t*>(b.parameter);
-    const void* const corrections = b.correction;
+    using Correction = std::conditional_t<core::correction_bits(kMaster) == 8, uint8_t, uint16_t>;
+    const auto* const corrections = static_cast<const Correction*>(b.correction);
     const int groups = b.groups;
     const Widen widen;
     const NotNormal not_normal;
@@ -365,6 +373,8 @@ struct HotAvx512 {
     for (int group = 0; group < groups; ++group) {
       const int i = group * kGroup;
       const __m512i words = _mm512_loadu_si512(parameter + i);
+      Generic::ask_ahead(b, parameter, i);
+      Generic::ask_ahead(b, corrections, i);
       if (not_normal(words) != 0) [[unlikely]] {
         Generic::load_narrow_weights_of<core::BFloat16, kMaster>(b, group, group + 1);
         continue;
@@ -388,6 +398,7 @@ struct HotAvx512 {
     __mmask32 nonfinite = 0;
     for (int i = 0; i < elements; i += kGroup) {
       const __m512i words = _mm512_loadu_si512(gradient + i);
+      Generic::ask_ahead(b, gradient, i);
       nonfinite |= _mm512_testn_epi16_mask(_mm512_add_epi16(words, _mm512_set1_epi16(0x0080)), _mm512_set1_epi16(0x7f80));
       const __m512 low = widen.low(words), high = widen.high(words);
       _mm512_store_ps(b.gradient_f32 + i, kScaled ? _mm512_mul_ps(low, scale) : low);
@@ -441,15 +452,13 @@ struct HotAvx512 {
 
   // ---- usual blocks: straight from bf16 gradients to bf16 weights ------------------------------------------------
 
-  /// Reads a group's gradient, and its weight where the rule takes weight decay into the gradient, and asks for the memory of
-  /// the next block's gradients and states.
+  /// Reads a group's gradient, and its weight where the rule takes weight decay into the gradient.
   template <class Rule, MasterWeights kMaster, bool kScaled>
   struct NarrowInputs {
     const uint16_t* gradient;
     const uint16_t* parameter;
     const void* corrections;
     const uint16_t* gradient_ahead;
-    const char* states_ahead[kMaxStates];
     __m512 scale;
     Widen widen;
     NotNormal not_normal;
@@ -461,13 +470,11 @@ struct HotAvx512 {
           parameter(static_cast<const uint16_t*>(b.parameter)),
           corrections(b.correction),
           gradient_ahead(gradient + b.ahead),
-          states_ahead{static_cast<const char*>(b.states[0]) + b.ahead, static_cast<const char*>(b.states[1]) + b.ahead},
           scale(all_f(b.gradient_scale)) {}
 
     FLASHOPTIM_HD void operator()(int group, Pair* w, Pair* g) {
       const int i = group * kGroup;
       __builtin_prefetch(gradient_ahead + i, 0, 3);
-      __builtin_prefetch(states_ahead[group & 1] + (group & ~1) * kGroup, 1, 3);
       const __m512i words = _mm512_loadu_si512(gradient + i);
       *g = {{widen.low(words)}, {widen.high(words)}};
       if constexpr (kScaled) *g = {{_mm512_mul_ps(g->lo.v, scale)}, {_mm512_mul_ps(g->hi.v, scale)}};
@@ -668,6 +675,7 @@ struct HotAvx512 {
     template <class Inputs, class Body>
     static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs& inputs, Body body) {
       const Decode decode(b, headers);
+      const CodesAhead codes_ahead(b);
       float* const m = b.state_f32[0];
       float* const v = b.state_f32[1];
       Extremes<Largest> largest;
@@ -678,6 +686,7 @@ struct HotAvx512 {
         for (int k = 0; k < 4; ++k) {
           const int group = first + k, i = group * kGroup;
           Lane w, g, s[kMaxStates];
+          codes_ahead.ask(group);
           inputs(group, &w.v, &g.v);
           decode(group, s);
           Rule::template advance<Lane>(w, g, s, h);
@@ -844,6 +853,7 @@ struct HotAvx512 {
       float* const m = b.state_f32[0];
       float* const root = b.state_f32[1];
       float* const steps = b.delta;
+      const CodesAhead codes_ahead(b);
       const auto& k = known<PaperConstants>();
       const __m512 inverse_high = all_f(k.inverse_high), inverse_low = all_f(k.inverse_low), two_n = all_f(k.two_n);
       Extremes<Largest> largest_m;
@@ -865,6 +875,7 @@ struct HotAvx512 {
             return _mm512_mul_ps(r, r);
           };
           Lane w, g, s[kMaxStates] = {{{{decode_m(i)}, {decode_m(i + kLanes)}}}, {{{decode_v(i)}, {decode_v(i + kLanes)}}}};
+          codes_ahead.ask(group);
           inputs(group, &w.v, &g.v);
           Rule::template advance<Lane>(w, g, s, h);
           const Pair r = core::sqrt(s[1].v);

@@ -22,6 +22,16 @@ struct Loops {
   static constexpr int kGroup = static_cast<int>(kGroupSize);
   static constexpr int kVectors = kGroup / kWidth;  ///< per group
 
+  /// Asks for the memory of the next block where vector i of this one is taken, a line at a time: asking for all of it at once
+  /// costs up to a third of a step, because the processor can wait for some 24 lines. (Seven streams of a few hundred bytes a
+  /// block, with page boundaries in them, are more than hardware prefetchers follow.)
+  template <class T>
+  static FLASHOPTIM_HD void ask_ahead(const Block& b, const T* array, int i) {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+    if (i % kLine != 0) return;
+    for (int k = 0; k < std::max(kWidth, kLine); k += kLine) __builtin_prefetch(array + i + k + b.ahead, 1, 3);
+  }
+
   /// Runs body(group) for the first of every kWidth groups: headers are made and read one group per lane.
   template <class Body>
   static FLASHOPTIM_HD void for_each_header(Body body) {
@@ -73,6 +83,11 @@ struct Loops {
   static void load_narrow_weights_of(Block& b, int begin, int end) {
     const auto* parameter = static_cast<const uint16_t*>(b.parameter);
     for (int i = begin * kGroup; i < end * kGroup; i += kWidth) {
+      ask_ahead(b, parameter, i);
+      if constexpr (core::has_correction(kMaster)) {
+        using Correction = std::conditional_t<core::correction_bits(kMaster) == 8, uint8_t, uint16_t>;
+        ask_ahead(b, static_cast<const Correction*>(b.correction), i);
+      }
       F w = Narrow::template widen<F>(core::load_u16<F>(parameter + i));
       if constexpr (core::has_correction(kMaster)) {
         const F value = core::correction_value<Narrow, core::correction_bits(kMaster), F>(w, load_correction<kMaster>(b.correction, i));
@@ -91,6 +106,7 @@ struct Loops {
   static void load_f32_weights(Block& b) {
     const auto* parameter = static_cast<const float*>(b.parameter);
     for (int i = 0; i < b.groups * kGroup; i += kWidth) {
+      ask_ahead(b, parameter, i);
       core::store_f32(b.weight + i, core::load_f32<F>(parameter + i));
     }
   }
@@ -117,12 +133,18 @@ struct Loops {
   template <class Narrow>
   static void load_narrow_gradient(Block& b) {
     const auto* gradient = static_cast<const uint16_t*>(b.gradient);
-    load_gradients(b, [gradient](int i) { return Narrow::template widen<F>(core::load_u16<F>(gradient + i)); });
+    load_gradients(b, [&b, gradient](int i) {
+      ask_ahead(b, gradient, i);
+      return Narrow::template widen<F>(core::load_u16<F>(gradient + i));
+    });
   }
 
   static void load_f32_gradient(Block& b) {
     const auto* gradient = static_cast<const float*>(b.gradient);
-    load_gradients(b, [gradient](int i) { return core::load_f32<F>(gradient + i); });
+    load_gradients(b, [&b, gradient](int i) {
+      ask_ahead(b, gradient, i);
+      return core::load_f32<F>(gradient + i);
+    });
   }
 
   /// Runs body(i, group, dither word) over the vectors of groups begin ... end - 1, for one dither stream.
@@ -221,7 +243,10 @@ struct Loops {
   template <class Rule>
   struct Float32States {
     static FLASHOPTIM_HD void load(const Block& b, int i, F (&s)[kMaxStates]) {
-      for (int k = 0; k < Rule::kStateCount; ++k) s[k] = core::load_f32<F>(static_cast<const float*>(b.states[k]) + i);
+      for (int k = 0; k < Rule::kStateCount; ++k) {
+        ask_ahead(b, static_cast<const float*>(b.states[k]), i);
+        s[k] = core::load_f32<F>(static_cast<const float*>(b.states[k]) + i);
+      }
     }
     static FLASHOPTIM_HD void store(Block& b, int i, const F (&s)[kMaxStates]) {
       for (int k = 0; k < Rule::kStateCount; ++k) {
@@ -271,23 +296,25 @@ struct Loops {
   };
 
   static FLASHOPTIM_HD PerGroup load_headers(const Block& b, int slot) {
+    constexpr int kAtOnce = core::LaneTraits<H>::kWidth;
     PerGroup headers{};
-    if (b.groups == kBlockGroups) {
-      for_each_header([&](int group) { headers.store(group, core::load_u16<H>(b.scales[slot] + group)); });
-    } else {
-      for (int group = 0; group < b.groups; ++group) headers.bits[group] = b.scales[slot][group];
-    }
+    int group = 0;
+    for (; group + kAtOnce <= b.groups; group += kAtOnce) headers.store(group, core::load_u16<H>(b.scales[slot] + group));
+    for (; group < b.groups; ++group) headers.bits[group] = b.scales[slot][group];
     return headers;
   }
   static FLASHOPTIM_HD void store_headers(Block& b, int slot, const PerGroup& headers) {
-    if (b.groups == kBlockGroups) {
-      for_each_header([&](int group) { core::store_16(b.scales[slot] + group, headers.load(group)); });
-    } else {
-      for (int group = 0; group < b.groups; ++group) b.scales[slot][group] = static_cast<uint16_t>(headers.bits[group]);
-    }
+    constexpr int kAtOnce = core::LaneTraits<H>::kWidth;
+    int group = 0;
+    for (; group + kAtOnce <= b.groups; group += kAtOnce) core::store_16(b.scales[slot] + group, headers.load(group));
+    for (; group < b.groups; ++group) b.scales[slot][group] = static_cast<uint16_t>(headers.bits[group]);
   }
 
   static FLASHOPTIM_HD uint8_t* codes(const Block& b, int slot) { return static_cast<uint8_t*>(b.states[slot]); }
+  template <int kSlots>
+  static FLASHOPTIM_HD void ask_ahead_codes(const Block& b, int i) {
+    for (int k = 0; k < kSlots; ++k) ask_ahead(b, codes(b, k), i);
+  }
 
   template <class Rule>
   struct PaperStates {
@@ -363,6 +390,7 @@ struct Loops {
         for (int j = 0; j < kVectors; ++j) {
           const int i = group * kGroup + j * kWidth;
           F s[kMaxStates];
+          if constexpr (kDecode) ask_ahead_codes<kSlots>(b, i);
           if constexpr (kDecode && kSlots > 0) s[0] = decode_slot<0>(b, i, scale[0].spread_f32(group));
           if constexpr (kDecode && kSlots > 1) s[1] = decode_slot<1>(b, i, scale[1].spread_f32(group));
           body(i, s);
@@ -562,6 +590,7 @@ struct Loops {
         for (int j = 0; j < kVectors; ++j) {
           const int i = group * kGroup + j * kWidth;
           F s[kMaxStates];
+          if constexpr (kDecode) ask_ahead_codes<kSlots>(b, i);
           if constexpr (kDecode && kSlots > 0) {
             if constexpr (kGroupChooses) {
               s[0] = MuLaw::template decode<F>(core::load_i8<F>(codes(b, 0) + i), chosen(b, group));
