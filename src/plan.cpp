@@ -125,7 +125,7 @@ Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, 
 }
 
 /// Threads are worth their start only for work of some 100 us.
-constexpr int64_t kSmallestParallelBlocks = 128;
+constexpr int64_t kSmallestParallelBlocks = 64;
 
 void default_parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
 #if defined(_OPENMP)
