@@ -139,10 +139,12 @@ struct HotAvx512 {
     FLASHOPTIM_HD void store(int first, __m512i value) { _mm512_store_si512(bits + first, value); }
     FLASHOPTIM_HD __m512i spread(int group) const { return all(bits[group]); }
   };
-  /// body(first) for the first of every 16 groups: headers are handled one group per lane.
+  /// Headers are handled one group per lane, so the passes over states take blocks of 16 or 32 groups.
+  static FLASHOPTIM_HD bool takes(const Block& b) { return b.groups % kLanes == 0; }
+  /// body(first) for the first of every 16 groups.
   template <class Body>
-  static FLASHOPTIM_HD void for_each_header(Body body) {
-    for (int first = 0; first < kBlockGroups; first += kLanes) body(first);
+  static FLASHOPTIM_HD void for_each_header(const Block& b, Body body) {
+    for (int first = 0; first < b.groups; first += kLanes) body(first);
   }
 
   // ---- bf16 -----------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ struct HotAvx512 {
     __m512i lanes_high = _mm512_add_epi32(lanes_low, all(16u * core::kDitherLaneStep<kStream>));
 
     explicit FLASHOPTIM_HD Dither(const Block& b) {
-      for_each_header([&](int first) __attribute__((always_inline)) {
+      for_each_header(b, [&](int first) __attribute__((always_inline)) {
         start.store(first, core::dither_group_start<kStream, F>(b.dither, core::load_u32<F>(b.group_hash + first)).v);
       });
     }
@@ -592,10 +594,10 @@ struct HotAvx512 {
       FLASHOPTIM_HD bool open(const Block& b) {
         const auto* const variance_codes = static_cast<const uint8_t*>(b.states[1]);
         __m512i smallest = _mm512_loadu_si512(variance_codes);
-        for (int i = 64; i < kBlockElements; i += 64) smallest = _mm512_min_epu8(smallest, _mm512_loadu_si512(variance_codes + i));
+        for (int i = 64; i < b.groups * kGroup; i += 64) smallest = _mm512_min_epu8(smallest, _mm512_loadu_si512(variance_codes + i));
         const __mmask64 zeros = _mm512_testn_epi8_mask(smallest, smallest);
         __mmask16 unusual = 0;
-        for_each_header([&](int first) __attribute__((always_inline)) {
+        for_each_header(b, [&](int first) __attribute__((always_inline)) {
           const __m512i g = _mm512_min_epi32(_mm512_slli_epi32(core::load_u16<F>(b.scales[0] + first).v, 15), all((127u + 30u) << 23));
           const auto window = core::WindowCodec::window<F>(core::load_u16<F>(b.scales[1] + first));
           const __m512i largest = _mm512_add_epi32(window.below.v, _mm512_sllv_epi32(all(255u), window.shift.v));
@@ -676,11 +678,12 @@ struct HotAvx512 {
     static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs& inputs, Body body) {
       const Decode decode(b, headers);
       const CodesAhead codes_ahead(b);
+      const int groups = b.groups;
       float* const m = b.state_f32[0];
       float* const v = b.state_f32[1];
       Extremes<Largest> largest;
       Extremes<Smallest> smallest;
-      for (int first = 0; first < kBlockGroups; first += 4) {
+      for (int first = 0; first < groups; first += 4) {
         __m512i most[4], least[4];
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
@@ -703,7 +706,7 @@ struct HotAvx512 {
       // As signed numbers: a NaN is above or below all.
       I high[kBlockGroups / kLanes], low[kBlockGroups / kLanes];
       __mmask16 unusual = 0;
-      for_each_header([&](int first) __attribute__((always_inline)) {
+      for_each_header(b, [&](int first) __attribute__((always_inline)) {
         const I most = largest.of_groups(first), least = smallest.of_groups(first);
         unusual |= _mm512_cmpgt_epi32_mask(most.v, all(Rule::kLargestBoundingVariance)) |
                    _mm512_cmplt_epi32_mask(least.v, all(Rule::kSmallestBoundingVariance));
@@ -711,7 +714,7 @@ struct HotAvx512 {
         low[first / kLanes] = least;
       });
       if (unusual != 0) return false;
-      for_each_header([&](int first) __attribute__((always_inline)) {
+      for_each_header(b, [&](int first) __attribute__((always_inline)) {
         const I header = core::WindowCodec::header<F>(high[first / kLanes], low[first / kLanes] - core::splat_bits<F>(1u));
         States::store_window(b, first, core::WindowCodec::window<F>(header));
         core::store_16(b.scales[1] + first, header);
@@ -731,7 +734,7 @@ struct HotAvx512 {
         const int i = group * kGroup;
         core::store_f32(b.delta + i, Rule::template decayed<Lane>({core::load_f32<Pair>(b.weight + i)}, Rule::template step<Lane>(s, h), h).v);
       };
-      b.usual = b.groups == kBlockGroups && Rule::variance_bounds(h) && headers.open(b) && advance(b, headers, h, inputs, keep_delta);
+      b.usual = takes(b) && Rule::variance_bounds(h) && headers.open(b) && advance(b, headers, h, inputs, keep_delta);
       if (!b.usual) [[unlikely]] States::update(b);
     }
 
@@ -740,7 +743,7 @@ struct HotAvx512 {
     static bool begin(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Headers headers;
-      if (b.groups != kBlockGroups || !Rule::variance_bounds(h) || !headers.open(b)) return false;
+      if (!takes(b) || !Rule::variance_bounds(h) || !headers.open(b)) return false;
       b.usual = b.gradient_scale == 1.0f ? begin_from(b, headers, h, NarrowInputs<Rule, kMaster, false>(b))
                                          : begin_from(b, headers, h, NarrowInputs<Rule, kMaster, true>(b));
       return b.usual;
@@ -758,13 +761,14 @@ struct HotAvx512 {
     static void encode_variance(Block& b) {
       if (!b.usual) [[unlikely]] return States::template encode_variance<true>(b);
       const Dither<core::DitherStream::kVariance> dither(b);
+      const int groups = b.groups;
       float* const m = b.state_f32[0];
       const float* const v = b.state_f32[1];
       auto* const codes = static_cast<uint8_t*>(b.states[1]);
       const __m512i exponent = all(known<Constants>().exponent), half_down = all(known<Constants>().half_down);
       const PackBytes<0> low_bytes;
       Extremes<Largest> largest;
-      for (int first = 0; first < kBlockGroups; first += 4) {
+      for (int first = 0; first < groups; first += 4) {
         __m512i rows[4];
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
@@ -786,7 +790,7 @@ struct HotAvx512 {
         }
         largest.store(first, rows);
       }
-      for_each_header([&](int first) __attribute__((always_inline)) {
+      for_each_header(b, [&](int first) __attribute__((always_inline)) {
         const I header = MuLaw::template header<F>(core::from_bits(largest.of_groups(first)));
         core::store_f32(b.encoding_factor[0] + first, MuLaw::template inverse_scale<F>(header));
         core::store_16(b.scales[0] + first, header);
@@ -797,13 +801,14 @@ struct HotAvx512 {
     static void encode_momentum(Block& b) {
       if (!b.usual) [[unlikely]] return States::template encode_momentum<true>(b);
       const Dither<core::DitherStream::kMomentum> dither(b);
+      const int groups = b.groups;
       const float* const relative = b.state_f32[0];
       auto* const codes = static_cast<uint8_t*>(b.states[0]);
       const __m512 two = all_f(known<Constants>().two);
       const PackBytes<2> third_bytes;
       const PackBytes<3> top_bytes;
       static_assert(MuLaw::kShift == 17);
-      for (int group = 0; group < kBlockGroups; ++group) {
+      for (int group = 0; group < groups; ++group) {
         const int i = group * kGroup;
         const __m512 inverse = all_f(b.encoding_factor[0][group]);
         const __m512 x_low = _mm512_load_ps(relative + i), x_high = _mm512_load_ps(relative + i + kLanes);
@@ -831,10 +836,10 @@ struct HotAvx512 {
     static bool begin(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       // Variances may be 0: eps keeps divisors from their bound.
-      if (b.groups != kBlockGroups || !Rule::variance_bounds(h) || h.eps < 0x1p-62f) return false;
+      if (!takes(b) || !Rule::variance_bounds(h) || h.eps < 0x1p-62f) return false;
       PerGroup scale[kMaxStates];
       __mmask16 infinite = 0;
-      for_each_header([&](int first) __attribute__((always_inline)) {
+      for_each_header(b, [&](int first) __attribute__((always_inline)) {
         for (int k = 0; k < kMaxStates; ++k) {
           const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
           infinite |= _mm512_cmp_ps_mask(s, all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
@@ -848,6 +853,7 @@ struct HotAvx512 {
     template <class Inputs>
     static FLASHOPTIM_HD bool begin_from(Block& b, const PerGroup (&scale)[kMaxStates], const Hyper& h_of_block, Inputs inputs) {
       const Hyper h = h_of_block;
+      const int groups = b.groups;
       const auto* const m_codes = static_cast<const uint8_t*>(b.states[0]);
       const auto* const v_codes = static_cast<const uint8_t*>(b.states[1]);
       float* const m = b.state_f32[0];
@@ -858,7 +864,7 @@ struct HotAvx512 {
       const __m512 inverse_high = all_f(k.inverse_high), inverse_low = all_f(k.inverse_low), two_n = all_f(k.two_n);
       Extremes<Largest> largest_m;
       Extremes<LargestUnsigned> largest_root;
-      for (int first = 0; first < kBlockGroups; first += 4) {
+      for (int first = 0; first < groups; first += 4) {
         __m512i most_m[4], most_root[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
@@ -890,13 +896,13 @@ struct HotAvx512 {
       }
       I absmax[kMaxStates][kBlockGroups / kLanes];
       __mmask16 unusual = 0;
-      for_each_header([&](int first) __attribute__((always_inline)) {
+      for_each_header(b, [&](int first) __attribute__((always_inline)) {
         absmax[0][first / kLanes] = largest_m.of_groups(first);
         absmax[1][first / kLanes] = largest_root.of_groups(first);
         unusual |= _mm512_cmpgt_epu32_mask(absmax[1][first / kLanes].v, bits_of(all_f(kLargestRoot)));
       });
       if (unusual != 0 || inputs.unusual != 0) return false;
-      for_each_header([&](int first) __attribute__((always_inline)) {
+      for_each_header(b, [&](int first) __attribute__((always_inline)) {
         for (int slot = 0; slot < kMaxStates; ++slot) {
           const F a = core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax[slot][first / kLanes]));
           core::store_16(b.scales[slot] + first, core::paper_header(a));
@@ -907,6 +913,7 @@ struct HotAvx512 {
     }
 
     static void encode(Block& b) {
+      const int groups = b.groups;
       const float* const m = b.state_f32[0];
       const float* const root = b.state_f32[1];
       auto* const m_codes = static_cast<uint8_t*>(b.states[0]);
@@ -914,7 +921,7 @@ struct HotAvx512 {
       const auto& k = known<PaperConstants>();
       const __m512 half = all_f(k.half), n = all_f(k.n), n_and_half = all_f(k.n_and_half);
       const PackBytes<0> low_bytes;
-      for (int group = 0; group < kBlockGroups; ++group) {
+      for (int group = 0; group < groups; ++group) {
         const int i = group * kGroup;
         const __m512 half_absmax = all_f(b.encoding_factor[0][group]), factor = all_f(b.encoding_factor[1][group]);
         const auto encode_m = [&](int at) __attribute__((always_inline)) {

@@ -74,7 +74,7 @@ using Stage = void (*)(Block&);
 /// cycles per 16 elements).
 inline constexpr int kRuleStages = 3;
 
-/// A step of a full block of bf16 weights and gradients in fewer passes, where its values allow it: begin, finish, encode[0],
+/// A step of a block of bf16 weights and gradients in fewer passes, where its values allow it: begin, finish, encode[0],
 /// finish, encode[1], with half of the groups to each finish. Where begin returns false, nothing has happened and the
 /// stages above do the step.
 struct UsualStages {
