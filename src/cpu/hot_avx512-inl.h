@@ -490,6 +490,44 @@ struct HotAvx512 {
     }
   };
 
+  /// The same, of what the stages before have loaded.
+  struct LoadedInputs {
+    const float* weight;
+    const float* gradient;
+    __mmask32 unusual = 0;
+
+    explicit FLASHOPTIM_HD LoadedInputs(const Block& b) : weight(b.weight), gradient(b.gradient_f32) {}
+    FLASHOPTIM_HD void operator()(int group, Pair* w, Pair* g) {
+      *w = core::load_f32<Pair>(weight + group * kGroup);
+      *g = core::load_f32<Pair>(gradient + group * kGroup);
+    }
+  };
+
+  /// Takes a group's new states: leaves its step for finish(), or delta for the stages that store weights.
+  template <class Rule>
+  struct KeepStep {
+    typename Rule::Hyper h;
+    float* steps;
+
+    FLASHOPTIM_HD KeepStep(Block& b, const typename Rule::Hyper& hyper) : h(hyper), steps(b.delta) {}
+    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[kMaxStates]) const {
+      core::store_f32(steps + group * kGroup, Rule::template step<BoundedLane<Pair>>(s, h).v);
+    }
+  };
+  template <class Rule>
+  struct KeepDelta {
+    typename Rule::Hyper h;
+    float* deltas;
+    const float* weight;
+
+    FLASHOPTIM_HD KeepDelta(Block& b, const typename Rule::Hyper& hyper) : h(hyper), deltas(b.delta), weight(b.weight) {}
+    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[kMaxStates]) const {
+      using Lane = BoundedLane<Pair>;
+      const Lane w{core::load_f32<Pair>(weight + group * kGroup)};
+      core::store_f32(deltas + group * kGroup, Rule::template decayed<Lane>(w, Rule::template step<Lane>(s, h), h).v);
+    }
+  };
+
   template <class Rule, MasterWeights kMaster>
   [[gnu::noinline]] static void finish_group_generic(Block& b, int group) {
     using Lane = BoundedLane<Pair>;
@@ -577,7 +615,7 @@ struct HotAvx512 {
   // ---- states of the default codec: momentum relative to a variance ---------------------------------------------
 
   template <class Rule>
-  struct RelativeStates {
+  struct RelativeHot {
     using States = Generic::DefaultStates<Rule>;
     using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
     using Hyper = typename Rule::Hyper;
@@ -671,11 +709,11 @@ struct HotAvx512 {
       }
     };
 
-    /// New states of all groups into state_f32, and the variances' headers. body(group, w, g, s) is given what
-    /// weight(group) and gradient(group) return, and the new states. False, and nothing lost, where a new variance is not between those that vouch
-    /// for the rule's bounds.
-    template <class Inputs, class Body>
-    static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs& inputs, Body body) {
+    /// New states of all groups into state_f32, and the variances' headers. inputs(group, &w, &g) reads, keep(group, s) takes
+    /// what a group's new states are for. False, and nothing lost, where a new variance is not between those that vouch for
+    /// the rule's bounds.
+    template <class Inputs, class Keep>
+    static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs inputs, Keep keep) {
       const Decode decode(b, headers);
       const CodesAhead codes_ahead(b);
       const int groups = b.groups;
@@ -698,7 +736,7 @@ struct HotAvx512 {
           const __m512i low = bits_of(s[1].v.lo.v), high = bits_of(s[1].v.hi.v);
           most[k] = _mm512_max_epi32(low, high);
           least[k] = _mm512_min_epi32(low, high);
-          body(group, s);
+          keep(group, s);
         }
         largest.store(first, most);
         smallest.store(first, least);
@@ -713,7 +751,7 @@ struct HotAvx512 {
         high[first / kLanes] = most;
         low[first / kLanes] = least;
       });
-      if (unusual != 0) return false;
+      if (unusual != 0 || inputs.unusual != 0) return false;
       for_each_header(b, [&](int first) __attribute__((always_inline)) {
         const I header = core::WindowCodec::header<F>(high[first / kLanes], low[first / kLanes] - core::splat_bits<F>(1u));
         States::store_window(b, first, core::WindowCodec::window<F>(header));
@@ -726,15 +764,7 @@ struct HotAvx512 {
     static void update(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Headers headers;
-      const auto inputs = [&](int group, Pair* w, Pair* g) __attribute__((always_inline)) {
-        *w = core::load_f32<Pair>(b.weight + group * kGroup);
-        *g = core::load_f32<Pair>(b.gradient_f32 + group * kGroup);
-      };
-      const auto keep_delta = [&](int group, const Lane(&s)[kMaxStates]) __attribute__((always_inline)) {
-        const int i = group * kGroup;
-        core::store_f32(b.delta + i, Rule::template decayed<Lane>({core::load_f32<Pair>(b.weight + i)}, Rule::template step<Lane>(s, h), h).v);
-      };
-      b.usual = takes(b) && Rule::variance_bounds(h) && headers.open(b) && advance(b, headers, h, inputs, keep_delta);
+      b.usual = takes(b) && Rule::variance_bounds(h) && headers.open(b) && advance(b, headers, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
       if (!b.usual) [[unlikely]] States::update(b);
     }
 
@@ -744,17 +774,9 @@ struct HotAvx512 {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Headers headers;
       if (!takes(b) || !Rule::variance_bounds(h) || !headers.open(b)) return false;
-      b.usual = b.gradient_scale == 1.0f ? begin_from(b, headers, h, NarrowInputs<Rule, kMaster, false>(b))
-                                         : begin_from(b, headers, h, NarrowInputs<Rule, kMaster, true>(b));
+      b.usual = b.gradient_scale == 1.0f ? advance(b, headers, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
+                                         : advance(b, headers, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
       return b.usual;
-    }
-    template <class Inputs>
-    static FLASHOPTIM_HD bool begin_from(Block& b, const Headers& headers, const Hyper& h, Inputs inputs) {
-      float* const steps = b.delta;
-      const auto keep_step = [&](int group, const Lane(&s)[kMaxStates]) __attribute__((always_inline)) {
-        core::store_f32(steps + group * kGroup, Rule::template step<Lane>(s, h).v);
-      };
-      return advance(b, headers, h, inputs, keep_step) && inputs.unusual == 0;
     }
 
     /// WindowCodec::encode of variances that are not 0; leaves momentum relative to them, and its headers.
@@ -827,38 +849,58 @@ struct HotAvx512 {
   // ---- states of the paper's codec: momentum and variance -------------------------------------------------------
 
   template <class Rule>
-  struct PaperUsual {
+  struct PaperHot {
     using Hyper = typename Rule::Hyper;
     using Lane = BoundedLane<Pair>;
     static constexpr float kLargestRoot = 0x1p27f;  ///< of variances that vouch for the rule's bounds
 
+    using States = Generic::PaperStates<Rule>;
+    struct Scales {
+      PerGroup of[kMaxStates];
+
+      /// False where one is not finite.
+      FLASHOPTIM_HD bool open(const Block& b) {
+        __mmask16 infinite = 0;
+        for_each_header(b, [&](int first) __attribute__((always_inline)) {
+          for (int k = 0; k < kMaxStates; ++k) {
+            const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
+            infinite |= _mm512_cmp_ps_mask(s, all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
+            of[k].store(first, bits_of(s));
+          }
+        });
+        return infinite == 0;
+      }
+    };
+    /// Variances may be 0: eps keeps divisors from their bound.
+    static FLASHOPTIM_HD bool bounds_hold(const Hyper& h) { return Rule::variance_bounds(h) && h.eps >= 0x1p-62f; }
+
+    /// The rule's first stage, where weights and gradients have been loaded.
+    static void update(Block& b) {
+      const Hyper h = *static_cast<const Hyper*>(b.hyper);
+      Scales scales;
+      b.usual = takes(b) && bounds_hold(h) && scales.open(b) && advance(b, scales, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
+      if (!b.usual) [[unlikely]] States::update(b);
+    }
+
+    /// begin() of UsualStages.
     template <MasterWeights kMaster>
     static bool begin(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
-      // Variances may be 0: eps keeps divisors from their bound.
-      if (!takes(b) || !Rule::variance_bounds(h) || h.eps < 0x1p-62f) return false;
-      PerGroup scale[kMaxStates];
-      __mmask16 infinite = 0;
-      for_each_header(b, [&](int first) __attribute__((always_inline)) {
-        for (int k = 0; k < kMaxStates; ++k) {
-          const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
-          infinite |= _mm512_cmp_ps_mask(s, all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
-          scale[k].store(first, bits_of(s));
-        }
-      });
-      if (infinite != 0) return false;
-      return b.gradient_scale == 1.0f ? begin_from(b, scale, h, NarrowInputs<Rule, kMaster, false>(b))
-                                      : begin_from(b, scale, h, NarrowInputs<Rule, kMaster, true>(b));
+      Scales scales;
+      if (!takes(b) || !bounds_hold(h) || !scales.open(b)) return false;
+      b.usual = b.gradient_scale == 1.0f ? advance(b, scales, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
+                                         : advance(b, scales, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
+      return b.usual;
     }
-    template <class Inputs>
-    static FLASHOPTIM_HD bool begin_from(Block& b, const PerGroup (&scale)[kMaxStates], const Hyper& h_of_block, Inputs inputs) {
-      const Hyper h = h_of_block;
+
+    /// New momentum and roots of new variances into state_f32, and headers. As for RelativeHot.
+    template <class Inputs, class Keep>
+    static FLASHOPTIM_HD bool advance(Block& b, const Scales& scales, Hyper h, Inputs inputs, Keep keep) {
       const int groups = b.groups;
       const auto* const m_codes = static_cast<const uint8_t*>(b.states[0]);
       const auto* const v_codes = static_cast<const uint8_t*>(b.states[1]);
       float* const m = b.state_f32[0];
       float* const root = b.state_f32[1];
-      float* const steps = b.delta;
       const CodesAhead codes_ahead(b);
       const auto& k = known<PaperConstants>();
       const __m512 inverse_high = all_f(k.inverse_high), inverse_low = all_f(k.inverse_low), two_n = all_f(k.two_n);
@@ -869,7 +911,7 @@ struct HotAvx512 {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
           const int group = first + j, i = group * kGroup;
-          const __m512 m_scale = float_of(scale[0].spread(group)), v_scale = float_of(scale[1].spread(group));
+          const __m512 m_scale = float_of(scales.of[0].spread(group)), v_scale = float_of(scales.of[1].spread(group));
           const auto decode_m = [&](int at) __attribute__((always_inline)) {
             const __m512 q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(m_codes + at)));
             return _mm512_mul_ps(_mm512_div_ps(q, _mm512_sub_ps(two_n, _mm512_abs_ps(q))), m_scale);
@@ -887,7 +929,7 @@ struct HotAvx512 {
           const Pair r = core::sqrt(s[1].v);
           core::store_f32(m + i, s[0].v);
           core::store_f32(root + i, r);
-          core::store_f32(steps + i, Rule::template step<Lane>(s, h).v);
+          keep(group, s);
           most_m[j] = bits_of(_mm512_range_ps(s[0].v.lo.v, s[0].v.hi.v, 0x0b));  // the larger magnitude
           most_root[j] = _mm512_max_epu32(bits_of(r.lo.v), bits_of(r.hi.v));      // a NaN is above all
         }
@@ -913,6 +955,7 @@ struct HotAvx512 {
     }
 
     static void encode(Block& b) {
+      if (!b.usual) [[unlikely]] return States::encode_slots(b);
       const int groups = b.groups;
       const float* const m = b.state_f32[0];
       const float* const root = b.state_f32[1];
@@ -949,8 +992,8 @@ struct HotAvx512 {
   }
   template <class Rule, MasterWeights kMaster>
   static constexpr void add_usual(KernelTable& t, RuleKind kind) {
-    using Relative = RelativeStates<Rule>;
-    using Paper = PaperUsual<Rule>;
+    using Relative = RelativeHot<Rule>;
+    using Paper = PaperHot<Rule>;
     auto& usual = t.usual[static_cast<int>(kind)];
     constexpr int kM = static_cast<int>(kMaster);
     usual[static_cast<int>(StateCodec::kDefault)][kM] = {
@@ -967,10 +1010,13 @@ struct HotAvx512 {
     add_usual<Rule, MasterWeights::kCorrection16>(t, kind);
     add_usual<Rule, MasterWeights::kCorrection8Nearest>(t, kind);
     add_usual<Rule, MasterWeights::kCorrection16Nearest>(t, kind);
-    auto& stages = t.rule[static_cast<int>(kind)][static_cast<int>(StateCodec::kDefault)];
-    stages[0] = RelativeStates<Rule>::update;
-    stages[1] = RelativeStates<Rule>::encode_variance;
-    stages[2] = RelativeStates<Rule>::encode_momentum;
+    auto& stages = t.rule[static_cast<int>(kind)];
+    constexpr int kDefault = static_cast<int>(StateCodec::kDefault), kPaper = static_cast<int>(StateCodec::kPaper);
+    stages[kDefault][0] = RelativeHot<Rule>::update;
+    stages[kDefault][1] = RelativeHot<Rule>::encode_variance;
+    stages[kDefault][2] = RelativeHot<Rule>::encode_momentum;
+    stages[kPaper][0] = PaperHot<Rule>::update;
+    stages[kPaper][1] = PaperHot<Rule>::encode;
   }
 
   static constexpr KernelTable table(const char* isa) {
