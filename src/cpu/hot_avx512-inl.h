@@ -663,8 +663,8 @@ struct HotAvx512 {
     };
 
     /// New states of all groups into state_f32, and the variances' headers. body(group, w, g, s) is given what
-    /// weight(group) and gradient(group) return, and the new states. False, and nothing lost, where a new variance is not between those that vouch
-    /// for the rule's bounds.
+    /// weight(group) and gradient(group) return, and the new states. False, and nothing written, where a new variance is not
+    /// between those that vouch for the rule's bounds, or an input has been taken for what it is not.
     template <class Inputs, class Body>
     static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs& inputs, Body body) {
       const Decode decode(b, headers);
@@ -702,6 +702,9 @@ struct HotAvx512 {
         low[first / kLanes] = least;
       });
       if (unusual != 0) return false;
+      if constexpr (requires { inputs.unusual; }) {
+        if (inputs.unusual != 0) return false;
+      }
       for_each_header([&](int first) __attribute__((always_inline)) {
         const I header = core::WindowCodec::header<F>(high[first / kLanes], low[first / kLanes] - core::splat_bits<F>(1u));
         States::store_window(b, first, core::WindowCodec::window<F>(header));
@@ -742,7 +745,7 @@ struct HotAvx512 {
       const auto keep_step = [&](int group, const Lane(&s)[kMaxStates]) __attribute__((always_inline)) {
         core::store_f32(steps + group * kGroup, Rule::template step<Lane>(s, h).v);
       };
-      return advance(b, headers, h, inputs, keep_step) && inputs.unusual == 0;
+      return advance(b, headers, h, inputs, keep_step);
     }
 
     /// WindowCodec::encode of variances that are not 0; leaves momentum relative to them, and its headers.
