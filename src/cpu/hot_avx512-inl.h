@@ -831,7 +831,7 @@ struct HotAvx512 {
       for_each_header([&](int first) __attribute__((always_inline)) {
         for (int k = 0; k < kMaxStates; ++k) {
           const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
-          infinite |= _mm512_cmp_ps_mask(s, all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
+          infinite |= _mm512_cmp_ps_mask(_mm512_abs_ps(s), all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
           scale[k].store(first, bits_of(s));
         }
       });
