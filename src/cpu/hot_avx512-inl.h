@@ -710,8 +710,8 @@ struct HotAvx512 {
     };
 
     /// New states of all groups into state_f32, and the variances' headers. inputs(group, &w, &g) reads, keep(group, s) takes
-    /// what a group's new states are for. False, and nothing lost, where a new variance is not between those that vouch for
-    /// the rule's bounds.
+    /// what a group's new states are for. False, and nothing written, where a new variance is not between those that vouch for
+    /// the rule's bounds, or an input has been taken for what it is not.
     template <class Inputs, class Keep>
     static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs inputs, Keep keep) {
       const Decode decode(b, headers);
@@ -864,7 +864,7 @@ struct HotAvx512 {
         for_each_header(b, [&](int first) __attribute__((always_inline)) {
           for (int k = 0; k < kMaxStates; ++k) {
             const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
-            infinite |= _mm512_cmp_ps_mask(s, all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
+            infinite |= _mm512_cmp_ps_mask(_mm512_abs_ps(s), all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
             of[k].store(first, bits_of(s));
           }
         });
