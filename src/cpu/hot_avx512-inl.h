@@ -1,10 +1,11 @@
-// The hot path of AVX-512: passes over a block in about half of the operations that core's formulas compile to. The same
-// bits: every step is an identity of core's, said beside it, under conditions that are tested before anything is written.
-// Where one fails (zeros, subnormals, infinities, NaN, absurd magnitudes), the group or the block takes core's formulas
-// in loops-inl.h. tests/kernels compares both with the scalar loops.
+// The hot path of AVX-512: passes over a block in about half of the operations that core's formulas compile to. The
+// same bits: every step is an identity of core's, said beside it, under conditions that are tested before anything is
+// written. Where one fails (zeros, subnormals, infinities, NaN, absurd magnitudes), the group or the block takes core's
+// formulas in loops-inl.h. tests/kernels compares both with the scalar loops.
 //
-// Compiled once per instruction set: with VBMI and BF16 (Ice Lake, Sapphire Rapids, Zen 4 and later) a few sequences are
-// shorter. Costs named here are those of Zen 5, which starts four simple operations a cycle, but two shuffles or shifts.
+// Compiled once per instruction set: with VBMI and BF16 (Ice Lake, Sapphire Rapids, Zen 4 and later) a few sequences
+// are shorter. Costs named here are those of Zen 5, which starts four simple operations a cycle, but two shuffles or
+// shifts.
 #pragma once
 
 #include <immintrin.h>
@@ -55,7 +56,8 @@ struct Magnitudes {
   alignas(64) uint8_t bytes[256];
   constexpr Magnitudes() : bytes() {
     for (uint32_t code = 0; code < 128; ++code) {
-      const float value = std::bit_cast<float>((code << core::MuLawCodec<6>::kShift) | core::MuLawCodec<6>::kTwoBits) - 2.0f;
+      const float value =
+          std::bit_cast<float>((code << core::MuLawCodec<6>::kShift) | core::MuLawCodec<6>::kTwoBits) - 2.0f;
       const uint32_t bits = std::bit_cast<uint32_t>(value);
       bytes[code] = static_cast<uint8_t>(bits >> 16);
       bytes[128 + code] = static_cast<uint8_t>(bits >> 24);
@@ -82,13 +84,18 @@ struct HotAvx512 {
   static FLASHOPTIM_HD __m512i bits_of(__m512 a) { return _mm512_castps_si512(a); }
   static FLASHOPTIM_HD __m512 float_of(__m512i a) { return _mm512_castsi512_ps(a); }
   /// a & b | c, and mask & a | ~mask & b.
-  static FLASHOPTIM_HD __m512i and_or(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0xea); }
-  static FLASHOPTIM_HD __m512i choose(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
+  static FLASHOPTIM_HD __m512i and_or(__m512i a, __m512i b, __m512i c) {
+    return _mm512_ternarylogic_epi32(a, b, c, 0xea);
+  }
+  static FLASHOPTIM_HD __m512i choose(__m512i mask, __m512i a, __m512i b) {
+    return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
+  }
 
   // ---- constants ------------------------------------------------------------------------------------------------
   //
-  // Passes load their constants before their loops, from memory that the compiler does not know: constants that it knows it
-  // makes anew in every iteration, by two operations each, as soon as registers are short. (The others it reads again.)
+  // Passes load their constants before their loops, from memory that the compiler does not know: constants that it
+  // knows it makes anew in every iteration, by two operations each, as soon as registers are short. (The others it
+  // reads again.)
 
   struct Constants {
     alignas(64) uint16_t low_places[32];    ///< 0 0 0 1 0 2 ...: of words in the upper halves of lanes
@@ -152,8 +159,12 @@ struct HotAvx512 {
   /// 32 bf16 numbers as fp32, each word in the upper half of a lane.
   struct Widen {
     __m512i low_places = vector(known<Constants>().low_places), high_places = vector(known<Constants>().high_places);
-    FLASHOPTIM_HD __m512 low(__m512i words) const { return float_of(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, low_places, words)); }
-    FLASHOPTIM_HD __m512 high(__m512i words) const { return float_of(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, high_places, words)); }
+    FLASHOPTIM_HD __m512 low(__m512i words) const {
+      return float_of(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, low_places, words));
+    }
+    FLASHOPTIM_HD __m512 high(__m512i words) const {
+      return float_of(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, high_places, words));
+    }
   };
 
   /// Which words are zero, subnormal, infinite or NaN: exponents 0 and 255, which one more makes 1 and 0.
@@ -200,7 +211,9 @@ struct HotAvx512 {
 
   static FLASHOPTIM_HD __m128i load_16_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
-  static FLASHOPTIM_HD void store_32_bytes(uint8_t* p, __m256i bytes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes); }
+  static FLASHOPTIM_HD void store_32_bytes(uint8_t* p, __m256i bytes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+  }
 
   /// One byte of each lane of two vectors; 0 is the lowest.
   template <int kByte>
@@ -212,7 +225,8 @@ struct HotAvx512 {
     }
 #else
     FLASHOPTIM_HD __m256i operator()(__m512i low, __m512i high) const {
-      return _mm256_set_m128i(_mm512_cvtepi32_epi8(_mm512_srli_epi32(high, 8 * kByte)), _mm512_cvtepi32_epi8(_mm512_srli_epi32(low, 8 * kByte)));
+      return _mm256_set_m128i(_mm512_cvtepi32_epi8(_mm512_srli_epi32(high, 8 * kByte)),
+                              _mm512_cvtepi32_epi8(_mm512_srli_epi32(low, 8 * kByte)));
     }
 #endif
   };
@@ -227,9 +241,11 @@ struct HotAvx512 {
     __m512i lanes_high = _mm512_add_epi32(lanes_low, all(16u * core::kDitherLaneStep<kStream>));
 
     explicit FLASHOPTIM_HD Dither(const Block& b) {
-      for_each_header(b, [&](int first) __attribute__((always_inline)) {
-        start.store(first, core::dither_group_start<kStream, F>(b.dither, core::load_u32<F>(b.group_hash + first)).v);
-      });
+      for_each_header(
+          b, [&](int first) __attribute__((always_inline)) {
+            start.store(first,
+                        core::dither_group_start<kStream, F>(b.dither, core::load_u32<F>(b.group_hash + first)).v);
+          });
     }
     FLASHOPTIM_HD __m512i low(int group) const { return _mm512_add_epi32(lanes_low, start.spread(group)); }
     FLASHOPTIM_HD __m512i high(int group) const { return _mm512_add_epi32(lanes_high, start.spread(group)); }
@@ -242,7 +258,8 @@ struct HotAvx512 {
   /// Asks for the memory of two arrays of codes, 64 bytes of one or the other a group.
   struct CodesAhead {
     const char* of[kMaxStates];
-    explicit FLASHOPTIM_HD CodesAhead(const Block& b) : of{static_cast<const char*>(b.states[0]) + b.ahead, static_cast<const char*>(b.states[1]) + b.ahead} {}
+    explicit FLASHOPTIM_HD CodesAhead(const Block& b)
+        : of{static_cast<const char*>(b.states[0]) + b.ahead, static_cast<const char*>(b.states[1]) + b.ahead} {}
     FLASHOPTIM_HD void ask(int group) const { __builtin_prefetch(of[group & 1] + (group & ~1) * kGroup, 1, 3); }
   };
 
@@ -263,9 +280,12 @@ struct HotAvx512 {
     alignas(64) uint32_t quarters[kBlockGroups / 4 * kLanes];
 
     FLASHOPTIM_HD void store(int first, const __m512i (&rows)[4]) {
-      _mm512_store_si512(quarters + first / 4 * kLanes, core::reduce_4_rows(rows[0], rows[1], rows[2], rows[3], Pick{}));
+      _mm512_store_si512(quarters + first / 4 * kLanes,
+                         core::reduce_4_rows(rows[0], rows[1], rows[2], rows[3], Pick{}));
     }
-    FLASHOPTIM_HD I of_groups(int first) const { return core::reduce_quarters(quarters + first * (kLanes / 4), Pick{}); }
+    FLASHOPTIM_HD I of_groups(int first) const {
+      return core::reduce_quarters(quarters + first * (kLanes / 4), Pick{});
+    }
   };
 
   // ---- weights and gradients ------------------------------------------------------------------------------------
@@ -276,15 +296,16 @@ struct HotAvx512 {
     static constexpr uint32_t kLargest = static_cast<uint32_t>(core::Correction<kBits>::kMax);
     float inverse_high = core::Correction<kBits>::kInverseHigh * core::half_ulp_of_unit_scale<core::BFloat16>();
     float inverse_low = core::Correction<kBits>::kInverseLow * core::half_ulp_of_unit_scale<core::BFloat16>();
-    /// Pattern of twice_inverse_scale(0) * kUnits: split_update_dithered's two factors as one, which loses nothing where the
-    /// scale is not far from 1.
-    uint32_t units = std::bit_cast<uint32_t>(static_cast<float>(1 << core::BFloat16::kMantissaBits) * core::Correction<kBits>::kMax *
-                                             static_cast<float>(1 << kFraction)) + (128u << 23);
+    /// Pattern of twice_inverse_scale(0) * kUnits: split_update_dithered's two factors as one, which loses nothing
+    /// where the scale is not far from 1.
+    uint32_t units = std::bit_cast<uint32_t>(static_cast<float>(1 << core::BFloat16::kMantissaBits) *
+                                             core::Correction<kBits>::kMax * static_cast<float>(1 << kFraction)) +
+                     (128u << 23);
     uint32_t above = ((kLargest + 1u) << kFraction) - 1u, below = 0u - (kLargest << kFraction);
   };
 
-  /// core::correction_value for normal n. c * kInverseHigh is exact, so an fma rounds as the sum does, and half an ULP of 1
-  /// is a power of two.
+  /// core::correction_value for normal n. c * kInverseHigh is exact, so an fma rounds as the sum does, and half an ULP
+  /// of 1 is a power of two.
   template <int kBits>
   struct CorrectionValue {
     __m512 inverse_high = all_f(known<CorrectionConstants<kBits>>().inverse_high);
@@ -303,18 +324,20 @@ struct HotAvx512 {
       if constexpr (kBits == 8) {
         return _mm512_cvtepi8_epi32(load_16_bytes(static_cast<const uint8_t*>(base) + i));
       } else {
-        return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(base) + i)));
+        return _mm512_cvtepi16_epi32(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(base) + i)));
       }
     }
   };
 
-  /// The correction of core::split_update_dithered, for new narrow values that are not far from 1. Clamped are integers, which
-  /// exceed N by roundings alone, and by less than one.
+  /// The correction of core::split_update_dithered, for new narrow values that are not far from 1. Clamped are
+  /// integers, which exceed N by roundings alone, and by less than one.
   template <int kBits, bool kNearest>
   struct CutCorrection {
     static constexpr int kFraction = CorrectionConstants<kBits>::kFraction;
     __m512i units = all(known<CorrectionConstants<kBits>>().units);
-    __m512i above = all(known<CorrectionConstants<kBits>>().above), below = all(known<CorrectionConstants<kBits>>().below);
+    __m512i above = all(known<CorrectionConstants<kBits>>().above),
+            below = all(known<CorrectionConstants<kBits>>().below);
     __m512i exponent = all(known<Constants>().exponent);
     PackBytes<3> top_bytes;
 
@@ -326,7 +349,8 @@ struct HotAvx512 {
     }
     FLASHOPTIM_HD void store(void* base, int i, __m512i low, __m512i high) const {
       if constexpr (kBits == 8) {
-        // Upper halves hold 7 digits behind the point. Twice that, saturated, has floor(x), at most 127, in its top byte.
+        // Upper halves hold 7 digits behind the point. Twice that, saturated, has floor(x), at most 127, in its top
+        // byte.
         const __m256i packed = top_bytes(_mm512_adds_epi16(low, low), _mm512_adds_epi16(high, high));
         store_32_bytes(static_cast<uint8_t*>(base) + i, _mm256_max_epi8(packed, _mm256_set1_epi8(-127)));
       } else {
@@ -339,10 +363,12 @@ struct HotAvx512 {
     }
   };
 
-  /// That of core::split. What a weight is rounded by, a single time, is at most half an ULP: there is nothing to clamp.
+  /// That of core::split. What a weight is rounded by, a single time, is at most half an ULP: there is nothing to
+  /// clamp.
   template <int kBits>
   struct CutCorrection<kBits, true> {
-    __m512i units = all(known<CorrectionConstants<kBits>>().units - (static_cast<uint32_t>(CorrectionConstants<kBits>::kFraction) << 23));
+    __m512i units = all(known<CorrectionConstants<kBits>>().units -
+                        (static_cast<uint32_t>(CorrectionConstants<kBits>::kFraction) << 23));
     __m512i exponent = all(known<Constants>().exponent);
     __m512 magic = all_f(known<Constants>().last_digit_is_one);
     PackBytes<0> low_bytes;
@@ -382,7 +408,8 @@ struct HotAvx512 {
         continue;
       }
       const __m512 low = widen.low(words), high = widen.high(words);
-      const __m512 value_low = correction_value(low, corrections, i), value_high = correction_value(high, corrections, i + kLanes);
+      const __m512 value_low = correction_value(low, corrections, i),
+                   value_high = correction_value(high, corrections, i + kLanes);
       _mm512_store_ps(b.correction_value + i, value_low);
       _mm512_store_ps(b.correction_value + i + kLanes, value_high);
       _mm512_store_ps(b.weight + i, _mm512_add_ps(low, value_low));
@@ -401,7 +428,8 @@ struct HotAvx512 {
     for (int i = 0; i < elements; i += kGroup) {
       const __m512i words = _mm512_loadu_si512(gradient + i);
       Generic::ask_ahead(b, gradient, i);
-      nonfinite |= _mm512_testn_epi16_mask(_mm512_add_epi16(words, _mm512_set1_epi16(0x0080)), _mm512_set1_epi16(0x7f80));
+      nonfinite |=
+          _mm512_testn_epi16_mask(_mm512_add_epi16(words, _mm512_set1_epi16(0x0080)), _mm512_set1_epi16(0x7f80));
       const __m512 low = widen.low(words), high = widen.high(words);
       _mm512_store_ps(b.gradient_f32 + i, kScaled ? _mm512_mul_ps(low, scale) : low);
       _mm512_store_ps(b.gradient_f32 + i + kLanes, kScaled ? _mm512_mul_ps(high, scale) : high);
@@ -411,7 +439,8 @@ struct HotAvx512 {
   static void load_gradient(Block& b) {
     const float scale = b.gradient_scale;
     const bool finite = scale == 1.0f ? widen_gradient<false>(b) : core::abs(scale) <= 1.0f && widen_gradient<true>(b);
-    if (!finite) [[unlikely]] Generic::load_narrow_gradient<core::BFloat16>(b);
+    if (!finite) [[unlikely]]
+      Generic::load_narrow_gradient<core::BFloat16>(b);
   }
 
   template <MasterWeights kMaster>
@@ -520,7 +549,8 @@ struct HotAvx512 {
     float* deltas;
     const float* weight;
 
-    FLASHOPTIM_HD KeepDelta(Block& b, const typename Rule::Hyper& hyper) : h(hyper), deltas(b.delta), weight(b.weight) {}
+    FLASHOPTIM_HD KeepDelta(Block& b, const typename Rule::Hyper& hyper)
+        : h(hyper), deltas(b.delta), weight(b.weight) {}
     FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[kMaxStates]) const {
       using Lane = BoundedLane<Pair>;
       const Lane w{core::load_f32<Pair>(weight + group * kGroup)};
@@ -534,7 +564,8 @@ struct HotAvx512 {
     const int i = group * kGroup;
     Generic::load_narrow_weights_of<core::BFloat16, kMaster>(b, group, group + 1);
     const Lane w{core::load_f32<Pair>(b.weight + i)}, step{core::load_f32<Pair>(b.delta + i)};
-    core::store_f32(b.delta + i, Rule::template decayed<Lane>(w, step, *static_cast<const typename Rule::Hyper*>(b.hyper)).v);
+    core::store_f32(b.delta + i,
+                    Rule::template decayed<Lane>(w, step, *static_cast<const typename Rule::Hyper*>(b.hyper)).v);
     store_group_generic<kMaster>(b, group);
   }
 
@@ -559,7 +590,8 @@ struct HotAvx512 {
     const CutCorrection<kBits, kNearest> cut;
     struct Group {
       Pair narrow, delta;
-      Pair rest;  ///< what the narrow value is too small by; or, where corrections are rounded to nearest, the new weight
+      Pair rest;  ///< what the narrow value is too small by; or, where corrections are rounded to nearest, the new
+                  ///< weight
     };
     const auto update = [&](int group) __attribute__((always_inline)) {
       const int i = group * kGroup;
@@ -567,17 +599,20 @@ struct HotAvx512 {
       const __m512i words = _mm512_loadu_si512(parameter + i);
       Group of;
       of.narrow = {{widen.low(words)}, {widen.high(words)}};
-      // Their corrections' values, fraction * scale, are exact, so that an fma rounds as the sum does. They are wrong where a
-      // narrow value is not normal. If the new one is normal nevertheless, and not far from 1, the old was 0 or subnormal, and
-      // its correction is too small to count.
-      const Pair fraction = {{correction_value.fraction(corrections, i)}, {correction_value.fraction(corrections, i + kLanes)}};
+      // Their corrections' values, fraction * scale, are exact, so that an fma rounds as the sum does. They are wrong
+      // where a narrow value is not normal. If the new one is normal nevertheless, and not far from 1, the old was 0 or
+      // subnormal, and its correction is too small to count.
+      const Pair fraction = {{correction_value.fraction(corrections, i)},
+                             {correction_value.fraction(corrections, i + kLanes)}};
       const Pair scale = {{correction_value.scale(of.narrow.lo.v)}, {correction_value.scale(of.narrow.hi.v)}};
-      const Pair w = {{_mm512_fmadd_ps(fraction.lo.v, scale.lo.v, of.narrow.lo.v)}, {_mm512_fmadd_ps(fraction.hi.v, scale.hi.v, of.narrow.hi.v)}};
+      const Pair w = {{_mm512_fmadd_ps(fraction.lo.v, scale.lo.v, of.narrow.lo.v)},
+                      {_mm512_fmadd_ps(fraction.hi.v, scale.hi.v, of.narrow.hi.v)}};
       of.delta = Rule::template decayed<Lane>({w}, {core::load_f32<Pair>(steps + i)}, h).v;
       if constexpr (kNearest) {
         of.rest = w - of.delta;
       } else {
-        of.rest = {{_mm512_fmsub_ps(fraction.lo.v, scale.lo.v, of.delta.lo.v)}, {_mm512_fmsub_ps(fraction.hi.v, scale.hi.v, of.delta.hi.v)}};
+        of.rest = {{_mm512_fmsub_ps(fraction.lo.v, scale.lo.v, of.delta.lo.v)},
+                   {_mm512_fmsub_ps(fraction.hi.v, scale.hi.v, of.delta.hi.v)}};
       }
       return of;
     };
@@ -598,8 +633,8 @@ struct HotAvx512 {
         cut.store(corrections, i, cut(rest_low, low, dither.low(group)), cut(rest_high, high, dither.high(group)));
       }
     };
-    // The first half of one group beside the second of the one before: chains of half the length, of which more fit into the
-    // processor's window.
+    // The first half of one group beside the second of the one before: chains of half the length, of which more fit
+    // into the processor's window.
     Group next = update(b.store_begin);
     for (int group = b.store_begin; group < end; group += 2) {
       __builtin_prefetch(corrections_ahead + group * kGroup * (kBits / 8), 1, 3);
@@ -632,20 +667,24 @@ struct HotAvx512 {
       FLASHOPTIM_HD bool open(const Block& b) {
         const auto* const variance_codes = static_cast<const uint8_t*>(b.states[1]);
         __m512i smallest = _mm512_loadu_si512(variance_codes);
-        for (int i = 64; i < b.groups * kGroup; i += 64) smallest = _mm512_min_epu8(smallest, _mm512_loadu_si512(variance_codes + i));
+        for (int i = 64; i < b.groups * kGroup; i += 64)
+          smallest = _mm512_min_epu8(smallest, _mm512_loadu_si512(variance_codes + i));
         const __mmask64 zeros = _mm512_testn_epi8_mask(smallest, smallest);
         __mmask16 unusual = 0;
-        for_each_header(b, [&](int first) __attribute__((always_inline)) {
-          const __m512i g = _mm512_min_epi32(_mm512_slli_epi32(core::load_u16<F>(b.scales[0] + first).v, 15), all((127u + 30u) << 23));
-          const auto window = core::WindowCodec::window<F>(core::load_u16<F>(b.scales[1] + first));
-          const __m512i largest = _mm512_add_epi32(window.below.v, _mm512_sllv_epi32(all(255u), window.shift.v));
-          shift.store(first, window.shift.v);
-          base_minus_one.store(first, window.base_minus_one.v);
-          mantissa.store(first, _mm512_and_si512(g, all(0x007fffffu)));
-          // root_scale(v) = (v / 2 + (127 << 22)) & kExponent, in patterns; the exponents of G and of 2^floor(log2(v) / 2) add.
-          exponent.store(first, _mm512_sub_epi32(_mm512_and_si512(g, all(kExponent)), all(127u << 22)));
-          unusual |= _mm512_cmplt_epi32_mask(g, all(kSmallestG)) | _mm512_movepi32_mask(largest);
-        });
+        for_each_header(
+            b, [&](int first) __attribute__((always_inline)) {
+              const __m512i g = _mm512_min_epi32(_mm512_slli_epi32(core::load_u16<F>(b.scales[0] + first).v, 15),
+                                                 all((127u + 30u) << 23));
+              const auto window = core::WindowCodec::window<F>(core::load_u16<F>(b.scales[1] + first));
+              const __m512i largest = _mm512_add_epi32(window.below.v, _mm512_sllv_epi32(all(255u), window.shift.v));
+              shift.store(first, window.shift.v);
+              base_minus_one.store(first, window.base_minus_one.v);
+              mantissa.store(first, _mm512_and_si512(g, all(0x007fffffu)));
+              // root_scale(v) = (v / 2 + (127 << 22)) & kExponent, in patterns; the exponents of G and of
+              // 2^floor(log2(v) / 2) add.
+              exponent.store(first, _mm512_sub_epi32(_mm512_and_si512(g, all(kExponent)), all(127u << 22)));
+              unusual |= _mm512_cmplt_epi32_mask(g, all(kSmallestG)) | _mm512_movepi32_mask(largest);
+            });
         return zeros == 0 && unusual == 0;
       }
     };
@@ -657,7 +696,8 @@ struct HotAvx512 {
       __m512i exponent = all(known<Constants>().exponent);
 #if defined(__AVX512VBMI__)
       // Of 128 magnitudes the two bytes of a bf16 number, which holds them exactly.
-      __m512i first_0 = kMagnitudes.load(0), first_1 = kMagnitudes.load(1), second_0 = kMagnitudes.load(2), second_1 = kMagnitudes.load(3);
+      __m512i first_0 = kMagnitudes.load(0), first_1 = kMagnitudes.load(1), second_0 = kMagnitudes.load(2),
+              second_1 = kMagnitudes.load(3);
       __m512i low_pairs = vector(known<Constants>().low_pairs), high_pairs = vector(known<Constants>().high_pairs);
       __m512i signs = _mm512_set1_epi8(-128);
 #else
@@ -666,12 +706,15 @@ struct HotAvx512 {
 #endif
 
       FLASHOPTIM_HD Decode(const Block& b, const Headers& h)
-          : headers(h), momentum_codes(static_cast<const uint8_t*>(b.states[0])), variance_codes(static_cast<const uint8_t*>(b.states[1])) {}
+          : headers(h),
+            momentum_codes(static_cast<const uint8_t*>(b.states[0])),
+            variance_codes(static_cast<const uint8_t*>(b.states[1])) {}
 
       /// MuLaw::decode of a group.
       FLASHOPTIM_HD void momentum(int i, __m512* low, __m512* high) const {
 #if defined(__AVX512VBMI__)
-        const __m512i code = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(momentum_codes + i)));
+        const __m512i code =
+            _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(momentum_codes + i)));
         const __m512i first = _mm512_permutex2var_epi8(first_0, code, first_1);
         const __m512i second = and_or(code, signs, _mm512_permutex2var_epi8(second_0, code, second_1));
         constexpr __mmask64 kUpper = 0xccccccccccccccccu;
@@ -691,7 +734,8 @@ struct HotAvx512 {
       /// WindowCodec::decode where no variance is 0.
       FLASHOPTIM_HD __m512i variance(int group, int i) const {
         const __m512i code = _mm512_cvtepu8_epi32(load_16_bytes(variance_codes + i));
-        return _mm512_sllv_epi32(_mm512_add_epi32(code, headers.base_minus_one.spread(group)), headers.shift.spread(group));
+        return _mm512_sllv_epi32(_mm512_add_epi32(code, headers.base_minus_one.spread(group)),
+                                 headers.shift.spread(group));
       }
       /// (x / G) * (G 2^k): as (x / G * G) 2^k, exact.
       FLASHOPTIM_HD __m512 scale(int group, __m512 x, __m512i bits) const {
@@ -709,9 +753,9 @@ struct HotAvx512 {
       }
     };
 
-    /// New states of all groups into state_f32, and the variances' headers. inputs(group, &w, &g) reads, keep(group, s) takes
-    /// what a group's new states are for. False, and nothing written, where a new variance is not between those that vouch for
-    /// the rule's bounds, or an input has been taken for what it is not.
+    /// New states of all groups into state_f32, and the variances' headers. inputs(group, &w, &g) reads, keep(group, s)
+    /// takes what a group's new states are for. False, and nothing written, where a new variance is not between those
+    /// that vouch for the rule's bounds, or an input has been taken for what it is not.
     template <class Inputs, class Keep>
     static FLASHOPTIM_HD bool advance(Block& b, const Headers& headers, Hyper h, Inputs inputs, Keep keep) {
       const Decode decode(b, headers);
@@ -744,19 +788,22 @@ struct HotAvx512 {
       // As signed numbers: a NaN is above or below all.
       I high[kBlockGroups / kLanes], low[kBlockGroups / kLanes];
       __mmask16 unusual = 0;
-      for_each_header(b, [&](int first) __attribute__((always_inline)) {
-        const I most = largest.of_groups(first), least = smallest.of_groups(first);
-        unusual |= _mm512_cmpgt_epi32_mask(most.v, all(Rule::kLargestBoundingVariance)) |
-                   _mm512_cmplt_epi32_mask(least.v, all(Rule::kSmallestBoundingVariance));
-        high[first / kLanes] = most;
-        low[first / kLanes] = least;
-      });
+      for_each_header(
+          b, [&](int first) __attribute__((always_inline)) {
+            const I most = largest.of_groups(first), least = smallest.of_groups(first);
+            unusual |= _mm512_cmpgt_epi32_mask(most.v, all(Rule::kLargestBoundingVariance)) |
+                       _mm512_cmplt_epi32_mask(least.v, all(Rule::kSmallestBoundingVariance));
+            high[first / kLanes] = most;
+            low[first / kLanes] = least;
+          });
       if (unusual != 0 || inputs.unusual != 0) return false;
-      for_each_header(b, [&](int first) __attribute__((always_inline)) {
-        const I header = core::WindowCodec::header<F>(high[first / kLanes], low[first / kLanes] - core::splat_bits<F>(1u));
-        States::store_window(b, first, core::WindowCodec::window<F>(header));
-        core::store_16(b.scales[1] + first, header);
-      });
+      for_each_header(
+          b, [&](int first) __attribute__((always_inline)) {
+            const I header =
+                core::WindowCodec::header<F>(high[first / kLanes], low[first / kLanes] - core::splat_bits<F>(1u));
+            States::store_window(b, first, core::WindowCodec::window<F>(header));
+            core::store_16(b.scales[1] + first, header);
+          });
       return true;
     }
 
@@ -764,8 +811,10 @@ struct HotAvx512 {
     static void update(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Headers headers;
-      b.usual = takes(b) && Rule::variance_bounds(h) && headers.open(b) && advance(b, headers, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
-      if (!b.usual) [[unlikely]] States::update(b);
+      b.usual = takes(b) && Rule::variance_bounds(h) && headers.open(b) &&
+                advance(b, headers, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
+      if (!b.usual) [[unlikely]]
+        States::update(b);
     }
 
     /// begin() of UsualStages.
@@ -774,14 +823,16 @@ struct HotAvx512 {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Headers headers;
       if (!takes(b) || !Rule::variance_bounds(h) || !headers.open(b)) return false;
-      b.usual = b.gradient_scale == 1.0f ? advance(b, headers, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
-                                         : advance(b, headers, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
+      b.usual = b.gradient_scale == 1.0f
+                    ? advance(b, headers, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
+                    : advance(b, headers, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
       return b.usual;
     }
 
     /// WindowCodec::encode of variances that are not 0; leaves momentum relative to them, and its headers.
     static void encode_variance(Block& b) {
-      if (!b.usual) [[unlikely]] return States::template encode_variance<true>(b);
+      if (!b.usual) [[unlikely]]
+        return States::template encode_variance<true>(b);
       const Dither<core::DitherStream::kVariance> dither(b);
       const int groups = b.groups;
       float* const m = b.state_f32[0];
@@ -806,22 +857,25 @@ struct HotAvx512 {
             return _mm512_srlv_epi32(sum, shift);
           };
           __m512 x_low, x_high;
-          const __m512i low = encode(i, dither.low(group), &x_low), high = encode(i + kLanes, dither.high(group), &x_high);
+          const __m512i low = encode(i, dither.low(group), &x_low),
+                        high = encode(i + kLanes, dither.high(group), &x_high);
           store_32_bytes(codes + i, _mm256_sub_epi8(low_bytes(low, high), base));
           rows[k] = bits_of(_mm512_range_ps(x_low, x_high, 0x0b));  // the larger magnitude
         }
         largest.store(first, rows);
       }
-      for_each_header(b, [&](int first) __attribute__((always_inline)) {
-        const I header = MuLaw::template header<F>(core::from_bits(largest.of_groups(first)));
-        core::store_f32(b.encoding_factor[0] + first, MuLaw::template inverse_scale<F>(header));
-        core::store_16(b.scales[0] + first, header);
-      });
+      for_each_header(
+          b, [&](int first) __attribute__((always_inline)) {
+            const I header = MuLaw::template header<F>(core::from_bits(largest.of_groups(first)));
+            core::store_f32(b.encoding_factor[0] + first, MuLaw::template inverse_scale<F>(header));
+            core::store_16(b.scales[0] + first, header);
+          });
     }
 
     /// MuLaw::encode.
     static void encode_momentum(Block& b) {
-      if (!b.usual) [[unlikely]] return States::template encode_momentum<true>(b);
+      if (!b.usual) [[unlikely]]
+        return States::template encode_momentum<true>(b);
       const Dither<core::DitherStream::kMomentum> dither(b);
       const int groups = b.groups;
       const float* const relative = b.state_f32[0];
@@ -839,7 +893,8 @@ struct HotAvx512 {
           return _mm512_add_epi32(bits_of(y), _mm512_srli_epi32(word, 32 - MuLaw::kShift));
         };
         // Codes are bits 17 to 23, signs bit 31 of x.
-        const __m256i magnitudes = _mm256_srli_epi16(third_bytes(encode(x_low, dither.low(group)), encode(x_high, dither.high(group))), 1);
+        const __m256i magnitudes =
+            _mm256_srli_epi16(third_bytes(encode(x_low, dither.low(group)), encode(x_high, dither.high(group))), 1);
         const __m256i signs = top_bytes(bits_of(x_low), bits_of(x_high));
         store_32_bytes(codes + i, _mm256_ternarylogic_epi32(_mm256_set1_epi8(127), magnitudes, signs, 0xca));
       }
@@ -861,13 +916,15 @@ struct HotAvx512 {
       /// False where one is not finite.
       FLASHOPTIM_HD bool open(const Block& b) {
         __mmask16 infinite = 0;
-        for_each_header(b, [&](int first) __attribute__((always_inline)) {
-          for (int k = 0; k < kMaxStates; ++k) {
-            const __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
-            infinite |= _mm512_cmp_ps_mask(_mm512_abs_ps(s), all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
-            of[k].store(first, bits_of(s));
-          }
-        });
+        for_each_header(
+            b, [&](int first) __attribute__((always_inline)) {
+              for (int k = 0; k < kMaxStates; ++k) {
+                const __m512 s =
+                    _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
+                infinite |= _mm512_cmp_ps_mask(_mm512_abs_ps(s), all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
+                of[k].store(first, bits_of(s));
+              }
+            });
         return infinite == 0;
       }
     };
@@ -878,8 +935,10 @@ struct HotAvx512 {
     static void update(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Scales scales;
-      b.usual = takes(b) && bounds_hold(h) && scales.open(b) && advance(b, scales, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
-      if (!b.usual) [[unlikely]] States::update(b);
+      b.usual =
+          takes(b) && bounds_hold(h) && scales.open(b) && advance(b, scales, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
+      if (!b.usual) [[unlikely]]
+        States::update(b);
     }
 
     /// begin() of UsualStages.
@@ -888,8 +947,9 @@ struct HotAvx512 {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       Scales scales;
       if (!takes(b) || !bounds_hold(h) || !scales.open(b)) return false;
-      b.usual = b.gradient_scale == 1.0f ? advance(b, scales, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
-                                         : advance(b, scales, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
+      b.usual = b.gradient_scale == 1.0f
+                    ? advance(b, scales, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
+                    : advance(b, scales, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
       return b.usual;
     }
 
@@ -922,7 +982,8 @@ struct HotAvx512 {
             const __m512 r = _mm512_mul_ps(_mm512_fmadd_ps(c, inverse_high, _mm512_mul_ps(c, inverse_low)), v_scale);
             return _mm512_mul_ps(r, r);
           };
-          Lane w, g, s[kMaxStates] = {{{{decode_m(i)}, {decode_m(i + kLanes)}}}, {{{decode_v(i)}, {decode_v(i + kLanes)}}}};
+          Lane w, g,
+              s[kMaxStates] = {{{{decode_m(i)}, {decode_m(i + kLanes)}}}, {{{decode_v(i)}, {decode_v(i + kLanes)}}}};
           codes_ahead.ask(group);
           inputs(group, &w.v, &g.v);
           Rule::template advance<Lane>(w, g, s, h);
@@ -931,31 +992,36 @@ struct HotAvx512 {
           core::store_f32(root + i, r);
           keep(group, s);
           most_m[j] = bits_of(_mm512_range_ps(s[0].v.lo.v, s[0].v.hi.v, 0x0b));  // the larger magnitude
-          most_root[j] = _mm512_max_epu32(bits_of(r.lo.v), bits_of(r.hi.v));      // a NaN is above all
+          most_root[j] = _mm512_max_epu32(bits_of(r.lo.v), bits_of(r.hi.v));     // a NaN is above all
         }
         largest_m.store(first, most_m);
         largest_root.store(first, most_root);
       }
       I absmax[kMaxStates][kBlockGroups / kLanes];
       __mmask16 unusual = 0;
-      for_each_header(b, [&](int first) __attribute__((always_inline)) {
-        absmax[0][first / kLanes] = largest_m.of_groups(first);
-        absmax[1][first / kLanes] = largest_root.of_groups(first);
-        unusual |= _mm512_cmpgt_epu32_mask(absmax[1][first / kLanes].v, bits_of(all_f(kLargestRoot)));
-      });
+      for_each_header(
+          b, [&](int first) __attribute__((always_inline)) {
+            absmax[0][first / kLanes] = largest_m.of_groups(first);
+            absmax[1][first / kLanes] = largest_root.of_groups(first);
+            unusual |= _mm512_cmpgt_epu32_mask(absmax[1][first / kLanes].v, bits_of(all_f(kLargestRoot)));
+          });
       if (unusual != 0 || inputs.unusual != 0) return false;
-      for_each_header(b, [&](int first) __attribute__((always_inline)) {
-        for (int slot = 0; slot < kMaxStates; ++slot) {
-          const F a = core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax[slot][first / kLanes]));
-          core::store_16(b.scales[slot] + first, core::paper_header(a));
-          core::store_f32(b.encoding_factor[slot] + first, slot == 0 ? core::PaperMomentum::encoding_factor(a) : core::PaperVariance::encoding_factor(a));
-        }
-      });
+      for_each_header(
+          b, [&](int first) __attribute__((always_inline)) {
+            for (int slot = 0; slot < kMaxStates; ++slot) {
+              const F a =
+                  core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax[slot][first / kLanes]));
+              core::store_16(b.scales[slot] + first, core::paper_header(a));
+              core::store_f32(b.encoding_factor[slot] + first, slot == 0 ? core::PaperMomentum::encoding_factor(a)
+                                                                         : core::PaperVariance::encoding_factor(a));
+            }
+          });
       return true;
     }
 
     static void encode(Block& b) {
-      if (!b.usual) [[unlikely]] return States::encode_slots(b);
+      if (!b.usual) [[unlikely]]
+        return States::encode_slots(b);
       const int groups = b.groups;
       const float* const m = b.state_f32[0];
       const float* const root = b.state_f32[1];
@@ -976,7 +1042,8 @@ struct HotAvx512 {
           return _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(root + at), factor), half));
         };
         // 128 less is another top bit.
-        store_32_bytes(m_codes + i, _mm256_xor_si256(low_bytes(encode_m(i), encode_m(i + kLanes)), _mm256_set1_epi8(-128)));
+        store_32_bytes(m_codes + i,
+                       _mm256_xor_si256(low_bytes(encode_m(i), encode_m(i + kLanes)), _mm256_set1_epi8(-128)));
         store_32_bytes(v_codes + i, low_bytes(encode_v(i), encode_v(i + kLanes)));
       }
     }
@@ -988,7 +1055,8 @@ struct HotAvx512 {
   static constexpr void add_weights(KernelTable& t) {
     constexpr int kBFloat16 = static_cast<int>(DType::kBFloat16);
     t.load_weights[kBFloat16][static_cast<int>(kMaster)] = load_weights<kMaster>;
-    if constexpr (!core::is_nearest(kMaster)) t.store_weights[kBFloat16][static_cast<int>(kMaster)] = store_weights<kMaster>;
+    if constexpr (!core::is_nearest(kMaster))
+      t.store_weights[kBFloat16][static_cast<int>(kMaster)] = store_weights<kMaster>;
   }
   template <class Rule, MasterWeights kMaster>
   static constexpr void add_usual(KernelTable& t, RuleKind kind) {
@@ -996,9 +1064,11 @@ struct HotAvx512 {
     using Paper = PaperHot<Rule>;
     auto& usual = t.usual[static_cast<int>(kind)];
     constexpr int kM = static_cast<int>(kMaster);
-    usual[static_cast<int>(StateCodec::kDefault)][kM] = {
-        Relative::template begin<kMaster>, finish<Rule, kMaster>, {Relative::encode_variance, Relative::encode_momentum}};
-    usual[static_cast<int>(StateCodec::kPaper)][kM] = {Paper::template begin<kMaster>, finish<Rule, kMaster>, {Paper::encode, nullptr}};
+    usual[static_cast<int>(StateCodec::kDefault)][kM] = {Relative::template begin<kMaster>,
+                                                         finish<Rule, kMaster>,
+                                                         {Relative::encode_variance, Relative::encode_momentum}};
+    usual[static_cast<int>(StateCodec::kPaper)][kM] = {
+        Paper::template begin<kMaster>, finish<Rule, kMaster>, {Paper::encode, nullptr}};
   }
   template <class Rule>
   static constexpr void add_rule(KernelTable& t, RuleKind kind) {
