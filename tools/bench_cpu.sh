@@ -18,7 +18,7 @@ files=(build/bench/best.json)
 "$program" "${common[@]}" --benchmark_out=build/bench/best.json "$@"
 best=$("$python" -c 'import json; print(json.load(open("build/bench/best.json"))["context"]["isa"])')
 # The other instruction sets, on the figure that counts.
-for isa in avx2 scalar; do
+for isa in avx512 avx2 scalar; do
   [[ $isa != "$best" ]] || continue
   FLASHOPTIM_ISA=$isa "$program" --benchmark_list_tests >/dev/null 2>&1 || continue
   FLASHOPTIM_ISA=$isa "$program" "${common[@]}" --benchmark_out=build/bench/$isa.json \

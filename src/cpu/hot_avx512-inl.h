@@ -83,12 +83,9 @@ struct HotAvx512 {
   static FLASHOPTIM_HD __m512 all_f(float value) { return _mm512_set1_ps(value); }
   static FLASHOPTIM_HD __m512i bits_of(__m512 a) { return _mm512_castps_si512(a); }
   static FLASHOPTIM_HD __m512 float_of(__m512i a) { return _mm512_castsi512_ps(a); }
-  /// a & b | c, and mask & a | ~mask & b.
+  /// a & b | c.
   static FLASHOPTIM_HD __m512i and_or(__m512i a, __m512i b, __m512i c) {
     return _mm512_ternarylogic_epi32(a, b, c, 0xea);
-  }
-  static FLASHOPTIM_HD __m512i choose(__m512i mask, __m512i a, __m512i b) {
-    return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
   }
 
   // ---- constants ------------------------------------------------------------------------------------------------
