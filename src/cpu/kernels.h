@@ -59,7 +59,7 @@ struct Block {
   alignas(64) uint32_t mu_law_mask[kBlockGroups];
   alignas(64) float mu_law_offset[kBlockGroups];
   alignas(64) uint32_t mu_law_lowest[kBlockGroups];
-  /// Set by the rule's first stage for its others: that states are such as nearly always (hot_avx512-inl.h).
+  /// Set by the rule's first stage for its others: that states are such as nearly always (avx512/).
   bool usual = false;
   int64_t ahead = 0;  ///< elements from this block's to those whose memory is asked for; 0: none
   /// Groups that store_weights works on.

@@ -1,5 +1,5 @@
 #define FLASHOPTIM_AVX512 avx512
-#include "src/cpu/hot_avx512-inl.h"
+#include "src/cpu/avx512/table-inl.h"
 
 namespace flashoptim::cpu {
 

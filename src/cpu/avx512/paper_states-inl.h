@@ -1,0 +1,156 @@
+// AVX-512's hot path: states of the paper's codec, momentum and variance.
+#pragma once
+
+#include "src/cpu/avx512/weights-inl.h"
+
+namespace flashoptim::cpu {
+inline namespace FLASHOPTIM_AVX512 {
+
+template <class Rule>
+struct HotPaperStates : HotWeights {
+  using Hyper = typename Rule::Hyper;
+  using Lane = BoundedLane<Pair>;
+  static constexpr float kLargestRoot = 0x1p27f;  ///< of variances that vouch for the rule's bounds
+
+  using States = Generic::PaperStates<Rule>;
+  struct Scales {
+    PerGroup of[kMaxStates];
+
+    /// False where one is not finite.
+    FLASHOPTIM_HD bool open(const Block& b) {
+      __mmask16 infinite = 0;
+      for_each_header(
+          b, [&](int first) __attribute__((always_inline)) {
+            for (int k = 0; k < kMaxStates; ++k) {
+              const __m512 s =
+                  _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
+              infinite |= _mm512_cmp_ps_mask(_mm512_abs_ps(s), all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
+              of[k].store(first, bits_of(s));
+            }
+          });
+      return infinite == 0;
+    }
+  };
+  /// Variances may be 0: eps keeps divisors from their bound.
+  static FLASHOPTIM_HD bool bounds_hold(const Hyper& h) { return Rule::variance_bounds(h) && h.eps >= 0x1p-62f; }
+
+  /// The rule's first stage, where weights and gradients have been loaded.
+  static void update(Block& b) {
+    const Hyper h = *static_cast<const Hyper*>(b.hyper);
+    Scales scales;
+    b.usual =
+        takes(b) && bounds_hold(h) && scales.open(b) && advance(b, scales, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
+    if (!b.usual) [[unlikely]]
+      States::update(b);
+  }
+
+  /// begin() of UsualStages.
+  template <MasterWeights kMaster>
+  static bool begin(Block& b) {
+    const Hyper h = *static_cast<const Hyper*>(b.hyper);
+    Scales scales;
+    if (!takes(b) || !bounds_hold(h) || !scales.open(b)) return false;
+    b.usual = b.gradient_scale == 1.0f
+                  ? advance(b, scales, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
+                  : advance(b, scales, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
+    return b.usual;
+  }
+
+  /// New momentum and roots of new variances into state_f32, and headers. As for RelativeHot.
+  template <class Inputs, class Keep>
+  static FLASHOPTIM_HD bool advance(Block& b, const Scales& scales, Hyper h, Inputs inputs, Keep keep) {
+    const int groups = b.groups;
+    const auto* const m_codes = static_cast<const uint8_t*>(b.states[0]);
+    const auto* const v_codes = static_cast<const uint8_t*>(b.states[1]);
+    float* const m = b.state_f32[0];
+    float* const root = b.state_f32[1];
+    const CodesAhead codes_ahead(b);
+    const auto& k = known<PaperConstants>();
+    const __m512 inverse_high = all_f(k.inverse_high), inverse_low = all_f(k.inverse_low), two_n = all_f(k.two_n);
+    Extremes<Largest> largest_m;
+    Extremes<LargestUnsigned> largest_root;
+    for (int first = 0; first < groups; first += 4) {
+      __m512i most_m[4], most_root[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int group = first + j, i = group * kGroup;
+        const __m512 m_scale = float_of(scales.of[0].spread(group)), v_scale = float_of(scales.of[1].spread(group));
+        const auto decode_m = [&](int at) __attribute__((always_inline)) {
+          const __m512 q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(m_codes + at)));
+          return _mm512_mul_ps(_mm512_div_ps(q, _mm512_sub_ps(two_n, _mm512_abs_ps(q))), m_scale);
+        };
+        // code * kInverse255High is exact, so an fma rounds as the sum does.
+        const auto decode_v = [&](int at) __attribute__((always_inline)) {
+          const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16_bytes(v_codes + at)));
+          const __m512 r = _mm512_mul_ps(_mm512_fmadd_ps(c, inverse_high, _mm512_mul_ps(c, inverse_low)), v_scale);
+          return _mm512_mul_ps(r, r);
+        };
+        Lane w, g,
+            s[kMaxStates] = {{{{decode_m(i)}, {decode_m(i + kLanes)}}}, {{{decode_v(i)}, {decode_v(i + kLanes)}}}};
+        codes_ahead.ask(group);
+        inputs(group, &w.v, &g.v);
+        Rule::template advance<Lane>(w, g, s, h);
+        const Pair r = core::sqrt(s[1].v);
+        core::store_f32(m + i, s[0].v);
+        core::store_f32(root + i, r);
+        keep(group, s);
+        most_m[j] = bits_of(_mm512_range_ps(s[0].v.lo.v, s[0].v.hi.v, 0x0b));  // the larger magnitude
+        most_root[j] = _mm512_max_epu32(bits_of(r.lo.v), bits_of(r.hi.v));     // a NaN is above all
+      }
+      largest_m.store(first, most_m);
+      largest_root.store(first, most_root);
+    }
+    I absmax[kMaxStates][kBlockGroups / kLanes];
+    __mmask16 unusual = 0;
+    for_each_header(
+        b, [&](int first) __attribute__((always_inline)) {
+          absmax[0][first / kLanes] = largest_m.of_groups(first);
+          absmax[1][first / kLanes] = largest_root.of_groups(first);
+          unusual |= _mm512_cmpgt_epu32_mask(absmax[1][first / kLanes].v, bits_of(all_f(kLargestRoot)));
+        });
+    if (unusual != 0 || inputs.unusual != 0) return false;
+    for_each_header(
+        b, [&](int first) __attribute__((always_inline)) {
+          for (int slot = 0; slot < kMaxStates; ++slot) {
+            const F a =
+                core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax[slot][first / kLanes]));
+            core::store_16(b.scales[slot] + first, core::paper_header(a));
+            core::store_f32(b.encoding_factor[slot] + first, slot == 0 ? core::PaperMomentum::encoding_factor(a)
+                                                                       : core::PaperVariance::encoding_factor(a));
+          }
+        });
+    return true;
+  }
+
+  static void encode(Block& b) {
+    if (!b.usual) [[unlikely]]
+      return States::encode_slots(b);
+    const int groups = b.groups;
+    const float* const m = b.state_f32[0];
+    const float* const root = b.state_f32[1];
+    auto* const m_codes = static_cast<uint8_t*>(b.states[0]);
+    auto* const v_codes = static_cast<uint8_t*>(b.states[1]);
+    const auto& k = known<PaperConstants>();
+    const __m512 half = all_f(k.half), n = all_f(k.n), n_and_half = all_f(k.n_and_half);
+    const PackBytes<0> low_bytes;
+    for (int group = 0; group < groups; ++group) {
+      const int i = group * kGroup;
+      const __m512 half_absmax = all_f(b.encoding_factor[0][group]), factor = all_f(b.encoding_factor[1][group]);
+      const auto encode_m = [&](int at) __attribute__((always_inline)) {
+        const __m512 x = _mm512_load_ps(m + at);
+        const __m512 y = _mm512_div_ps(x, _mm512_add_ps(half_absmax, _mm512_mul_ps(_mm512_abs_ps(x), half)));
+        return _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(y, n), n_and_half));
+      };
+      const auto encode_v = [&](int at) __attribute__((always_inline)) {
+        return _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(root + at), factor), half));
+      };
+      // 128 less is another top bit.
+      store_32_bytes(m_codes + i,
+                     _mm256_xor_si256(low_bytes(encode_m(i), encode_m(i + kLanes)), _mm256_set1_epi8(-128)));
+      store_32_bytes(v_codes + i, low_bytes(encode_v(i), encode_v(i + kLanes)));
+    }
+  }
+};
+
+}  // namespace FLASHOPTIM_AVX512
+}  // namespace flashoptim::cpu
