@@ -597,7 +597,7 @@ void check_blocks(const Configuration& c, int64_t blocks) {
   }
 }
 
-int64_t block_count() { return (kSanitized ? 60 : 10000) * (test_all() ? 20 : 1); }
+int64_t block_count() { return (kSanitized ? 600 : 10000) * (test_all() ? 20 : 1); }
 
 class UsualStages : public testing::Test {
  protected:
@@ -778,7 +778,7 @@ void check_finish(const Configuration& c, int passes) {
 }
 
 TEST_F(UsualStages, FinishFromEveryNarrowValueByAnyStep) {
-  const int passes = (kSanitized ? 1 : 120) * (test_all() ? 20 : 1);
+  const int passes = (kSanitized ? 10 : 120) * (test_all() ? 20 : 1);
   for (MasterWeights master : kCorrected) {
     check_finish<core::AdamW>({RuleKind::kAdamW, StateCodec::kDefault, master}, passes);
     check_finish<core::Adam>({RuleKind::kAdam, StateCodec::kPaper, master}, passes);
@@ -797,7 +797,7 @@ bool same_floats(const float* a, const float* b, int count) {
 
 TEST_F(UsualStages, GeneralStagesOfTheirTables) {
   static Block want, got;
-  const int64_t blocks = (kSanitized ? 4 : 400) * (test_all() ? 20 : 1);
+  const int64_t blocks = (kSanitized ? 40 : 400) * (test_all() ? 20 : 1);
   const KernelTable& scalar = cpu::kScalarKernels;
   for (RuleKind rule : {RuleKind::kAdamW, RuleKind::kAdam, RuleKind::kLion}) {
     for (StateCodec codec : {StateCodec::kDefault, StateCodec::kPaper}) {
