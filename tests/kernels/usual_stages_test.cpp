@@ -817,8 +817,10 @@ TEST_F(UsualStages, GeneralStagesOfTheirTables) {
           if (gradient == DType::kFloat32) {
             const bool any = random.below(2) == 0;
             float values[kElements];
-            for (int i = 0; i < kElements; ++i)
+            for (int i = 0; i < kElements; ++i) {
               values[i] = any ? float_of(random.bits()) : widened(before.words(Memory::kGradient)[i]);
+              if (any && random.below(64) == 0) values[i] = float_of(0x7fffffffu | random.bits());
+            }
             std::copy_n(values, kElements, before.floats(Memory::kGradient));
           }
           Memory expected = before;
@@ -840,6 +842,31 @@ TEST_F(UsualStages, GeneralStagesOfTheirTables) {
             ASSERT_TRUE(actual == expected) << where << ": " << expected.difference(actual);
           }
         }
+      }
+    }
+  }
+}
+
+// Dither carries out of the pattern of a NaN whose payload is all ones (those of GPUs are).
+TEST(StochasticWeights, ANanIsStoredAsTheCanonicalOneWhateverItsPayload) {
+  static Block b;
+  Random random(3);
+  const int master = static_cast<int>(MasterWeights::kNoneStochastic);
+  for (const KernelTable* t : machine_tables()) {
+    for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      for (uint32_t nan : {0x7fffffffu, 0xffffffffu, 0x7f800001u, 0xffff8000u, 0x7fc00000u}) {
+        Memory m(0);
+        Setting setting;
+        for (uint32_t& hash : setting.group_hash) hash = random.bits();
+        const cpu::HyperStorage hyper{};
+        open_block(b, m, setting, hyper, 16, random);
+        std::fill_n(b.weight, kElements, float_of(nan));
+        std::fill_n(b.delta, kElements, 0.0f);
+        store_groups(t->store_weights[static_cast<int>(dtype)][master], b, 0, kGroups);
+        const int canonical = dtype == DType::kBFloat16 ? 0x7fc0 : 0x7e00;
+        EXPECT_EQ(std::count(m.words(Memory::kParameter), m.words(Memory::kParameter) + kElements, canonical),
+                  kElements)
+            << t->isa << ", NaN " << std::hex << nan;
       }
     }
   }
