@@ -111,7 +111,7 @@ def main() -> None:
     lines = [
         f"# CPU step on {machine}",
         "",
-        f"- Command: `{os.environ.get('COMMAND', 'step_benchmark').strip()}`, {context['date'][:10]}",
+        f"- Command: `{os.environ.get('COMMAND', 'step_benchmark').strip()}`",
         f"- Commit: {commit}",
         f"- Processor: {model} (name, family, model), {os.cpu_count()} cores, {context['clock_GHz']} GHz measured",
         f"- Compiler: {output('c++', '--version').splitlines()[0]}; torch {context.get('torch', 'none')}",
