@@ -44,11 +44,11 @@ struct Block {
   uint16_t* scales[kMaxStates];
   float gradient_scale;
   int64_t nonfinite;
-  alignas(64) float weight[kBlockElements + 48];
-  alignas(64) float correction_value[kBlockElements + 80];  ///< what the corrections add; weight includes it
-  alignas(64) float gradient_f32[kBlockElements + 112];
-  alignas(64) float delta[kBlockElements + 144];
-  alignas(64) float state_f32[kMaxStates][kBlockElements + 176];
+  alignas(64) float weight[kBlockElements];
+  alignas(64) float correction_value[kBlockElements];  ///< what the corrections add; weight includes it
+  alignas(64) float gradient_f32[kBlockElements];
+  alignas(64) float delta[kBlockElements];
+  alignas(64) float state_f32[kMaxStates][kBlockElements];
   /// Constants of the encoders, per group: found by one stage from statistics over the group, used by the next. The
   /// window's shifts are the variance's, or those of momentum alone.
   alignas(64) uint32_t window_shift[kBlockGroups];
@@ -79,7 +79,7 @@ inline constexpr int kRuleStages = 3;
 /// stages above do the step.
 struct UsualStages {
   bool (*begin)(Block&);
-  Stage finish;  ///< of groups store_begin ... store_end - 1
+  Stage finish;     ///< of groups store_begin ... store_end - 1
   Stage encode[2];  ///< the second may be null
 };
 

@@ -50,7 +50,7 @@ struct HotWeights : HotPieces {
   };
 
   /// The correction of core::split_update_dithered, for new narrow values that are not far from 1. Clamped are
-  /// integers, which exceed N by roundings alone, and by less than one.
+  /// integers, which exceed N by roundings alone: by less than 1 of 127, and 3 of 32767.
   template <int kBits, bool kNearest>
   struct CutCorrection {
     static constexpr int kFraction = CorrectionConstants<kBits>::kFraction;
