@@ -180,7 +180,7 @@ struct Loops {
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
       for_each_dithered<core::DitherStream::kWeight>(b, b.store_begin, b.store_end, [&](int i, int, I dither) {
         const F w = core::load_f32<F>(b.weight + i) - core::load_f32<F>(b.delta + i);
-        core::store_16(parameter + i, core::round_dithered<Narrow, F>(core::canonical_nan(w), dither));
+        core::store_16(parameter + i, core::round_dithered<Narrow, F>(w, dither));
       });
     } else if constexpr (core::is_nearest(kMaster)) {
       for (int i = b.store_begin * kGroup; i < b.store_end * kGroup; i += kWidth) {

@@ -167,7 +167,7 @@ __device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&del
       correction[i] = out.correction;
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
       // CUDA's own NaN would overflow under the dither.
-      narrow[i] = core::round_dithered<Narrow, F>(core::canonical_nan(w[i] - delta[i]), DitherSource::word<kStream>(start, i));
+      narrow[i] = core::round_dithered<Narrow, F>(w[i] - delta[i], DitherSource::word<kStream>(start, i));
     } else {
       narrow[i] = Narrow::template round<F>(w[i] - delta[i]);
     }

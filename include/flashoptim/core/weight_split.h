@@ -163,6 +163,7 @@ FLASHOPTIM_HD constexpr float narrow_subnormal_unit() {
 template <class Narrow, class F>
 FLASHOPTIM_HD IntOf<F> round_dithered(F w, IntOf<F> dither) {
   constexpr int kDropped = 23 - Narrow::kMantissaBits;
+  w = canonical_nan(w);  // dither would carry a payload of ones over to 0
   const IntOf<F> bits = to_bits(w);
   const IntOf<F> nearest = Narrow::template round<F>(w);
   // fp32 is piecewise linear in its bit pattern, so adding u below the kept digits is exact dithering.
