@@ -10,6 +10,7 @@
 #include "flashoptim/step.h"
 #include "src/blocks.h"
 #include "src/conversions.h"
+#include "src/cpu/run_block.h"
 #include "src/inspect.h"
 #include "src/rules.h"
 
@@ -148,12 +149,6 @@ struct PreparedHyper {
   float largest_update;  // for inspect()
 };
 
-void store_groups(cpu::Stage store, Block& block, int begin, int end) {
-  block.store_begin = begin;
-  block.store_end = end;
-  store(block);
-}
-
 }  // namespace
 
 struct Plan::Impl {
@@ -164,21 +159,6 @@ struct Plan::Impl {
   std::vector<int64_t> first_block;  // prefix sums over tensors, one longer
   std::vector<PreparedHyper> hypers;
   std::atomic<int64_t> nonfinite{0};
-
-  /// A step of a block whose memory and hyperparameters are set.
-  void run_stages(Block& block, const ParameterTensors& t) const {
-    const int dtype = static_cast<int>(t.parameter_dtype), master = static_cast<int>(t.master_weights);
-    const auto& stages = kernels->rule[static_cast<int>(rule)][static_cast<int>(t.state_codec)];
-    const cpu::Stage store = kernels->store_weights[dtype][master];
-    kernels->load_weights[dtype][master](block);
-    kernels->load_gradient[static_cast<int>(t.gradient_dtype)](block);
-    stages[0](block);
-    const int half = stages[2] != nullptr ? block.groups / 2 : block.groups;
-    store_groups(store, block, 0, half);
-    if (stages[1] != nullptr) stages[1](block);
-    if (half < block.groups) store_groups(store, block, half, block.groups);
-    if (stages[2] != nullptr) stages[2](block);
-  }
 
   /// Block `index` of tensor t, which has a next one or not.
   void step_block(Block& block, const ParameterTensors& t, int64_t index, bool has_next) const {
@@ -192,17 +172,7 @@ struct Plan::Impl {
     block.ahead = has_next && walker.is_contiguous() ? cpu::block_groups(t) * kGroupSize : 0;
     if (has_next && !walker.is_contiguous()) cpu::prefetch_block(t, index + 1);
     kernels->hash_groups(block);
-    const int master = static_cast<int>(t.master_weights);
-    const bool all_bf16 = t.parameter_dtype == DType::kBFloat16 && t.gradient_dtype == DType::kBFloat16;
-    const auto& usual = kernels->usual[static_cast<int>(rule)][static_cast<int>(t.state_codec)][master];
-    if (all_bf16 && usual.begin != nullptr && usual.begin(block)) {
-      store_groups(usual.finish, block, 0, block.groups / 2);
-      usual.encode[0](block);
-      store_groups(usual.finish, block, block.groups / 2, block.groups);
-      if (usual.encode[1] != nullptr) usual.encode[1](block);
-    } else {
-      run_stages(block, t);
-    }
+    cpu::run_block(*kernels, {rule, t.state_codec, t.parameter_dtype, t.gradient_dtype, t.master_weights}, block);
     walker.close(access);
   }
 

@@ -10,25 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "tests/core/machine_isas.h"
+
 namespace flashoptim::test {
-
-/// The instruction sets that there are kernels for, each with those before it.
-inline constexpr const char* kIsas[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
-
-/// Those that this machine has, found out without the library.
-inline std::vector<std::string> machine_isas() {
-  std::vector<std::string> isas{"scalar"};
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) isas.push_back("avx2");
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    isas.push_back("avx512");
-    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) isas.push_back("avx512_bf16");
-  }
-#endif
-  return isas;
-}
 
 /// A child that writes to an unnamed file; start several, then read() each.
 class Child {

@@ -17,6 +17,7 @@
 #include "flashoptim/core/default_codec.h"
 #include "flashoptim/core/optimizers/adam.h"
 #include "flashoptim/core/weight_split.h"
+#include "src/cpu/run_block.h"
 #include "src/rules.h"
 #include "tests/core/machine_isas.h"
 #include "tests/core/test_support.h"
@@ -138,37 +139,12 @@ void open_block(Block& b, Memory& m, const Setting& s, const cpu::HyperStorage& 
   m.attach(b, bits, f32_gradient);
 }
 
-void store_groups(cpu::Stage store, Block& b, int begin, int end) {
-  b.store_begin = begin;
-  b.store_end = end;
-  store(b);
-}
-
-/// Plan::Impl::run_stages.
 void run_general(const KernelTable& t, const Configuration& c, Block& b, DType gradient = DType::kBFloat16) {
-  const auto& stages = t.rule[static_cast<int>(c.rule)][static_cast<int>(c.codec)];
-  const int master = static_cast<int>(c.master);
-  const cpu::Stage store = t.store_weights[kBFloat16][master];
-  t.load_weights[kBFloat16][master](b);
-  t.load_gradient[static_cast<int>(gradient)](b);
-  stages[0](b);
-  const int half = stages[2] != nullptr ? b.groups / 2 : b.groups;
-  store_groups(store, b, 0, half);
-  if (stages[1] != nullptr) stages[1](b);
-  if (half < b.groups) store_groups(store, b, half, b.groups);
-  if (stages[2] != nullptr) stages[2](b);
+  cpu::run_stages(t, {c.rule, c.codec, DType::kBFloat16, gradient, c.master}, b);
 }
 
 const cpu::UsualStages& usual_of(const KernelTable& t, const Configuration& c) {
   return t.usual[static_cast<int>(c.rule)][static_cast<int>(c.codec)][static_cast<int>(c.master)];
-}
-
-/// The rest of Plan::Impl::step_block where begin() took the block.
-void run_usual(const cpu::UsualStages& usual, Block& b) {
-  store_groups(usual.finish, b, 0, b.groups / 2);
-  usual.encode[0](b);
-  store_groups(usual.finish, b, b.groups / 2, b.groups);
-  if (usual.encode[1] != nullptr) usual.encode[1](b);
 }
 
 std::vector<const KernelTable*> tables_with_usual() {

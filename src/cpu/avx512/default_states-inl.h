@@ -25,9 +25,6 @@ struct Magnitudes {
 inline constexpr Magnitudes kMagnitudes{};
 #endif
 
-}  // namespace flashoptim::cpu
-
-namespace flashoptim::cpu {
 inline namespace FLASHOPTIM_AVX512 {
 
 template <class Rule>
@@ -38,6 +35,8 @@ struct HotDefaultStates : HotWeights {
   using Lane = BoundedLane<Pair>;
   static constexpr uint32_t kSmallestG = (127u - 50u) << 23;  ///< a pattern
   static constexpr uint32_t kExponent = 0x7f800000u;
+
+  static FLASHOPTIM_HD bool bounds_hold(const Hyper& h) { return Rule::variance_bounds(h); }
 
   /// What decodes a block's codes, per group.
   struct Headers {
@@ -188,28 +187,6 @@ struct HotDefaultStates : HotWeights {
     return true;
   }
 
-  /// The rule's first stage, where weights and gradients have been loaded.
-  static void update(Block& b) {
-    const Hyper h = *static_cast<const Hyper*>(b.hyper);
-    Headers headers;
-    b.usual = takes(b) && Rule::variance_bounds(h) && headers.open(b) &&
-              advance(b, headers, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
-    if (!b.usual) [[unlikely]]
-      States::update(b);
-  }
-
-  /// begin() of UsualStages.
-  template <MasterWeights kMaster>
-  static bool begin(Block& b) {
-    const Hyper h = *static_cast<const Hyper*>(b.hyper);
-    Headers headers;
-    if (!takes(b) || !Rule::variance_bounds(h) || !headers.open(b)) return false;
-    b.usual = b.gradient_scale == 1.0f
-                  ? advance(b, headers, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
-                  : advance(b, headers, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
-    return b.usual;
-  }
-
   /// WindowCodec::encode of variances that are not 0; leaves momentum relative to them, and its headers.
   static void encode_variance(Block& b) {
     if (!b.usual) [[unlikely]]
@@ -219,7 +196,6 @@ struct HotDefaultStates : HotWeights {
     float* const m = b.state_f32[0];
     const float* const v = b.state_f32[1];
     auto* const codes = static_cast<uint8_t*>(b.states[1]);
-    const __m512i exponent = all(known<Constants>().exponent), half_down = all(known<Constants>().half_down);
     const PackBytes<0> low_bytes;
     Extremes<Largest> largest;
     for (int first = 0; first < groups; first += 4) {
@@ -232,8 +208,7 @@ struct HotDefaultStates : HotWeights {
         const auto encode = [&](int at, __m512i word, __m512* x) __attribute__((always_inline)) {
           const __m512i sum = _mm512_add_epi32(_mm512_load_si512(v + at), _mm512_srlv_epi32(word, right));
           // The sum's exponent is that of the stored variance: cutting takes away less.
-          const __m512i inverse = _mm512_and_si512(_mm512_sub_epi32(half_down, _mm512_srli_epi32(sum, 1)), exponent);
-          *x = _mm512_mul_ps(_mm512_load_ps(m + at), float_of(inverse));
+          *x = _mm512_mul_ps(_mm512_load_ps(m + at), core::inverse_root_scale<F>(I{sum}).v);
           _mm512_store_ps(m + at, *x);
           return _mm512_srlv_epi32(sum, shift);
         };

@@ -13,7 +13,7 @@ struct HotPaperStates : HotWeights {
   static constexpr float kLargestRoot = 0x1p27f;  ///< of variances that vouch for the rule's bounds
 
   using States = Generic::PaperStates<Rule>;
-  struct Scales {
+  struct Headers {
     PerGroup of[kMaxStates];
 
     /// False where one is not finite.
@@ -34,31 +34,9 @@ struct HotPaperStates : HotWeights {
   /// Variances may be 0: eps keeps divisors from their bound.
   static FLASHOPTIM_HD bool bounds_hold(const Hyper& h) { return Rule::variance_bounds(h) && h.eps >= 0x1p-62f; }
 
-  /// The rule's first stage, where weights and gradients have been loaded.
-  static void update(Block& b) {
-    const Hyper h = *static_cast<const Hyper*>(b.hyper);
-    Scales scales;
-    b.usual =
-        takes(b) && bounds_hold(h) && scales.open(b) && advance(b, scales, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
-    if (!b.usual) [[unlikely]]
-      States::update(b);
-  }
-
-  /// begin() of UsualStages.
-  template <MasterWeights kMaster>
-  static bool begin(Block& b) {
-    const Hyper h = *static_cast<const Hyper*>(b.hyper);
-    Scales scales;
-    if (!takes(b) || !bounds_hold(h) || !scales.open(b)) return false;
-    b.usual = b.gradient_scale == 1.0f
-                  ? advance(b, scales, h, NarrowInputs<Rule, kMaster, false>(b), KeepStep<Rule>(b, h))
-                  : advance(b, scales, h, NarrowInputs<Rule, kMaster, true>(b), KeepStep<Rule>(b, h));
-    return b.usual;
-  }
-
-  /// New momentum and roots of new variances into state_f32, and headers. As for RelativeHot.
+  /// New momentum and roots of new variances into state_f32, and headers. As for HotDefaultStates.
   template <class Inputs, class Keep>
-  static FLASHOPTIM_HD bool advance(Block& b, const Scales& scales, Hyper h, Inputs inputs, Keep keep) {
+  static FLASHOPTIM_HD bool advance(Block& b, const Headers& scales, Hyper h, Inputs inputs, Keep keep) {
     const int groups = b.groups;
     const auto* const m_codes = static_cast<const uint8_t*>(b.states[0]);
     const auto* const v_codes = static_cast<const uint8_t*>(b.states[1]);
@@ -66,7 +44,7 @@ struct HotPaperStates : HotWeights {
     float* const root = b.state_f32[1];
     const CodesAhead codes_ahead(b);
     const auto& k = known<PaperConstants>();
-    const __m512 inverse_high = all_f(k.inverse_high), inverse_low = all_f(k.inverse_low), two_n = all_f(k.two_n);
+    const __m512 inverse_high = all_f(k.inverse_high), inverse_low = all_f(k.inverse_low);
     Extremes<Largest> largest_m;
     Extremes<LargestUnsigned> largest_root;
     for (int first = 0; first < groups; first += 4) {
@@ -76,8 +54,7 @@ struct HotPaperStates : HotWeights {
         const int group = first + j, i = group * kGroup;
         const __m512 m_scale = float_of(scales.of[0].spread(group)), v_scale = float_of(scales.of[1].spread(group));
         const auto decode_m = [&](int at) __attribute__((always_inline)) {
-          const __m512 q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(m_codes + at)));
-          return _mm512_mul_ps(_mm512_div_ps(q, _mm512_sub_ps(two_n, _mm512_abs_ps(q))), m_scale);
+          return core::PaperMomentum::decode<F>(I{_mm512_cvtepi8_epi32(load_16_bytes(m_codes + at))}, F{m_scale}).v;
         };
         // code * kInverse255High is exact, so an fma rounds as the sum does.
         const auto decode_v = [&](int at) __attribute__((always_inline)) {
@@ -142,7 +119,7 @@ struct HotPaperStates : HotWeights {
         return _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(y, n), n_and_half));
       };
       const auto encode_v = [&](int at) __attribute__((always_inline)) {
-        return _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(root + at), factor), half));
+        return core::PaperVariance::encode<F>(core::load_f32<F>(root + at), F{factor}).v;
       };
       // 128 less is another top bit.
       store_32_bytes(m_codes + i,

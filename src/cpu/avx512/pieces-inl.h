@@ -74,7 +74,6 @@ struct HotPieces {
     alignas(64) uint8_t low_pairs[64];      ///< - - 0 64, - - 1 65, ...
     alignas(64) uint8_t high_pairs[64];     ///< - - 16 80, ...
     uint32_t exponent = 0x7f800000u, sign = 0x80000000u;
-    uint32_t half_down = (255u << 23) - 1u - (127u << 22);  ///< inverse_root_scale's
     uint16_t one_more = 0x0080, exponent_but_last = 0x7f00;
     uint16_t exponent_of_64 = 64 << 7, upper_exponents = 0x4000;
     float two = 2.0f, last_digit_is_one = 0x1.8p23f;
@@ -94,7 +93,7 @@ struct HotPieces {
   };
   struct PaperConstants {
     float inverse_high = core::PaperVariance::kInverse255High, inverse_low = core::PaperVariance::kInverse255Low;
-    float n = 127.0f, two_n = 254.0f, half = 0.5f, n_and_half = 128.5f;
+    float n = 127.0f, half = 0.5f, n_and_half = 128.5f;
   };
   template <class T>
   static FLASHOPTIM_HD const T& known() {

@@ -3,9 +3,7 @@
 // written. Where one fails (zeros, subnormals, infinities, NaN, absurd magnitudes), the group or the block takes core's
 // formulas in loops-inl.h. tests/kernels compares both with the scalar loops.
 //
-// Compiled once per instruction set: with VBMI and BF16 (Ice Lake, Sapphire Rapids, Zen 4 and later) a few sequences
-// are shorter. Costs named here are those of Zen 5, which starts four simple operations a cycle, but two shuffles or
-// shifts.
+// Compiled once per instruction set: with VBMI and BF16 (Sapphire Rapids, Zen 4 and later) a few sequences are shorter.
 #pragma once
 
 #include "src/cpu/avx512/default_states-inl.h"
@@ -26,13 +24,15 @@ struct HotAvx512 {
   static constexpr void add_usual(KernelTable& t, RuleKind kind) {
     using Relative = HotDefaultStates<Rule>;
     using Paper = HotPaperStates<Rule>;
+    using RelativeEntries = HotWeights::Entries<Rule, Relative>;
+    using PaperEntries = HotWeights::Entries<Rule, Paper>;
     auto& usual = t.usual[static_cast<int>(kind)];
     constexpr int kM = static_cast<int>(kMaster);
-    usual[static_cast<int>(StateCodec::kDefault)][kM] = {Relative::template begin<kMaster>,
+    usual[static_cast<int>(StateCodec::kDefault)][kM] = {RelativeEntries::template begin<kMaster>,
                                                          HotWeights::finish<Rule, kMaster>,
                                                          {Relative::encode_variance, Relative::encode_momentum}};
     usual[static_cast<int>(StateCodec::kPaper)][kM] = {
-        Paper::template begin<kMaster>, HotWeights::finish<Rule, kMaster>, {Paper::encode, nullptr}};
+        PaperEntries::template begin<kMaster>, HotWeights::finish<Rule, kMaster>, {Paper::encode, nullptr}};
   }
   template <class Rule>
   static constexpr void add_rule(KernelTable& t, RuleKind kind) {
@@ -46,10 +46,10 @@ struct HotAvx512 {
     add_usual<Rule, MasterWeights::kCorrection16Nearest>(t, kind);
     auto& stages = t.rule[static_cast<int>(kind)];
     constexpr int kDefault = static_cast<int>(StateCodec::kDefault), kPaper = static_cast<int>(StateCodec::kPaper);
-    stages[kDefault][0] = HotDefaultStates<Rule>::update;
+    stages[kDefault][0] = HotWeights::Entries<Rule, HotDefaultStates<Rule>>::update;
     stages[kDefault][1] = HotDefaultStates<Rule>::encode_variance;
     stages[kDefault][2] = HotDefaultStates<Rule>::encode_momentum;
-    stages[kPaper][0] = HotPaperStates<Rule>::update;
+    stages[kPaper][0] = HotWeights::Entries<Rule, HotPaperStates<Rule>>::update;
     stages[kPaper][1] = HotPaperStates<Rule>::encode;
   }
 

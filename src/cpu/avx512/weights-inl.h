@@ -277,6 +277,39 @@ struct HotWeights : HotPieces {
     }
   };
 
+  /// The two ways into a codec's passes, which names its Headers, bounds_hold(h), advance(b, headers, h, inputs, keep)
+  /// and the general States.
+  template <class Rule, class Codec>
+  struct Entries {
+    using Hyper = typename Rule::Hyper;
+
+    /// The rule's first stage, where weights and gradients have been loaded.
+    static void update(Block& b) {
+      const Hyper h = *static_cast<const Hyper*>(b.hyper);
+      typename Codec::Headers headers;
+      b.usual = opens(b, h, &headers) && Codec::advance(b, headers, h, LoadedInputs(b), KeepDelta<Rule>(b, h));
+      if (!b.usual) [[unlikely]]
+        Codec::States::update(b);
+    }
+
+    /// begin() of UsualStages.
+    template <MasterWeights kMaster>
+    static bool begin(Block& b) {
+      const Hyper h = *static_cast<const Hyper*>(b.hyper);
+      typename Codec::Headers headers;
+      if (!opens(b, h, &headers)) return false;
+      const KeepStep<Rule> keep(b, h);
+      b.usual = b.gradient_scale == 1.0f ? Codec::advance(b, headers, h, NarrowInputs<Rule, kMaster, false>(b), keep)
+                                         : Codec::advance(b, headers, h, NarrowInputs<Rule, kMaster, true>(b), keep);
+      return b.usual;
+    }
+
+   private:
+    static FLASHOPTIM_HD bool opens(const Block& b, const Hyper& h, typename Codec::Headers* headers) {
+      return takes(b) && Codec::bounds_hold(h) && headers->open(b);
+    }
+  };
+
   template <class Rule, MasterWeights kMaster>
   [[gnu::noinline]] static void finish_group_generic(Block& b, int group) {
     using Lane = BoundedLane<Pair>;
