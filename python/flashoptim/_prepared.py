@@ -227,7 +227,7 @@ class Prepared:
         return True
 
     def _step_in_c(self, hyper_index: list[int], hypers: list[float], grad_scale: float, counter: Tensor) -> bool:
-        """The operator without torch's dispatcher (3 us of 4), which only a profiler would miss; False, where it is needed."""
+        """The operator without torch's dispatcher, which only a profiler would miss; False, where it is needed."""
         in_c = _ops.python_functions.get("step")
         if in_c is None or getattr(profiler, "_is_profiler_enabled", True):
             return False
