@@ -149,5 +149,18 @@ TEST(RootScale, MomentumBesideAZeroVarianceIsZero) {
   EXPECT_EQ(core::relative_to_root<float>(3.0f, bits_of(4.0f)), 1.5f);
 }
 
+TEST(RootScale, MomentumFarAboveTheRootIsBoundedBeforeItIsInfinite) {
+  for (float m : {1e30f, 0x1p127f, 0x1p64f}) {
+    for (float sign : {1.0f, -1.0f}) {
+      const float x = core::relative_to_root<float>(sign * m, bits_of(0x1p-126f));
+      EXPECT_EQ(x, sign * 0x1p126f) << m;
+    }
+  }
+  EXPECT_EQ(core::relative_to_root<float>(0x1p62f, bits_of(0x1p-126f)), 0x1p125f);
+  // So a group's largest is a number to the codec.
+  const Scale<6> scale(0x1p126f);
+  for (uint32_t dither : {0u, 0xffffffffu}) EXPECT_NEAR(scale.decode(scale.encode(0x1p126f, dither)), 0x1p126f, 0x1p120f);
+}
+
 }  // namespace
 }  // namespace flashoptim::test

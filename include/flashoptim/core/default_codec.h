@@ -276,11 +276,18 @@ FLASHOPTIM_HD F inverse_root_scale(IntOf<F> v_bits) {
   return from_bits((splat_bits<F>(kTop) - shift_right(v_bits, 1)) & splat_bits<F>(0x7f800000u));
 }
 
+/// Largest |m| / S that is encoded, far above what a rule leaves (see decoding_scale). States from elsewhere, or a beta2 that
+/// forgets far sooner than beta1, can bring a large m beside a tiny v: the quotient would be infinite, and the group's
+/// codes digits of a NaN, which are not the same on every device.
+inline constexpr float kLargestRelative = 0x1p126f;
+
 /// Momentum relative to the stored variance: m / S, and 0 where the variance is 0 (nothing was ever seen, or the state
 /// is not finite: a rule whose m can be non-finite beside a finite v must not ask for this).
 template <class F>
 FLASHOPTIM_HD F relative_to_root(F m, IntOf<F> v_bits) {
-  return select(int_equal(v_bits, splat_bits<F>(0u)), splat<F>(0.0f), m * inverse_root_scale<F>(v_bits));
+  const F x = m * inverse_root_scale<F>(v_bits);
+  const F bounded = min(splat<F>(kLargestRelative), max(splat<F>(-kLargestRelative), x));
+  return select(int_equal(v_bits, splat_bits<F>(0u)), splat<F>(0.0f), bounded);
 }
 
 }  // namespace flashoptim::core
