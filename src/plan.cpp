@@ -13,6 +13,7 @@
 #include "src/cpu/run_block.h"
 #include "src/inspect.h"
 #include "src/rules.h"
+#include "src/shares.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -159,6 +160,7 @@ struct Plan::Impl {
   std::vector<int64_t> first_block;  // prefix sums over tensors, one longer
   std::vector<PreparedHyper> hypers;
   std::atomic<int64_t> nonfinite{0};
+  Shares shares;
 
   /// Block `index` of tensor t, which has a next one or not.
   void step_block(Block& block, const ParameterTensors& t, int64_t index, bool has_next) const {
@@ -176,21 +178,29 @@ struct Plan::Impl {
     walker.close(access);
   }
 
-  void step_range(int64_t begin, int64_t end) {
+  /// Blocks begin ... end - 1, as part of `all_end`.
+  void step_range(int64_t begin, int64_t end, int64_t all_end) {
     Block block;
     block.nonfinite = 0;
     size_t t = static_cast<size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin()) - 1;
     for (int64_t b = begin; b < end;) {
-      const int64_t last = std::min(end, first_block[t + 1]);
+      const int64_t last = std::min(end, first_block[t + 1]), all_last = std::min(all_end, first_block[t + 1]);
       if (tensors[t].gradient != nullptr) {
         for (; b < last; ++b) {
-          step_block(block, tensors[t], b - first_block[t], b + 1 < last);
+          step_block(block, tensors[t], b - first_block[t], b + 1 < all_last);
         }
       }
       b = last;
       ++t;
     }
     if (block.nonfinite != 0) nonfinite.fetch_add(block.nonfinite, std::memory_order_relaxed);
+  }
+
+  /// A thread's part of a step; it helps with others' parts when it has done its own.
+  void step_shared(int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    if (end - begin == first_block.back()) return step_range(begin, end, end);
+    shares.work(begin, [this](int64_t from, int64_t to, int64_t share_end) { step_range(from, to, share_end); });
   }
 
   void inspect_range(int64_t begin, int64_t end, int64_t stride, StepTelemetry* telemetry) const {
@@ -322,8 +332,9 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
   const Status status = impl_->prepare(hypers, count, options);
   if (!status.is_ok()) return status;
   impl_->nonfinite.store(0, std::memory_order_relaxed);
+  impl_->shares.reset(impl_->first_block.back());
   impl_->for_each_block(
-      options, [](void* impl, int64_t begin, int64_t end) { static_cast<Impl*>(impl)->step_range(begin, end); }, impl_.get());
+      options, [](void* impl, int64_t begin, int64_t end) { static_cast<Impl*>(impl)->step_shared(begin, end); }, impl_.get());
   if (options.nonfinite_gradients != nullptr) {
     *options.nonfinite_gradients += impl_->nonfinite.load(std::memory_order_relaxed);
   }

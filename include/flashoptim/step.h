@@ -53,7 +53,8 @@ struct ParameterTensors {
   int32_t hyper_index = 0;
 };
 
-/// Runs body(context, begin, end) over disjoint ranges that cover [0, count), on as many threads as it likes.
+/// Runs body(context, begin, end) over disjoint ranges that cover [0, count), on as many threads as it likes, and returns when
+/// all calls have. A call that has done its range may do parts of ranges whose calls have not come yet, or take longer.
 using ParallelFor = void (*)(void* user, int64_t count, void (*body)(void* context, int64_t begin, int64_t end),
                              void* context);
 
@@ -64,7 +65,7 @@ struct StepOptions {
   const float* found_inf = nullptr;
   /// Where set, the number of elements with NaN or infinite gradients is added to it.
   int64_t* nonfinite_gradients = nullptr;
-  /// Null: one thread per core for large plans (std::thread), the calling thread alone for small ones.
+  /// Null: OpenMP's threads for large plans, in a build with OpenMP; otherwise the calling thread alone.
   ParallelFor parallel_for = nullptr;
   void* parallel_for_user = nullptr;
 };
