@@ -16,6 +16,7 @@ namespace flashoptim::ops {
 /// What python.cpp expects to find in the states again.
 struct KnownStates {
   std::vector<const PyObject*> values;  ///< kept alive by the caller, compared by address
+  std::vector<size_t> counts;           ///< where among them each parameter's step count stands
   bool is_watched = false;              ///< every change of a state is counted
   bool is_seen = false;                 ///< they were found when the count was `changes`
   uint64_t changes = 0;

@@ -104,29 +104,32 @@ class DictWatcher {
     return true;
   }
   static uint64_t changes() { return g_changes.load(std::memory_order_acquire); }
-  /// The dict that this thread is about to change itself.
-  static void set_own(const PyObject* dict) { t_own = dict; }
+  /// The dict that is about to be changed by count().
+  static void set_own(const PyObject* dict) { g_own = dict; }
 
  private:
   static int on_change(int, PyObject* dict, PyObject*, PyObject*) {
-    if (dict != t_own) g_changes.fetch_add(1, std::memory_order_acq_rel);
+    if (dict != g_own) g_changes.fetch_add(1, std::memory_order_acq_rel);
     return 0;
   }
 
   static inline std::atomic<uint64_t> g_changes = 0;
-  static inline thread_local const PyObject* t_own = nullptr;
+  static inline const PyObject* g_own = nullptr;  // Python's lock is its lock: setting an entry does not give that away
   int id_ = -1;
 };
 DictWatcher g_watcher;
 
-/// remember(plan, dicts: list, known: list): the dicts' values, one behind the other, which is_current() compares with.
-/// The caller keeps them.
+/// remember(plan, dicts: list, known: list, counts: list[int]): the dicts' values, one behind the other, which is_current()
+/// compares with, and the places of the step counts among them. The caller keeps the values.
 PyObject* remember(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject* const values = arguments[2];
   KnownStates& known = plan->known();
   known.values.resize(static_cast<size_t>(PyList_Size(values)));
   for (size_t i = 0; i < known.values.size(); ++i) known.values[i] = PyList_GetItem(values, static_cast<PySsize>(i));
+  known.counts.resize(static_cast<size_t>(PyList_Size(arguments[3])));
+  for (size_t i = 0; i < known.counts.size(); ++i)
+    known.counts[i] = static_cast<size_t>(PyLong_AsLongLong(PyList_GetItem(arguments[3], static_cast<PySsize>(i))));
   known.is_watched = g_watcher.watch(arguments[1]);
   known.is_seen = false;  // the next look is a real one
   return none();
@@ -235,21 +238,19 @@ PyObject* step(PyObject* const* arguments) {
   return to_bool(true);
 }
 
-/// count(plan, dicts: list, key, value, known: list, places: list[int]): dict[key] = known[place] = value for every
-/// dict, where `known` is what the plan remembers.
+/// count(plan, dicts: list, key, value): dict[key] = value for every dict, as what the plan remembers.
 PyObject* count(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject *const dicts = arguments[1], *const key = arguments[2], *const value = arguments[3];
-  for (PySsize i = 0, size = PyList_Size(dicts); i < size; ++i) {
-    const PySsize place = PyLong_AsLongLong(PyList_GetItem(arguments[5], i));
-    PyObject* const dict = PyList_GetItem(dicts, i);
+  KnownStates& known = plan->known();
+  for (size_t i = 0; i < known.counts.size(); ++i) {
+    PyObject* const dict = PyList_GetItem(dicts, static_cast<PySsize>(i));
+    if (dict == nullptr) return nullptr;
     DictWatcher::set_own(dict);
     const int failed = PyDict_SetItem(dict, key, value);
     DictWatcher::set_own(nullptr);
     if (failed != 0) return nullptr;
-    Py_IncRef(value);  // PyList_SetItem takes a reference over
-    if (PyList_SetItem(arguments[4], place, value) != 0) return nullptr;
-    plan->known().values.at(static_cast<size_t>(place)) = value;
+    known.values.at(known.counts[i]) = value;
   }
   return none();
 }

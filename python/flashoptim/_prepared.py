@@ -137,7 +137,7 @@ class Prepared:
 
     def _remember_in_c(self) -> None:
         if _ops.python_functions:
-            _ops.python_functions["remember"](self.plan, self.dicts, self.known)
+            _ops.python_functions["remember"](self.plan, self.dicts, self.known, self.step_places)
 
     def _find_common_count(self) -> None:
         counts = set() if self.counts_on_device else set(map(_get_step, self.dicts))
@@ -154,6 +154,9 @@ class Prepared:
     def _is_current(self) -> bool:
         now = list(chain.from_iterable(map(dict.values, self.dicts)))
         known = self.known
+        if self.common_count is not None:
+            for place in self.step_places:
+                known[place] = self.common_count
         try:
             # Identity first, which is all that a comparison of equal lists looks at; where it fails, tensors are compared
             # by value, and that raises or gives False for all but those of one element.
@@ -234,19 +237,18 @@ class Prepared:
         return bool(in_c(self.plan, hyper_index, hypers, grad_scale, counter))
 
     def _count(self, counts: list[int], absent: set[int]) -> None:
-        known = self.known
-        if not counts:
+        if not counts:  # nothing in `known`: _is_current() brings it there
             now = self.common_count = self.common_count + 1
             in_c = _ops.python_functions.get("count")
             if in_c is not None:
-                in_c(self.plan, self.dicts, STEP, now, known, self.step_places)
+                in_c(self.plan, self.dicts, STEP, now)
                 return
-            for held, place in zip(self.dicts, self.step_places):
-                held[STEP] = known[place] = now
+            for held in self.dicts:
+                held[STEP] = now
             return
         for i, (held, place) in enumerate(zip(self.dicts, self.step_places)):
             if i not in absent:
-                held[STEP] = known[place] = counts[i] + 1
+                held[STEP] = self.known[place] = counts[i] + 1
         self._remember_in_c()
         self._find_common_count()
 

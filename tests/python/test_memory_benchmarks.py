@@ -76,4 +76,4 @@ def test_scripts_and_report(tmp_path):
     assert 16.0 < torchs["bytes_per_parameter"] < 16.01
     text = run("report.py", "--runs", tmp_path)
     assert "| FlashAdamW, bf16, 24 bit, gradient release |" in text and "## llama_shape" in text
-    assert f"torch {torch.__version__}" in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
