@@ -388,9 +388,18 @@ struct HotStates {
     const uint32_t base = window.base_minus_one << window.shift;
     // No code may reach 2^31, where Codec::decode reads 0.
     bool ok = base + 255u * factor < 0x80000000u;
+    // (x / G * G) 2^k as x / G * (G 2^k), whose exponent is a sum: exact, if G is no smaller than nearly always. Then all
+    // products are normal, and the sum stays in its field.
+    constexpr bool kAddsExponents = kHasVariance && !kZeros;
+    constexpr uint32_t kSmallestScale = (127u - 50u) << 23;
+    const uint32_t scale_exponent = core::to_bits(scale) & kExponentMask;
+    const uint32_t exponent = scale_exponent - (127u << 22);
+    const uint32_t mantissa = core::to_bits(scale) - scale_exponent;  // by a mask the compiler would make it again for every element
+    if constexpr (kAddsExponents) ok &= core::to_bits(scale) >= kSmallestScale;
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) {
-      m[i] = look_up(tables.momenta(0u), codes[0], i) * scale;
+      m[i] = look_up(tables.momenta(0u), codes[0], i);
+      if constexpr (!kAddsExponents) m[i] = m[i] * scale;
       if constexpr (kHasVariance) {
         const uint32_t code = byte_of(codes[1], i);
         uint32_t bits = code * factor + base;
@@ -401,7 +410,11 @@ struct HotStates {
         }
         v[i] = core::from_bits(bits);
         // root_scale; the high half of a product is a shift that adds.
-        m[i] = m[i] * core::from_bits((__umulhi(bits, 0x80000000u) + (127u << 22)) & kExponentMask);
+        if constexpr (kAddsExponents) {
+          m[i] = m[i] * core::from_bits(((__umulhi(bits, 0x80000000u) + exponent) & kExponentMask) | mantissa);
+        } else {
+          m[i] = m[i] * core::from_bits((__umulhi(bits, 0x80000000u) + (127u << 22)) & kExponentMask);
+        }
       }
     }
     return ok;
@@ -640,7 +653,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
   UpdateGuard guard;
   float poison = 0.0f;  // NaN once something is not finite
   bool has_zeros = false;
-  uint32_t largest = 0u, smallest_minus_one = 0xffffffffu;
+  uint32_t largest = 0u, smallest = 0x7fffffffu, smallest_minus_one = 0xffffffffu;
   float largest_m = 0.0f, smallest_m = core::from_bits(0x7f800000u);
 #pragma unroll
   for (int i = 0; i < kHotUnit; ++i) {
@@ -657,7 +670,8 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
     v[i] = s[1].v;
     delta[i] = d.v;
     // Rules let a weight or gradient that is not finite through to delta or to the states; a delta of 0 changes nothing.
-    poison = __fmaf_rn(delta[i], 0.0f, poison);
+    // (With a correction, a delta that is not finite makes a weight so, which update() looks for.)
+    if constexpr (!kCorrected) poison = __fmaf_rn(delta[i], 0.0f, poison);
     if constexpr (Weights::kMustMove) {
       ok &= delta[i] != 0.0f;
     } else if constexpr (kCorrected) {
@@ -668,9 +682,15 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
       if (i % 2 == 1) {
         largest = static_cast<uint32_t>(__vimax3_s32(static_cast<int>(largest), static_cast<int>(core::to_bits(v[i - 1])),
                                                      static_cast<int>(core::to_bits(v[i]))));
+        if constexpr (!kZeros) {
+          smallest = static_cast<uint32_t>(__vimin3_s32(static_cast<int>(smallest), static_cast<int>(core::to_bits(v[i - 1])),
+                                                        static_cast<int>(core::to_bits(v[i]))));
+        }
       }
-      smallest_minus_one = core::unsigned_min(smallest_minus_one, core::to_bits(v[i]) - 1u);
-      if constexpr (kZeros) has_zeros |= v[i] == 0.0f;
+      if constexpr (kZeros) {
+        smallest_minus_one = core::unsigned_min(smallest_minus_one, core::to_bits(v[i]) - 1u);
+        has_zeros |= v[i] == 0.0f;
+      }
     } else {
       poison = __fmaf_rn(m[i], 0.0f, poison);
       if constexpr (States::kGroupChooses) {
@@ -683,7 +703,9 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
   }
   ok = ok && guard.holds() && weights.are_normal() && poison == 0.0f;
   if constexpr (States::kHasVariance) {
-    ok = ok && smallest_minus_one >= 0x007fffffu && largest <= Bounds::kLargest;
+    if constexpr (!kZeros) smallest_minus_one = smallest - 1u;
+    constexpr uint32_t kSmallest = Lane::kKnowsRadicands ? kSmallestRadicand : 0x00800000u;
+    ok = ok && smallest_minus_one >= kSmallest - 1u && largest <= Bounds::kLargest;
   }
   if constexpr (States::kGroupChooses) ok = ok && smallest_m >= 0x1p-96f && largest_m <= 0x1p40f;
   if (!__all_sync(0xffffffffu, ok)) return kHotFailed;

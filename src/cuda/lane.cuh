@@ -9,6 +9,8 @@
 
 namespace flashoptim::cuda {
 
+inline constexpr uint32_t kSmallestRadicand = (127u - 101u) << 23;  ///< a pattern: sqrt_in_range()'s bound
+
 /// What the values of one thread's update had in common.
 struct UpdateGuard {
   uint32_t smallest_radicand_minus_one = 0xffffffffu;  ///< patterns; as unsigned numbers, so that 0 is no small one
@@ -16,7 +18,7 @@ struct UpdateGuard {
   bool ok = true;  // by & throughout: && would make branches
 
   __device__ __forceinline__ bool holds() const {
-    return ok && smallest_radicand_minus_one >= ((127u - 101u) << 23) - 1u && largest_divisor <= (127u + 40u) << 23;
+    return ok && smallest_radicand_minus_one >= kSmallestRadicand - 1u && largest_divisor <= (127u + 40u) << 23;
   }
 };
 
@@ -53,10 +55,11 @@ __device__ __forceinline__ float sqrt_in_range(float a) {
   return __fmaf_rn(__fmaf_rn(-s, s, a), __fmul_rn(0.5f, y), s);
 }
 
-/// kZeros: dividends and radicands may be 0. kBounded: the caller knows that no bound of the rule is reached and that
-/// divisors are at most 2^40.
+/// kZeros: dividends and radicands may be 0. kBounded: the caller knows that no bound of the rule is reached, that
+/// divisors are at most 2^40 and, without kZeros, that radicands are at least kSmallestRadicand.
 template <bool kZeros, bool kBounded>
 struct UpdateLane {
+  static constexpr bool kKnowsRadicands = kBounded && !kZeros;
   float v;
   UpdateGuard* guard = nullptr;  ///< null for constants
   float lower = 0.0f;  ///< a bound below 0 that max() left to min()
@@ -80,8 +83,10 @@ struct UpdateLane {
     return {is_zero ? a.v : q, &guard};
   }
   friend __device__ __forceinline__ UpdateLane sqrt(UpdateLane a) {
-    UpdateGuard& guard = *a.guard;
-    guard.smallest_radicand_minus_one = core::unsigned_min(guard.smallest_radicand_minus_one, core::to_bits(a.v) - 1u);
+    if constexpr (!kKnowsRadicands) {
+      UpdateGuard& guard = *a.guard;
+      guard.smallest_radicand_minus_one = core::unsigned_min(guard.smallest_radicand_minus_one, core::to_bits(a.v) - 1u);
+    }
     const float s = sqrt_in_range(a.v);
     return {kZeros && a.v == 0.0f ? a.v : s, a.guard};
   }
