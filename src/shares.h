@@ -1,9 +1,8 @@
 // A step's blocks, shared out among threads of different speed.
 //
 // Equal ranges are right for equal threads. On a busy or virtual machine they are not equal: one that was interrupted keeps
-// all others waiting (16 virtual cores: a step took 11.4 ms in equal ranges, 7.6 ms so). So a thread works through the
-// shares of its own range, piece by piece, and then helps with the others'. It keeps to its own memory as far as possible,
-// for the sake of caches and NUMA.
+// all others waiting (docs/benchmarks.md). So a thread works through the shares of its own range, piece by piece, and then
+// helps with the others'. It keeps to its own memory as far as possible, for the sake of caches and NUMA.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +27,7 @@ class Shares {
   /// is in one piece.
   template <class Body>
   void work(int64_t first, Body body) {
-    const int64_t own = first * shares_ / count_;
+    const int64_t own = ((first + 1) * shares_ - 1) / count_;  // the last share that begins at `first` or before
     for (int64_t k = 0; k < shares_; ++k) {
       const int64_t s = (own + k) % shares_;
       std::atomic<int64_t>& next = next_[static_cast<size_t>(s)].item;
@@ -42,8 +41,8 @@ class Shares {
   }
 
  private:
-  /// A piece of 64 blocks takes a thread some 30 us; 16 threads then end within 5 % of each other for 64 Mi elements.
-  static constexpr int64_t kMostShares = 64, kSmallestShare = 16, kPieces = 128, kSmallestPiece = 4, kLargestPiece = 64;
+  /// Enough pieces for some 100 threads, but none so small that taking it counts: a block takes 0.5 to 2 us.
+  static constexpr int64_t kMostShares = 64, kSmallestShare = 16, kPieces = 512, kSmallestPiece = 4, kLargestPiece = 64;
 
   struct alignas(64) Next {
     std::atomic<int64_t> item{0};

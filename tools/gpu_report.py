@@ -56,7 +56,7 @@ def main() -> None:
         mine = float(ours[8] if is_wall else ours[4])
         other = (theirs[3] if is_wall else theirs[2]) if theirs else ""
         rows.append(
-            [name + (", wall time" if is_wall else ""), f"{mine:.3f}", f"{ours[7]} %", f"{reach}", f"{aim}", f"{float(other):.2f}" if other else "",
+            [name + (", wall time" if is_wall else ""), f"{mine:.3f}", f"{float(ours[7]) * float(ours[4]) / mine:.1f} %", f"{reach}", f"{aim}", f"{float(other):.2f}" if other else "",
              "yes" if mine <= reach else "no"]
         )
     out += table([f"{USUAL}, ms", "flashoptim", "share of copy", "to reach", "aim", "torch fused fp32", "reached"], rows) + [""]

@@ -105,16 +105,16 @@ class DictWatcher {
   }
   static uint64_t changes() { return g_changes.load(std::memory_order_acquire); }
   /// The dict that is about to be changed by count().
-  static void set_own(const PyObject* dict) { g_own = dict; }
+  static void set_own(const PyObject* dict) { g_own.store(dict, std::memory_order_relaxed); }
 
  private:
   static int on_change(int, PyObject* dict, PyObject*, PyObject*) {
-    if (dict != g_own) g_changes.fetch_add(1, std::memory_order_acq_rel);
+    if (dict != g_own.load(std::memory_order_relaxed)) g_changes.fetch_add(1, std::memory_order_acq_rel);
     return 0;
   }
 
   static inline std::atomic<uint64_t> g_changes = 0;
-  static inline const PyObject* g_own = nullptr;  // Python's lock is its lock: setting an entry does not give that away
+  static inline std::atomic<const PyObject*> g_own = nullptr;  // of one thread: setting an entry keeps Python's lock
   int id_ = -1;
 };
 DictWatcher g_watcher;

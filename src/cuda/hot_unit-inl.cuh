@@ -388,8 +388,8 @@ struct HotStates {
     const uint32_t base = window.base_minus_one << window.shift;
     // No code may reach 2^31, where Codec::decode reads 0.
     bool ok = base + 255u * factor < 0x80000000u;
-    // (x / G * G) 2^k as x / G * (G 2^k), whose exponent is a sum: exact, if G is no smaller than nearly always. Then all
-    // products are normal, and the sum stays in its field.
+    // (x / G * G) 2^k as x / G * (G 2^k), whose exponent is a sum: exact for G >= 2^-50, where all products are normal and the
+    // sum stays in its field.
     constexpr bool kAddsExponents = kHasVariance && !kZeros;
     constexpr uint32_t kSmallestScale = (127u - 50u) << 23;
     const uint32_t scale_exponent = core::to_bits(scale) & kExponentMask;
@@ -420,7 +420,7 @@ struct HotStates {
     return ok;
   }
 
-  /// Codec::encode for positive normal v, and for m of 2^-80 to 2^60; or, with kZeros, zeros and finite m. The patterns are
+  /// Codec::encode for positive normal v, and for m of at least 2^-80; or, with kZeros, zeros and finite m. The patterns are
   /// over the whole group. Leaves momentum relative to the stored variance in m.
   __device__ __forceinline__ void encode_variance(float (&m)[kHotUnit], const float (&v)[kHotUnit], uint32_t largest,
                                                   uint32_t smallest_minus_one, uint32_t dither_start) {

@@ -1,6 +1,8 @@
 // CUDA's bytes against the CPU's, for every configuration.
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <cstring>
 #include <set>
 #include <tuple>
 
@@ -212,6 +214,63 @@ TEST(CudaStepBits, ZerosInEveryMixture) {
       if (step < 6 || step % 25 == 0) {
         ASSERT_EQ(pair.difference(), "") << "step " << step;
       }
+    }
+  }
+}
+
+/// Tiles that the hot kernels would take, but for one element or header.
+TEST(CudaStepBits, OneFlawInATile) {
+  constexpr int64_t kTile = 512, kTiles = 48, kNumel = kTile * kTiles;
+  for (const Config& config : all_configs()) {
+    if (!may_be_hot(config)) continue;
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    pair.add({1, kNumel});
+    ASSERT_OK(pair.make());
+    const ParameterTensors& host = pair.tensor(0).host();
+    const ParameterTensors& device = pair.tensor(0).device();
+    const auto poke = [](void* on_host, void* on_device, int64_t index, uint16_t value) {
+      std::memcpy(static_cast<uint16_t*>(on_host) + index, &value, sizeof value);
+      cudaMemcpy(static_cast<uint16_t*>(on_device) + index, &value, sizeof value, cudaMemcpyHostToDevice);
+    };
+    const bool is_bfloat16 = config.parameter_dtype == DType::kBFloat16;
+    const uint16_t infinity = is_bfloat16 ? 0x7f80 : 0x7c00;
+    const int states = state_count(config.optimizer, config.has_momentum);
+    std::normal_distribution<float> normal(0.0f, 1e-3f);
+    for (int64_t step = 1; step <= 8; ++step) {
+      std::vector<float> g(kNumel);
+      for (float& x : g) x = normal(pair.random());
+      for (int64_t tile = 0; tile < kTiles; ++tile) {
+        const int64_t at = tile * kTile + (tile * 37 + step * 101) % kTile, group = at / kGroupSize;
+        const uint16_t sign = tile % 24 < 12 ? 0x0000 : 0x8000;
+        const auto poke_weight = [&](int bits) {
+          if (step > 3) poke(host.parameter, device.parameter, at, static_cast<uint16_t>(bits | sign));
+        };
+        const auto poke_header = [&](int slot, int header) {
+          if (step > 3 && slot < states) poke(host.scales[slot], device.scales[slot], group, static_cast<uint16_t>(header));
+        };
+        switch (tile % 12) {
+          case 0: poke_weight(infinity); break;
+          case 1: poke_weight(infinity + 1); break;      // NaN
+          case 2: poke_weight(infinity - 1); break;      // the largest
+          case 3: poke_weight(0); break;
+          case 4: poke_weight(1); break;                 // subnormal
+          case 5: g[static_cast<size_t>(at)] = sign != 0 ? -INFINITY : INFINITY; break;
+          case 6: g[static_cast<size_t>(at)] = step > 3 ? NAN : 1e-3f; break;
+          case 7: g[static_cast<size_t>(at)] = step > 3 ? 60000.0f : 1e-3f; break;
+          case 8:  // variances of a group below what the root is taken of without a look
+            for (int64_t i = group * kGroupSize; i < (group + 1) * kGroupSize; ++i) g[static_cast<size_t>(i)] *= 0x1p-45f;
+            break;
+          case 9: poke_header(0, (127 - 51) << 8 | 0xff); break;   // momentum's scale just below 2^-50
+          case 10: poke_header(0, (127 - 50) << 8); break;         // and 2^-50
+          case 11: poke_header(1, 20 << 8 | 11); break;            // variances of 2^-107
+        }
+      }
+      pair.tensor(0).set_gradient(g);
+      const Hyperparameters hyper = test_hyper(config, step);
+      ASSERT_OK(pair.cpu().step(&hyper, 1));
+      ASSERT_OK(pair.cuda().step(&hyper, 1));
+      ASSERT_EQ(pair.difference(), "") << "step " << step;
     }
   }
 }

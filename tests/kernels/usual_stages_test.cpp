@@ -189,12 +189,12 @@ class Adversary {
     p.lr = pick({0.0, 1e-12, 1e-3, 1e-3, 1.0, 1e10, std::pow(10.0, 8.0 * random.uniform() - 7.0)});
     p.beta1 = pick({0.0, 0.9, 0.9, 0.999, 0.9999999, 0.5});
     p.beta2 = pick({0.9, 0.999, 0.999, 0.9999999, 0.95, 0.5, 1.0 - 0x1p-24});
-    if (random.below(24) == 0) p.beta2 = 1e-30;
+    if (random.below(24) == 0) p.beta2 = 0x1p-20;
     p.eps = paper ? pick({0x1p-62, 1e-8, 1e-8, 1.0, 0x1p38}) : pick({0.0, 1e-30, 1e-8, 1e-8, 1.0, 0x1p38});
     p.weight_decay = pick({0.0, 0.01, 0.01, 1.0});
     p.step = pick({1.0, 2.0, 1000.0}) + 0.5;
     if (!tame) {
-      p.beta2 = pick({0.0, 0.9, 0.999, 0.99999995, 0.9999999, 1e-40});
+      p.beta2 = pick({0.0, 0.9, 0.999, 0.99999995, 0.9999999, 1e-7, 1e-30, 1e-40});
       p.eps = pick({0.0, 1e-30, 1e-8, 0x1p-62, 1.0, 1e30});
       p.weight_decay = pick({0.0, 0.01, 1.0, 100.0, 1e30});
     } else if (c_.rule == RuleKind::kAdamW && p.lr * p.weight_decay > 1.0) {

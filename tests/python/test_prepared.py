@@ -186,6 +186,19 @@ def test_a_step_count_that_is_equal_is_unchanged_and_empty_parameters_are_curren
     assert [optimizer.state[p]["step"] for p in params] == [1001] * 4
 
 
+def test_a_plan_lives_on_when_a_parameter_sits_out_a_step():
+    (params, optimizer), _ = pair()
+    set_grads(params, 0)
+    for _ in range(3):
+        optimizer.step()
+    prepared, grad = optimizer._prepared[0], params[0].grad
+    for absent in (True, True, False, True):
+        params[0].grad = None if absent else grad
+        optimizer.step()
+        assert optimizer._prepared[0] is prepared and prepared.is_current()
+    assert [optimizer.state[p]["step"] for p in params[:2]] == [4, 7]
+
+
 def test_swapped_parameters_are_seen():
     a, b = pair()
     slow(b[1])

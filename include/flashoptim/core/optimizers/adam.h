@@ -89,7 +89,7 @@ struct AdamRule {
   /// Where every v after update() lies between these patterns, 2^-124 and 2^54, and variance_bounds(h), the two bounds in
   /// update() change nothing: (1 - beta2) g^2 <= v keeps |g| below 2^40, and sqrt(v) / sqrt(1 - beta2^t) + eps is at least
   /// 2^-62, and at most 2^27 2^12 + 2^38. v before was bounded as well, and so m; with m at most 2^33 times the root of v
-  /// before, as codecs decode it, m over the root of v is below 2^46. (A decay of at most 1 bounds what a tiny weight
+  /// before, as the default codec decodes it, m over the root of v is below 2^46. (A decay of at most 1 bounds what a tiny weight
   /// adds to delta.)
   static constexpr uint32_t kSmallestBoundingVariance = (127u - 124u) << 23;
   static constexpr uint32_t kLargestBoundingVariance = (127u + 54u) << 23;

@@ -19,6 +19,9 @@
 //     static constexpr uint32_t kSmallestBoundingVariance, kLargestBoundingVariance;       // patterns
 //     static bool variance_bounds(const Hyper&);
 //
+// variance_bounds() also says that update() takes no root but that of the new s[1], and that s[0] over that root stays below
+// kLargestRelative (default_codec.h) whatever was stored.
+//
 // update() changes the states in place and returns delta; the weight becomes w - delta (the caller subtracts, because
 // a split weight can take off less than one fp32 ULP). largest_update() is what an exact update is held against
 // (core/inspect.h, benchmarks/fidelity); no step reads it.
