@@ -5,15 +5,16 @@
 #   tools/gpu_check.sh run DIR       there: bit equality, front ends, arithmetic, sanitizer, benchmarks; writes
 #                                    benchmarks/results/<h100>.md
 #
-# GPU_CHECK_ARCH (default 90) is the architecture built. GPU_CHECK_FULL=1 also tries every division (a minute) and a tensor of
-# more than 2^31 elements. GPU_CHECK_LIBTORCH=1 also builds and runs the C++ front end's tests, against the torch of that
-# machine's python3 (CMake, a compiler, nvcc and GoogleTest needed there; GPU_CHECK_PREFIX: where else CMake finds packages;
-# GPU_CHECK_BUILD: a build folder to keep). GPU_CHECK_COMMIT names the commit where there is no git; PYTHON and GPU_CHECK_JOBS are
-# build's python3 and number of compilers.
+# GPU_CHECK_ARCH (default 90) is the architecture built. GPU_CHECK_FULL=1 also tries every division (a minute), a tensor of
+# more than 2^31 elements, and a model of 8B parameters in training (54 GiB of the device's memory). GPU_CHECK_LIBTORCH=1 also
+# builds and runs the C++ front end's tests, against the torch of that machine's python3 (CMake, a compiler, nvcc and
+# GoogleTest needed there; GPU_CHECK_PREFIX: where else CMake finds packages; GPU_CHECK_BUILD: a build folder to keep).
+# GPU_CHECK_COMMIT names the commit where there is no git; PYTHON and GPU_CHECK_JOBS are build's python3 and number of
+# compilers.
 set -u -o pipefail
 mode=${1:-} directory=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-usage() { sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
+usage() { sed -n '2,13p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
 [ -n "$directory" ] || usage
 
 build() {
@@ -38,7 +39,7 @@ row() {
   "$@" >"$logs/${name// /_}.log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
   printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")" | tee -a "$logs/checks.txt"
 }
-summary() { grep -E 'PASSED|FAILED  \]|(ERROR|RACECHECK) SUMMARY|^learned|(^|[ =])[0-9]+ (passed|failed|skipped)|all quantized ' "$1" | tail -1 | tr -s ' ='; }
+summary() { grep -E 'PASSED|FAILED  \]|(ERROR|RACECHECK) SUMMARY|^learned|(^|[ =])[0-9]+ (passed|failed|skipped)|all quantized |peak [0-9.]+ GiB' "$1" | tail -1 | tr -s ' ='; }
 
 libtorch() {
   local build=${GPU_CHECK_BUILD:-$logs/libtorch}
@@ -60,11 +61,12 @@ run() {
   logs=$directory/logs
   [ -z "${GPU_CHECK_BUILD:-}" ] || GPU_CHECK_BUILD=$(realpath -m "$GPU_CHECK_BUILD")
   rm -rf "$logs" && mkdir -p "$logs"
+  local commit=${GPU_CHECK_COMMIT:-$(git -C "$root" log -1 --format=%h 2>/dev/null || echo unknown)}
   cd "$directory" || exit 1
   chmod +x flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda
   {
     echo "device=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -1)"
-    echo "commit=${GPU_CHECK_COMMIT:-$(git -C "$root" log -1 --format=%h 2>/dev/null || echo unknown)}"
+    echo "commit=$commit"
     echo "command=${GPU_CHECK_FULL:+GPU_CHECK_FULL=$GPU_CHECK_FULL }${GPU_CHECK_LIBTORCH:+GPU_CHECK_LIBTORCH=$GPU_CHECK_LIBTORCH }tools/gpu_check.sh run DIR"
   } | tee "$logs/facts.txt"
   row "bits against the CPU, plans, graphs, norm" ./flashoptim_cuda_test --gtest_brief=1
@@ -95,6 +97,9 @@ run() {
     row "torch fused AdamW" python3 "$root/benchmarks/cuda/torch_adamw.py"
     row "host time of step()" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
       python3 "$root/tests/python/measure_step.py" cuda
+    [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "a step of 8B parameters in training" env PYTHONPATH="$root/python" \
+      FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" python3 "$root/benchmarks/memory/llama_shape.py" --out "$logs/memory" \
+      --commit "$commit"
   fi
   write_report || failures=$((failures + 1))
   [ $failures = 0 ] && echo "all checks passed" || echo "$failures checks FAILED: logs in $logs"

@@ -4,6 +4,7 @@
 usage: gpu_report.py LOGS [OUT.md]
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ AIMS = {
     "GPT-2 124M": (0.60, 0.54, False),
     "ResNet-50": (0.25, 0.16, True),
 }
+#: The same behind the backward pass of a model of 8B parameters (benchmarks/memory/llama_shape.py), and its bytes of 24-bit AdamW.
+TRAINING_AIMS, BYTES = (36, 34), 12.25
 USUAL = "AdamW default, bf16 g bf16, 24"
 ROW = re.compile(r"^(.{28}) (.{32,38}?)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+(\d+)\s+([\d.]+)%\s+([\d.]+)\s+([\d.]+)$")
 TORCH = re.compile(r"^(.{28}) torch AdamW fused, fp32\s+[\d.]+\s+([\d.]+)\s+[\d.]+\s+([\d.]+)$")
@@ -28,6 +31,20 @@ def read(path: Path) -> list[str]:
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def training_row(logs: Path, facts: dict[str, str], copy: float) -> list[list[str]]:
+    """The row of the step in training, if it was run."""
+    path = logs / "memory" / "llama_shape-flash.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else None
+    if results is None:
+        return []
+    numel, ms = results["parameters"], results["optimizer_ms"]
+    memory = re.search(r"(\d+) MiB", facts.get("device", ""))
+    fits = memory is None or 16 * numel < int(memory[1]) << 20
+    share = f"{BYTES * numel / ms / 1e4 / copy:.1f} %"
+    reached = "yes" if ms <= TRAINING_AIMS[0] else "no"
+    return [["Llama-3.1-8B's shape, in training", f"{ms:.2f}", share, *map(str, TRAINING_AIMS), "" if fits else "does not fit", reached]]
 
 
 def main() -> None:
@@ -59,6 +76,8 @@ def main() -> None:
             [name + (", wall time" if is_wall else ""), f"{mine:.3f}", f"{float(ours[7]) * float(ours[4]) / mine:.1f} %", f"{reach}", f"{aim}", f"{float(other):.2f}" if other else "",
              "yes" if mine <= reach else "no"]
         )
+    if copy is not None:
+        rows += training_row(logs, facts, float(copy[1]))
     out += table([f"{USUAL}, ms", "flashoptim", "share of copy", "to reach", "aim", "torch fused fp32", "reached"], rows) + [""]
     out += ["## Checks", "", "```", *checks, "```", ""]
     out += ["## Every format", ""]
