@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it, in the repository's root.
 export PATH="$PWD/.venv/bin:$PATH"
+unset PYTHONPATH FLASHOPTIM_OPS_LIBRARY  # another checkout's must not stand in for what is built here
 python=$PWD/.venv/bin/python
 # A file that includes torch's headers takes up to 2 GB to compile.
 jobs=${JOBS:-$(awk -v cores="$(nproc)" '/MemAvailable/ {n = int($2 / 2e6); print n < 1 ? 1 : n < cores ? n : cores}' /proc/meminfo)}
