@@ -39,6 +39,8 @@ row() {
   "$@" >"$logs/${name// /_}.log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
   printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")" | tee -a "$logs/checks.txt"
 }
+# with_package COMMAND...: sees the Python package with the library that was brought.
+with_package() { PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$directory/libflashoptim_ops.so" "$@"; }
 summary() { grep -E 'PASSED|FAILED  \]|(ERROR|RACECHECK) SUMMARY|^learned|(^|[ =])[0-9]+ (passed|failed|skipped)|all quantized |peak [0-9.]+ GiB' "$1" | tail -1 | tr -s ' ='; }
 
 libtorch() {
@@ -75,10 +77,9 @@ run() {
   local has_python=0
   python3 -c 'import pytest, hypothesis, torch' 2>/dev/null && has_python=1
   if [ $has_python = 1 ]; then
-    row "Python front end" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
-      python3 -m pytest "$root/tests/python/test_cuda.py"
-    [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "more than 2^31 elements" env FLASHOPTIM_TEST_ALL=1 PYTHONPATH="$root/python" \
-      FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" python3 -m pytest "$root/tests/python/test_cuda.py" -k two_to_the_31
+    row "Python front end" with_package python3 -m pytest "$root/tests/python/test_cuda.py"
+    [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "more than 2^31 elements" with_package env FLASHOPTIM_TEST_ALL=1 \
+      python3 -m pytest "$root/tests/python/test_cuda.py" -k two_to_the_31
   else
     echo "Python front end: not checked, python3 has no pytest, hypothesis and torch" | tee -a "$logs/checks.txt"
   fi
@@ -95,11 +96,9 @@ run() {
   # Times last, when nothing is being built.
   if [ $has_python = 1 ]; then
     row "torch fused AdamW" python3 "$root/benchmarks/cuda/torch_adamw.py"
-    row "host time of step()" env PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" \
-      python3 "$root/tests/python/measure_step.py" cuda
-    [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "a step of 8B parameters in training" env PYTHONPATH="$root/python" \
-      FLASHOPTIM_OPS_LIBRARY="$PWD/libflashoptim_ops.so" python3 "$root/benchmarks/memory/llama_shape.py" --out "$logs/memory" \
-      --commit "$commit"
+    row "host time of step()" with_package python3 "$root/tests/python/measure_step.py" cuda
+    [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "a step of 8B parameters in training" with_package \
+      python3 "$root/benchmarks/memory/llama_shape.py" --out "$logs/memory" --commit "$commit"
   fi
   write_report || failures=$((failures + 1))
   [ $failures = 0 ] && echo "all checks passed" || echo "$failures checks FAILED: logs in $logs"

@@ -393,8 +393,9 @@ struct HotStates {
     constexpr bool kAddsExponents = kHasVariance && !kZeros;
     constexpr uint32_t kSmallestScale = (127u - 50u) << 23;
     const uint32_t scale_exponent = core::to_bits(scale) & kExponentMask;
-    const uint32_t exponent = scale_exponent - (127u << 22);
-    const uint32_t mantissa = core::to_bits(scale) - scale_exponent;  // by a mask the compiler would make it again for every element
+    const uint32_t exponent = kAddsExponents ? scale_exponent - (127u << 22) : 127u << 22;
+    // (By a mask the compiler would make it again for every element.)
+    const uint32_t mantissa = kAddsExponents ? core::to_bits(scale) - scale_exponent : 0u;
     if constexpr (kAddsExponents) ok &= core::to_bits(scale) >= kSmallestScale;
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) {
@@ -410,11 +411,7 @@ struct HotStates {
         }
         v[i] = core::from_bits(bits);
         // root_scale; the high half of a product is a shift that adds.
-        if constexpr (kAddsExponents) {
-          m[i] = m[i] * core::from_bits(((__umulhi(bits, 0x80000000u) + exponent) & kExponentMask) | mantissa);
-        } else {
-          m[i] = m[i] * core::from_bits((__umulhi(bits, 0x80000000u) + (127u << 22)) & kExponentMask);
-        }
+        m[i] = m[i] * core::from_bits(((__umulhi(bits, 0x80000000u) + exponent) & kExponentMask) | mantissa);
       }
     }
     return ok;

@@ -166,7 +166,6 @@ __device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&del
       narrow[i] = out.narrow;
       correction[i] = out.correction;
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
-      // CUDA's own NaN would overflow under the dither.
       narrow[i] = core::round_dithered<Narrow, F>(w[i] - delta[i], DitherSource::word<kStream>(start, i));
     } else {
       narrow[i] = Narrow::template round<F>(w[i] - delta[i]);

@@ -132,7 +132,6 @@ FLASHOPTIM_HD bool keeps_narrow(uint32_t narrow, uint32_t correction, float w, f
     }
     return out.narrow == narrow && ((out.correction ^ correction) & ((1u << kBits) - 1u)) == 0u;
   } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
-    // A device's own NaN would overflow under the dither.
     return round_dithered<Narrow, float>(w - delta, dither) == narrow;
   } else {
     return Narrow::template round<float>(w - delta) == narrow;
