@@ -92,7 +92,8 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
   }
   const int64_t first = first_element_;
   const auto at = [first](const void* base, int64_t size) -> void* {
-    return base == nullptr ? nullptr : const_cast<unsigned char*>(static_cast<const unsigned char*>(base)) + first * size;
+    return base == nullptr ? nullptr
+                           : const_cast<unsigned char*>(static_cast<const unsigned char*>(base)) + first * size;
   };
   if (contiguous_) {
     block.parameter = at(tensor_.parameter, sizes_.parameter);

@@ -1,4 +1,5 @@
-// Walking a tensor in blocks of up to kBlockGroups groups: which memory a block covers, padded copies where groups are short.
+// Walking a tensor in blocks of up to kBlockGroups groups: which memory a block covers, padded copies where groups are
+// short.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,8 @@
 
 namespace flashoptim::cpu {
 
-/// Groups of a tensor's blocks but the last: fewer where weights or states are fp32, so that two blocks' memory and the working
-/// set fit into the first-level cache.
+/// Groups of a tensor's blocks but the last: fewer where weights or states are fp32, so that two blocks' memory and the
+/// working set fit into the first-level cache.
 inline int block_groups(const ParameterTensors& tensor) {
   const bool wide = tensor.parameter_dtype == DType::kFloat32 || tensor.state_codec == StateCodec::kFloat32;
   return wide ? kBlockGroups / 2 : kBlockGroups;
@@ -31,15 +32,15 @@ struct BlockAccess {
   bool write_states;
 };
 
-/// Asks for the memory of block `index` of `tensor`, which must lie within it, ahead of its use: for blocks whose memory the
-/// passes do not see, because it is copied.
+/// Asks for the memory of block `index` of `tensor`, which must lie within it, ahead of its use: for blocks whose
+/// memory the passes do not see, because it is copied.
 void prefetch_block(const ParameterTensors& tensor, int64_t index);
 
 /// A stretch of elements that is contiguous both in the tensor and in the block.
 struct ElementRun {
-  int64_t first;   ///< element of the tensor
-  int offset;      ///< element of the block
-  int count;       ///< 1 ... kBlockElements
+  int64_t first;  ///< element of the tensor
+  int offset;     ///< element of the block
+  int count;      ///< 1 ... kBlockElements
 };
 
 /// The memory of one block of a tensor. Where every group of the block is full, open() points at the tensor's own

@@ -61,7 +61,8 @@ bool in_enum(int value, int count) { return value >= 0 && value < count; }
 Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
   const std::string name = tensor_name(index);
   const auto invalid = [&name](const std::string& rest) { return Status::invalid_argument(name + rest); };
-  if (!in_enum(static_cast<int>(t.parameter_dtype), cpu::kDTypes) || !in_enum(static_cast<int>(t.gradient_dtype), cpu::kDTypes)) {
+  if (!in_enum(static_cast<int>(t.parameter_dtype), cpu::kDTypes) ||
+      !in_enum(static_cast<int>(t.gradient_dtype), cpu::kDTypes)) {
     return invalid(".parameter_dtype or .gradient_dtype is no DType; allowed are kFloat32, kBFloat16, kFloat16");
   }
   if (!in_enum(static_cast<int>(t.master_weights), cpu::kMasterKinds)) {
@@ -72,8 +73,8 @@ Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
                    " is no StateCodec; allowed are kFloat32, kPaper, kDefault");
   }
   if (t.layout.rows < 0 || t.layout.row_size < 0) {
-    return invalid(".layout has rows = " + std::to_string(t.layout.rows) + ", row_size = " +
-                   std::to_string(t.layout.row_size) + "; both must be at least 0");
+    return invalid(".layout has rows = " + std::to_string(t.layout.rows) +
+                   ", row_size = " + std::to_string(t.layout.row_size) + "; both must be at least 0");
   }
   if (t.layout.row_size > 0 && t.layout.rows > std::numeric_limits<int64_t>::max() / 64 / t.layout.row_size) {
     return invalid(".layout has more elements than 2^57");
@@ -83,11 +84,13 @@ Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
   }
   if (t.hyper_index < 0) return invalid(".hyper_index = " + std::to_string(t.hyper_index) + "; must be at least 0");
   if (t.parameter_dtype == DType::kFloat32 && t.master_weights != MasterWeights::kNone) {
-    return Status::unsupported(name + ".master_weights must be kNone for a float32 parameter, which has no bits to correct");
+    return Status::unsupported(name +
+                               ".master_weights must be kNone for a float32 parameter, which has no bits to correct");
   }
   if (t.gradient_dtype != t.parameter_dtype && t.gradient_dtype != DType::kFloat32) {
     return Status::unsupported(name + ".gradient_dtype = " + dtype_name(t.gradient_dtype) + " with a " +
-                               dtype_name(t.parameter_dtype) + " parameter; allowed are the parameter's dtype and float32");
+                               dtype_name(t.parameter_dtype) +
+                               " parameter; allowed are the parameter's dtype and float32");
   }
   if (t.layout.numel() == 0) return Status::ok();
   if (t.parameter == nullptr) return invalid(".parameter is null");
@@ -111,7 +114,8 @@ Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, 
   };
   const auto finite_not_negative = [](double x) { return x >= 0.0 && x <= std::numeric_limits<double>::max(); };
   if (!finite_not_negative(p.lr)) return out_of_range("lr", p.lr, "a finite number of at least 0");
-  if (!finite_not_negative(p.weight_decay)) return out_of_range("weight_decay", p.weight_decay, "a finite number of at least 0");
+  if (!finite_not_negative(p.weight_decay))
+    return out_of_range("weight_decay", p.weight_decay, "a finite number of at least 0");
   if (!finite_not_negative(p.decay_lr)) return out_of_range("decay_lr", p.decay_lr, "a finite number of at least 0");
   const bool adam = optimizer == OptimizerKind::kAdamW || optimizer == OptimizerKind::kAdam;
   if (adam || optimizer == OptimizerKind::kLion) {
@@ -119,7 +123,8 @@ Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, 
     if (!(p.beta2 >= 0.0 && p.beta2 < 1.0)) return out_of_range("beta2", p.beta2, "0 <= beta2 < 1");
   } else {
     if (!finite_not_negative(p.momentum)) return out_of_range("momentum", p.momentum, "a finite number of at least 0");
-    if (!(std::abs(p.dampening) <= std::numeric_limits<double>::max())) return out_of_range("dampening", p.dampening, "a finite number");
+    if (!(std::abs(p.dampening) <= std::numeric_limits<double>::max()))
+      return out_of_range("dampening", p.dampening, "a finite number");
   }
   if (adam && !finite_not_negative(p.eps)) return out_of_range("eps", p.eps, "a finite number of at least 0");
   if (p.step < 1) return Status::invalid_argument(name + "step = " + std::to_string(p.step) + "; steps count from 1");
@@ -182,7 +187,8 @@ struct Plan::Impl {
   void step_range(int64_t begin, int64_t end, int64_t all_end) {
     Block block;
     block.nonfinite = 0;
-    size_t t = static_cast<size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin()) - 1;
+    size_t t =
+        static_cast<size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin()) - 1;
     for (int64_t b = begin; b < end;) {
       const int64_t last = std::min(end, first_block[t + 1]), all_last = std::min(all_end, first_block[t + 1]);
       if (tensors[t].gradient != nullptr) {
@@ -204,7 +210,8 @@ struct Plan::Impl {
   }
 
   void inspect_range(int64_t begin, int64_t end, int64_t stride, StepTelemetry* telemetry) const {
-    size_t t = static_cast<size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin()) - 1;
+    size_t t =
+        static_cast<size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin()) - 1;
     for (int64_t b = begin; b < end; ++t) {
       const int64_t last = std::min(end, first_block[t + 1]);
       if (tensors[t].gradient != nullptr) {
@@ -240,7 +247,8 @@ Plan::~Plan() = default;
 Plan::Plan(Plan&&) noexcept = default;
 Plan& Plan::operator=(Plan&&) noexcept = default;
 
-Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count, Plan* plan) {
+Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count,
+                  Plan* plan) {
   if (!in_enum(static_cast<int>(optimizer), 5)) {
     return Status::invalid_argument("optimizer = " + std::to_string(static_cast<int>(optimizer)) +
                                     " is no OptimizerKind; allowed are kAdamW, kAdam, kSgd, kSgdw, kLion");
@@ -282,7 +290,8 @@ const ParameterTensors& Plan::tensor(int64_t index) const { return impl_->tensor
 
 Status Plan::set_gradient(int64_t index, const void* gradient) {
   if (index < 0 || index >= size()) {
-    return Status::invalid_argument("index = " + std::to_string(index) + "; the plan has " + std::to_string(size()) + " tensors");
+    return Status::invalid_argument("index = " + std::to_string(index) + "; the plan has " + std::to_string(size()) +
+                                    " tensors");
   }
   impl_->tensors[static_cast<size_t>(index)].gradient = gradient;
   return Status::ok();
@@ -290,7 +299,8 @@ Status Plan::set_gradient(int64_t index, const void* gradient) {
 
 Status Plan::set_hyper_index(int64_t index, int32_t hyper_index) {
   if (index < 0 || index >= size()) {
-    return Status::invalid_argument("index = " + std::to_string(index) + "; the plan has " + std::to_string(size()) + " tensors");
+    return Status::invalid_argument("index = " + std::to_string(index) + "; the plan has " + std::to_string(size()) +
+                                    " tensors");
   }
   if (hyper_index < 0 || static_cast<size_t>(hyper_index) >= impl_->hypers.size()) {
     return Status::invalid_argument("hyper_index = " + std::to_string(hyper_index) + "; allowed are 0 to " +
@@ -310,7 +320,8 @@ Status Plan::Impl::prepare(const Hyperparameters* given, int64_t count, const St
                                     std::to_string(used - 1));
   }
   if (options.gradient_scale - options.gradient_scale != 0.0f) {
-    return Status::invalid_argument("options.gradient_scale = " + number(static_cast<double>(options.gradient_scale)) + "; must be finite");
+    return Status::invalid_argument("options.gradient_scale = " + number(static_cast<double>(options.gradient_scale)) +
+                                    "; must be finite");
   }
   for (int32_t i = 0; i < used; ++i) {
     const Status status = check_hyperparameters(optimizer, given[i], i);
@@ -334,7 +345,8 @@ Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOption
   impl_->nonfinite.store(0, std::memory_order_relaxed);
   impl_->shares.reset(impl_->first_block.back());
   impl_->for_each_block(
-      options, [](void* impl, int64_t begin, int64_t end) { static_cast<Impl*>(impl)->step_shared(begin, end); }, impl_.get());
+      options, [](void* impl, int64_t begin, int64_t end) { static_cast<Impl*>(impl)->step_shared(begin, end); },
+      impl_.get());
   if (options.nonfinite_gradients != nullptr) {
     *options.nonfinite_gradients += impl_->nonfinite.load(std::memory_order_relaxed);
   }
@@ -384,7 +396,8 @@ void gather(const BlockWalker& walker, const float* from, float* to) {
     const cpu::ElementRun& run = walker.run(r);
     std::copy_n(from + run.first, run.count, to + run.offset);
     // Zeros behind a short group, as in the padded copies.
-    const int padded = (run.count + static_cast<int>(kGroupSize) - 1) / static_cast<int>(kGroupSize) * static_cast<int>(kGroupSize);
+    const int padded =
+        (run.count + static_cast<int>(kGroupSize) - 1) / static_cast<int>(kGroupSize) * static_cast<int>(kGroupSize);
     std::fill(to + run.offset + run.count, to + run.offset + padded, 0.0f);
   }
 }
@@ -398,8 +411,8 @@ void scatter(const BlockWalker& walker, const float* from, float* to) {
 
 }  // namespace
 
-Status weights_tensor(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction, int64_t count,
-                      ParameterTensors* t) {
+Status weights_tensor(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
+                      int64_t count, ParameterTensors* t) {
   t->parameter = const_cast<void*>(parameter);
   t->correction = const_cast<void*>(correction);
   t->layout = {count > 0 ? 1 : 0, count};
@@ -408,8 +421,8 @@ Status weights_tensor(DType dtype, MasterWeights master_weights, const void* par
   return check_tensor(*t, 0, 0);
 }
 
-Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction, float* weights,
-                     int64_t count) {
+Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
+                     float* weights, int64_t count) {
   ParameterTensors t;
   Status status = weights_tensor(dtype, master_weights, parameter, correction, count, &t);
   const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
@@ -455,7 +468,8 @@ Status decode_states(OptimizerKind optimizer, bool has_momentum, const Parameter
   Status status = check_states_tensor(optimizer, has_momentum, &t);
   const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
   if (!status.is_ok()) return status;
-  const cpu::Stage decode = kernels->decode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
+  const cpu::Stage decode =
+      kernels->decode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
   const int states = state_count(optimizer, has_momentum);
   for_each_block(
       t, {false, false, false}, [&](Block& b, const BlockWalker&) { decode(b); },
@@ -465,12 +479,14 @@ Status decode_states(OptimizerKind optimizer, bool has_momentum, const Parameter
   return status;
 }
 
-Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, const float* const* values) {
+Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
+                     const float* const* values) {
   ParameterTensors t = tensor;
   Status status = check_states_tensor(optimizer, has_momentum, &t);
   const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
   if (!status.is_ok()) return status;
-  const cpu::Stage encode = kernels->encode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
+  const cpu::Stage encode =
+      kernels->encode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
   const int states = state_count(optimizer, has_momentum);
   for_each_block(
       t, {false, false, true},

@@ -37,8 +37,8 @@ void store_hyper(const Hyperparameters& p, cpu::HyperStorage* out) {
 
 void make_hyper(RuleKind rule, const Hyperparameters& p, cpu::HyperStorage* hyper) {
   switch (rule) {
-#define FLASHOPTIM_CASE(name)                \
-  case RuleKind::k##name:                    \
+#define FLASHOPTIM_CASE(name) \
+  case RuleKind::k##name:     \
     return store_hyper<core::name>(p, hyper);
     FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
 #undef FLASHOPTIM_CASE

@@ -1,8 +1,8 @@
 // A step's blocks, shared out among threads of different speed.
 //
-// Equal ranges are right for equal threads. On a busy or virtual machine they are not equal: one that was interrupted keeps
-// all others waiting (docs/benchmarks.md). So a thread works through the shares of its own range, piece by piece, and then
-// helps with the others'. It keeps to its own memory as far as possible, for the sake of caches and NUMA.
+// Equal ranges are right for equal threads. On a busy or virtual machine they are not equal: one that was interrupted
+// keeps all others waiting (docs/benchmarks.md). So a thread works through the shares of its own range, piece by piece,
+// and then helps with the others'. It keeps to its own memory as far as possible, for the sake of caches and NUMA.
 #pragma once
 
 #include <algorithm>
@@ -19,12 +19,13 @@ class Shares {
     count_ = count;
     shares_ = std::clamp<int64_t>(count / kSmallestShare, 1, kMostShares);
     piece_ = std::clamp<int64_t>(count / kPieces, kSmallestPiece, kLargestPiece);
-    for (int64_t s = 0; s < shares_; ++s) next_[static_cast<size_t>(s)].item.store(begin_of(s), std::memory_order_relaxed);
+    for (int64_t s = 0; s < shares_; ++s)
+      next_[static_cast<size_t>(s)].item.store(begin_of(s), std::memory_order_relaxed);
   }
 
-  /// Calls body(begin, end, share_end) for pieces begin ... end - 1 of a share that goes on to share_end, until none is left,
-  /// first for those about item `first`. Threads that call it at the same time divide the pieces between them; each item
-  /// is in one piece.
+  /// Calls body(begin, end, share_end) for pieces begin ... end - 1 of a share that goes on to share_end, until none is
+  /// left, first for those about item `first`. Threads that call it at the same time divide the pieces between them;
+  /// each item is in one piece.
   template <class Body>
   void work(int64_t first, Body body) {
     const int64_t own = ((first + 1) * shares_ - 1) / count_;  // the last share that begins at `first` or before

@@ -101,7 +101,9 @@ def main() -> None:
     cpu = processor()
     model = " ".join(cpu.get(k, "") for k in ("Model name", "CPU family", "Model"))
     machine = os.environ.get("MACHINE") or re.sub(
-        r"[^a-z0-9]+", "-", f"{cpu.get('Model name', 'cpu')} family {cpu.get('CPU family', '')} {os.cpu_count()} cores".lower()
+        r"[^a-z0-9]+",
+        "-",
+        f"{cpu.get('Model name', 'cpu')} family {cpu.get('CPU family', '')} {os.cpu_count()} cores".lower(),
     ).strip("-")
     context = files[0]["context"]
     commit = output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
@@ -123,7 +125,11 @@ def main() -> None:
         "",
     ]
     for file in files:
-        lines += [f"## Instruction set {file['context']['isa']}", "", *tables(medians(file["benchmarks"]), bandwidths(file))]
+        lines += [
+            f"## Instruction set {file['context']['isa']}",
+            "",
+            *tables(medians(file["benchmarks"]), bandwidths(file)),
+        ]
     path = ROOT / "benchmarks" / "results" / f"{machine}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))

@@ -44,7 +44,16 @@ def training_row(logs: Path, facts: dict[str, str], copy: float) -> list[list[st
     fits = memory is None or 16 * numel < int(memory[1]) << 20
     share = f"{BYTES * numel / ms / 1e4 / copy:.1f} %"
     reached = "yes" if ms <= TRAINING_AIMS[0] else "no"
-    return [["Llama-3.1-8B's shape, in training", f"{ms:.2f}", share, *map(str, TRAINING_AIMS), "" if fits else "does not fit", reached]]
+    return [
+        [
+            "Llama-3.1-8B's shape, in training",
+            f"{ms:.2f}",
+            share,
+            *map(str, TRAINING_AIMS),
+            "" if fits else "does not fit",
+            reached,
+        ]
+    ]
 
 
 def main() -> None:
@@ -59,10 +68,14 @@ def main() -> None:
     copy = re.search(r"copy (\d+) GB/s", device)
 
     out = [f"# CUDA step: {facts.get('device', 'unknown device').split(',')[0]}", ""]
-    out.append("Made by `tools/gpu_check.sh run DIR` (after `tools/gpu_check.sh build DIR`); reasons and variants are in")
+    out.append(
+        "Made by `tools/gpu_check.sh run DIR` (after `tools/gpu_check.sh build DIR`); reasons and variants are in"
+    )
     out.append("[docs/cuda.md](../../docs/cuda.md), training runs in [h100_memory.md](h100_memory.md).")
     out += ["", f"- {facts.get('device', '')}; {device}"]
-    out.append(f"- commit {facts.get('commit', 'unknown')}, everything from one run: `{facts.get('command', 'tools/gpu_check.sh run DIR')}`; copy")
+    out.append(
+        f"- commit {facts.get('commit', 'unknown')}, everything from one run: `{facts.get('command', 'tools/gpu_check.sh run DIR')}`; copy"
+    )
     out.append(f"  bandwidth in the same run {copy[1] if copy else '?'} GB/s (bytes read and written)")
     out += ["- times are medians by events, the next steps queued behind; wall is a step that is waited for", ""]
     rows = []
@@ -73,17 +86,28 @@ def main() -> None:
         mine = float(ours[8] if is_wall else ours[4])
         other = (theirs[3] if is_wall else theirs[2]) if theirs else ""
         rows.append(
-            [name + (", wall time" if is_wall else ""), f"{mine:.3f}", f"{float(ours[7]) * float(ours[4]) / mine:.1f} %", f"{reach}", f"{aim}", f"{float(other):.2f}" if other else "",
-             "yes" if mine <= reach else "no"]
+            [
+                name + (", wall time" if is_wall else ""),
+                f"{mine:.3f}",
+                f"{float(ours[7]) * float(ours[4]) / mine:.1f} %",
+                f"{reach}",
+                f"{aim}",
+                f"{float(other):.2f}" if other else "",
+                "yes" if mine <= reach else "no",
+            ]
         )
     if copy is not None:
         rows += training_row(logs, facts, float(copy[1]))
-    out += table([f"{USUAL}, ms", "flashoptim", "share of copy", "to reach", "aim", "torch fused fp32", "reached"], rows) + [""]
+    out += table(
+        [f"{USUAL}, ms", "flashoptim", "share of copy", "to reach", "aim", "torch fused fp32", "reached"], rows
+    ) + [""]
     out += ["## Checks", "", "```", *checks, "```", ""]
     out += ["## Every format", ""]
     rows = [[m[1].strip(), m[2].strip(), m[3], m[4], m[6], f"{m[7]} %", m[8], m[9]] for m in steps.values()]
     out += table(["tensors", "format", "M elements", "ms", "GB/s", "of copy", "wall ms", "host us"], rows) + [""]
-    rows = [[m[1].strip(), m[2], m[3], m[4] or "", f"{m[5]} %" if m[5] else ""] for m in map(SMALL.match, benchmark) if m]
+    rows = [
+        [m[1].strip(), m[2], m[3], m[4] or "", f"{m[5]} %" if m[5] else ""] for m in map(SMALL.match, benchmark) if m
+    ]
     out += ["## Beside the step", ""] + table(["tensors", "", "ms", "GB/s", "of copy"], rows) + [""]
     host = read(logs / "host_time_of_step().log")
     if host:

@@ -9,7 +9,7 @@ import statistics
 
 import torch
 
-import flashoptim
+import flashoptim_native
 
 ROWS, COLUMNS = 65536, 4096
 PRODUCTS = 200  # of 8192 x 8192 matrices before every step: about 0.3 s
@@ -35,11 +35,13 @@ def main() -> None:
     param = torch.nn.Parameter((0.02 * torch.randn(ROWS, COLUMNS, device="cuda")).bfloat16())
     dense = (1e-3 * torch.randn(ROWS, COLUMNS, device="cuda")).bfloat16()
     makers = {
-        "FlashAdamW": (lambda: flashoptim.FlashAdamW([param], lr=1e-5), dense),
-        "FlashAdamW, untouched": (lambda: flashoptim.FlashAdamW([param], lr=1e-5), torch.zeros_like(dense)),
+        "FlashAdamW": (lambda: flashoptim_native.FlashAdamW([param], lr=1e-5), dense),
+        "FlashAdamW, untouched": (lambda: flashoptim_native.FlashAdamW([param], lr=1e-5), torch.zeros_like(dense)),
         "torch AdamW fused, bf16": (lambda: torch.optim.AdamW([param], lr=1e-5, fused=True), dense),
     }
-    print(f"{torch.cuda.get_device_name()}, {ROWS * COLUMNS / 1e6:.1f} M parameters\n{'':24}    alone   behind products   ms")
+    print(
+        f"{torch.cuda.get_device_name()}, {ROWS * COLUMNS / 1e6:.1f} M parameters\n{'':24}    alone   behind products   ms"
+    )
     for name, (make, grad) in makers.items():
         param.grad = grad
         optimizer = make()

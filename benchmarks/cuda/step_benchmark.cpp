@@ -51,7 +51,8 @@ std::vector<float> device_times(int count, const std::function<void()>& run) {
   }
   check(cudaDeviceSynchronize(), "timed work");
   std::vector<float> times(static_cast<size_t>(count));
-  for (size_t i = 0; i < times.size(); ++i) check(cudaEventElapsedTime(&times[i], events[i], events[i + 1]), "cudaEventElapsedTime");
+  for (size_t i = 0; i < times.size(); ++i)
+    check(cudaEventElapsedTime(&times[i], events[i], events[i + 1]), "cudaEventElapsedTime");
   for (cudaEvent_t event : events) cudaEventDestroy(event);
   return times;
 }
@@ -63,7 +64,8 @@ double copy_bandwidth() {
   check(cudaMalloc(&from, kBytes), "cudaMalloc");
   check(cudaMalloc(&to, kBytes), "cudaMalloc");
   check(cudaMemset(from, 0x3c, kBytes), "cudaMemset");
-  const auto times = device_times(20, [&] { check(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice), "copy"); });
+  const auto times =
+      device_times(20, [&] { check(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice), "copy"); });
   cudaFree(from);
   cudaFree(to);
   return 2.0 * static_cast<double>(kBytes) / (median(times) * 1e-3) * 1e-9;
@@ -134,8 +136,13 @@ Model one_tensor(int64_t numel) { return {std::to_string(numel >> 20) + "Mi, one
 
 Model llama_layer() {
   Model m{"Llama-3.1-8B layer", {}};
-  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{4096, 4096}, {1024, 4096}, {1024, 4096}, {4096, 4096},
-                                      {14336, 4096}, {14336, 4096}, {4096, 14336}}) {
+  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{4096, 4096},
+                                      {1024, 4096},
+                                      {1024, 4096},
+                                      {4096, 4096},
+                                      {14336, 4096},
+                                      {14336, 4096},
+                                      {4096, 14336}}) {
     m.layouts.push_back({rows, columns});
   }
   m.layouts.push_back({1, 4096});
@@ -153,8 +160,18 @@ Model embedding() {
 Model gpt2() {
   Model m{"GPT-2 124M", {{50257, 768}, {1024, 768}}};
   for (int layer = 0; layer < 12; ++layer) {
-    for (const GroupLayout& l : {GroupLayout{1, 768}, {1, 768}, {768, 2304}, {1, 2304}, {768, 768}, {1, 768}, {1, 768},
-                                 {1, 768}, {768, 3072}, {1, 3072}, {3072, 768}, {1, 768}}) {
+    for (const GroupLayout& l : {GroupLayout{1, 768},
+                                 {1, 768},
+                                 {768, 2304},
+                                 {1, 2304},
+                                 {768, 768},
+                                 {1, 768},
+                                 {1, 768},
+                                 {1, 768},
+                                 {768, 3072},
+                                 {1, 3072},
+                                 {3072, 768},
+                                 {1, 768}}) {
       m.layouts.push_back(l);
     }
   }
@@ -196,14 +213,15 @@ const char* const kOptimizers[] = {"AdamW", "Adam", "SGD", "SGDW", "Lion"};
 class Benchmark {
  public:
   Benchmark(double copy, const char* filter) : copy_(copy), filter_(filter) {
-    std::printf("%-28s %-32s %10s %8s %8s %8s %7s %9s %8s\n", "tensors", "format", "Melements", "ms", "best ms", "GB/s", "of copy",
-                "wall ms", "host us");
+    std::printf("%-28s %-32s %10s %8s %8s %8s %7s %9s %8s\n", "tensors", "format", "Melements", "ms", "best ms", "GB/s",
+                "of copy", "wall ms", "host us");
   }
 
   void run(const Model& model, const Format& f) {
-    const std::string format = std::string(kOptimizers[static_cast<int>(f.optimizer)]) + (f.has_momentum ? "+m " : " ") +
-                               kCodecs[static_cast<int>(f.codec)] + ", " + kDTypes[static_cast<int>(f.parameter)] + " g " +
-                               kDTypes[static_cast<int>(f.gradient)] + ", " + kMasters[static_cast<int>(f.master)];
+    const std::string format = std::string(kOptimizers[static_cast<int>(f.optimizer)]) +
+                               (f.has_momentum ? "+m " : " ") + kCodecs[static_cast<int>(f.codec)] + ", " +
+                               kDTypes[static_cast<int>(f.parameter)] + " g " + kDTypes[static_cast<int>(f.gradient)] +
+                               ", " + kMasters[static_cast<int>(f.master)];
     if (filter_ != nullptr && (model.name + " " + format).find(filter_) == std::string::npos) return;
     const int states = state_count(f.optimizer, f.has_momentum);
     std::vector<ParameterTensors> tensors;
@@ -231,7 +249,8 @@ class Benchmark {
       tensors.push_back(t);
     }
     cuda::Plan plan;
-    check(cuda::Plan::make(f.optimizer, f.has_momentum, tensors.data(), static_cast<int64_t>(tensors.size()), 0, &plan));
+    check(
+        cuda::Plan::make(f.optimizer, f.has_momentum, tensors.data(), static_cast<int64_t>(tensors.size()), 0, &plan));
     Hyperparameters hyper;
     hyper.lr = 1e-4;
     hyper.weight_decay = 0.01;
@@ -258,8 +277,8 @@ class Benchmark {
     std::printf("%-28s %-32s %10.1f %8.4f %8.4f %8.0f %6.1f%% %9.4f %8.1f\n", model.name.c_str(), format.c_str(),
                 static_cast<double>(elements) * 1e-6, ms, best, rate, 100.0 * rate / copy_, median(wall), median(host));
     std::fflush(stdout);
-    if (f.codec == StateCodec::kDefault && f.optimizer == OptimizerKind::kAdamW && f.master == MasterWeights::kCorrection8 &&
-        f.parameter == DType::kBFloat16 && f.gradient == DType::kBFloat16) {
+    if (f.codec == StateCodec::kDefault && f.optimizer == OptimizerKind::kAdamW &&
+        f.master == MasterWeights::kCorrection8 && f.parameter == DType::kBFloat16 && f.gradient == DType::kBFloat16) {
       run_norm(model, plan, elements * dtype_bytes(f.gradient));
       run_inspect(model, plan, hyper);
     }
@@ -271,7 +290,8 @@ class Benchmark {
     const int64_t row_bytes = t.layout.row_size * dtype_bytes(t.gradient_dtype);
     auto* gradient = static_cast<unsigned char*>(const_cast<void*>(t.gradient));
     for (int64_t row = 0; row < t.layout.rows && touched_every > 1; ++row) {
-      if (row % touched_every != 0) check(cudaMemsetAsync(gradient + row * row_bytes, 0, static_cast<size_t>(row_bytes)), "cudaMemset");
+      if (row % touched_every != 0)
+        check(cudaMemsetAsync(gradient + row * row_bytes, 0, static_cast<size_t>(row_bytes)), "cudaMemset");
     }
   }
 
@@ -281,14 +301,17 @@ class Benchmark {
     options.max_norm = 1.0f;
     const auto times = device_times(20, [&] { check(plan.gradient_norm(options, result)); });
     const double ms = median(times), rate = static_cast<double>(bytes) / (ms * 1e-3) * 1e-9;
-    std::printf("%-28s %-32s %10s %8.4f %8s %8.0f %6.1f%%\n", model.name.c_str(), "  gradient norm", "", ms, "", rate, 100.0 * rate / copy_);
+    std::printf("%-28s %-32s %10s %8.4f %8s %8.0f %6.1f%%\n", model.name.c_str(), "  gradient norm", "", ms, "", rate,
+                100.0 * rate / copy_);
   }
 
   void run_inspect(const Model& model, cuda::Plan& plan, const Hyperparameters& hyper) {
-    auto* telemetry = static_cast<StepTelemetry*>(memory_.zeros(plan.size() * static_cast<int64_t>(sizeof(StepTelemetry))));
+    auto* telemetry =
+        static_cast<StepTelemetry*>(memory_.zeros(plan.size() * static_cast<int64_t>(sizeof(StepTelemetry))));
     for (const int64_t stride : {1, 64}) {
       const auto times = device_times(10, [&] { check(plan.inspect(&hyper, 1, {}, {stride}, telemetry)); });
-      std::printf("%-28s %-32s %10s %8.4f\n", model.name.c_str(), ("  inspect, stride " + std::to_string(stride)).c_str(), "", median(times));
+      std::printf("%-28s %-32s %10s %8.4f\n", model.name.c_str(),
+                  ("  inspect, stride " + std::to_string(stride)).c_str(), "", median(times));
     }
   }
 
@@ -305,9 +328,13 @@ const Model& large() {
 /// Every optimizer and codec, bf16 with 24 bits.
 void run_optimizers(Benchmark& benchmark) {
   for (const StateCodec codec : {StateCodec::kDefault, StateCodec::kPaper, StateCodec::kFloat32}) {
-    for (const auto& [optimizer, momentum] :
-         {std::pair<OptimizerKind, bool>{OptimizerKind::kAdamW, false}, {OptimizerKind::kAdam, false}, {OptimizerKind::kLion, false},
-          {OptimizerKind::kSgd, true}, {OptimizerKind::kSgdw, true}, {OptimizerKind::kSgd, false}, {OptimizerKind::kSgdw, false}}) {
+    for (const auto& [optimizer, momentum] : {std::pair<OptimizerKind, bool>{OptimizerKind::kAdamW, false},
+                                              {OptimizerKind::kAdam, false},
+                                              {OptimizerKind::kLion, false},
+                                              {OptimizerKind::kSgd, true},
+                                              {OptimizerKind::kSgdw, true},
+                                              {OptimizerKind::kSgd, false},
+                                              {OptimizerKind::kSgdw, false}}) {
       if (state_count(optimizer, momentum) == 0 && codec != StateCodec::kFloat32) continue;
       Format f;
       f.optimizer = optimizer;
@@ -348,8 +375,8 @@ int main(int argc, char** argv) {
   int driver = 0;
   cudaDriverGetVersion(&driver);
   const double copy = copy_bandwidth();
-  std::printf("%s, %d multiprocessors, CUDA driver %d.%d, copy %.0f GB/s\n", properties.name, properties.multiProcessorCount,
-              driver / 1000, driver % 1000 / 10, copy);
+  std::printf("%s, %d multiprocessors, CUDA driver %d.%d, copy %.0f GB/s\n", properties.name,
+              properties.multiProcessorCount, driver / 1000, driver % 1000 / 10, copy);
   Benchmark benchmark(copy, argc > 1 ? argv[1] : nullptr);
   const Format adamw;
   benchmark.run(one_tensor(int64_t{1} << 28), adamw);

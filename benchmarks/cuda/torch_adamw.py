@@ -12,7 +12,20 @@ import torch
 
 
 def gpt2() -> list[tuple[int, ...]]:
-    layer = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
+    layer = [
+        (768,),
+        (768,),
+        (768, 2304),
+        (2304,),
+        (768, 768),
+        (768,),
+        (768,),
+        (768,),
+        (768, 3072),
+        (3072,),
+        (3072, 768),
+        (768,),
+    ]
     return [(50257, 768), (1024, 768), *(12 * layer), (768,), (768,)]
 
 
@@ -71,7 +84,9 @@ def main() -> None:
             torch.cuda.synchronize()
             wall.append(1e3 * (time.perf_counter() - start))
         count = sum(param.numel() for param in params)
-        print(f"{name:28} {'torch AdamW fused, fp32':32} {count / 1e6:10.1f} {ms:8.4f} {min(wall):8.4f} {statistics.median(wall):9.4f}")
+        print(
+            f"{name:28} {'torch AdamW fused, fp32':32} {count / 1e6:10.1f} {ms:8.4f} {min(wall):8.4f} {statistics.median(wall):9.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A picture per case of flashoptim_fidelity's JSON: error over time, and distribution of update / exact update.
 
-    flashoptim_fidelity --out result.json
-    python plot.py result.json pictures/ [--optimizer adamw] [--case spread] [--codec default,paper]
+flashoptim_fidelity --out result.json
+python plot.py result.json pictures/ [--optimizer adamw] [--case spread] [--codec default,paper]
 """
 
 import argparse
@@ -86,8 +86,9 @@ def main() -> None:
             codecs = [c for c in codecs if c in arguments.codec.split(",")]
         for case in report["cases"]:
             if arguments.case in case["name"]:
-                plot_case(arguments.folder / f"{optimizer}.{case['name']}.png", optimizer, case, codecs,
-                          result["ratio_bins"])
+                plot_case(
+                    arguments.folder / f"{optimizer}.{case['name']}.png", optimizer, case, codecs, result["ratio_bins"]
+                )
                 count += 1
     print(f"{count} pictures in {arguments.folder}")
 

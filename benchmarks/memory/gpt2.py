@@ -31,7 +31,7 @@ from common import (
 from torch import nn
 from torch.nn import functional as F
 
-import flashoptim
+import flashoptim_native
 
 sys.path.insert(0, str(ROOT / "examples" / "train_gpt"))
 from topics_text import joined_topics
@@ -129,9 +129,9 @@ def make_training(args: argparse.Namespace, variant: str, shape: dict, device: t
         model = model.to(device, torch.float32)
         return model, torch.optim.AdamW(decay_groups(model), lr=LR, fused=True, **ADAMW)
     model = model.to(device)
-    optimizer = flashoptim.FlashAdamW(decay_groups(model), lr=LR, **ADAMW)
+    optimizer = flashoptim_native.FlashAdamW(decay_groups(model), lr=LR, **ADAMW)
     if variant == "flash-release":
-        flashoptim.enable_gradient_release(model, optimizer)
+        flashoptim_native.enable_gradient_release(model, optimizer)
     return model, optimizer
 
 

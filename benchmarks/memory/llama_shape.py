@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import flashoptim
+import flashoptim_native
 
 NAME = "llama_shape"
 FULL = {"layers": 32, "dim": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 128256, "tokens": 2048}
@@ -123,7 +123,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     if args.optimizer != "flash":
         return torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
     weights = {"master_weight_bits": None, "stochastic_rounding": True} if args.no_correction else {}
-    return flashoptim.FlashAdamW(model.parameters(), state_codec=args.state_codec, **weights, **ADAMW)
+    return flashoptim_native.FlashAdamW(model.parameters(), state_codec=args.state_codec, **weights, **ADAMW)
 
 
 def variant_of(args: argparse.Namespace) -> str:
@@ -140,7 +140,7 @@ def measure(args: argparse.Namespace, shape: dict, start: float) -> dict:
     model = make_model(shape, device, torch.float32 if is_mixed else torch.bfloat16, args.seed)
     optimizer = make_optimizer(args, model)
     if args.gradient_release:
-        flashoptim.enable_gradient_release(model, optimizer)
+        flashoptim_native.enable_gradient_release(model, optimizer)
     count = sum(p.numel() for p in model.parameters())
     say(NAME, start, f"{variant_of(args)}: {count / 1e9:.3f} G parameters on {args.device}")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import flashoptim
+import flashoptim_native
 
 BATCH = 64
 WARMUP = 0.05  # share of the steps
@@ -116,7 +116,7 @@ def make_model(seed: int, variant: str, device: str) -> ResNet:
     model = ResNet().to(device)
     if VARIANTS[variant] is None:
         return model
-    return flashoptim.cast_model(model, torch.bfloat16)  # batch norms stay in fp32
+    return flashoptim_native.cast_model(model, torch.bfloat16)  # batch norms stay in fp32
 
 
 def make_optimizer(model: nn.Module, optimizer: str, variant: str, seed: int, min_quantized_numel: int):
@@ -129,7 +129,11 @@ def make_optimizer(model: nn.Module, optimizer: str, variant: str, seed: int, mi
     ]
     if VARIANTS[variant] is None:
         return {"sgd": torch.optim.SGD, "lion": Lion, "adamw": torch.optim.AdamW}[optimizer](groups, **options)
-    flash = {"sgd": flashoptim.FlashSGD, "lion": flashoptim.FlashLion, "adamw": flashoptim.FlashAdamW}[optimizer]
+    flash = {
+        "sgd": flashoptim_native.FlashSGD,
+        "lion": flashoptim_native.FlashLion,
+        "adamw": flashoptim_native.FlashAdamW,
+    }[optimizer]
     return flash(groups, **options, **VARIANTS[variant], seed=seed, min_quantized_numel=min_quantized_numel)
 
 
@@ -189,7 +193,7 @@ def run_job(job: dict) -> dict:
     config = job["config"]
     torch.set_num_threads(config["threads"])
     machine = runs.machine(config["device"], config["threads"], ("python", "benchmarks/real_models/digits.py"))
-    facts = {"isa": flashoptim.cpu_isa(), "scikit-learn": importlib.metadata.version("scikit-learn")}
+    facts = {"isa": flashoptim_native.cpu_isa(), "scikit-learn": importlib.metadata.version("scikit-learn")}
     start = time.monotonic()
     result = train(
         job["optimizer"], job["variant"], job["seed"], config["epochs"], config["device"], config["min_quantized_numel"]

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
-import flashoptim
+import flashoptim_native
 import torch
 
 
@@ -30,8 +30,10 @@ def steps(numel: int) -> dict[str, Callable[[], object]]:
     return {
         "torch fused fp32": torch.optim.AdamW([parameter(torch.float32)], fused=True, **options).step,
         "torch fused bf16": torch.optim.AdamW([parameter(narrow)], fused=True, **options).step,
-        "flashoptim default 24 bit": flashoptim.FlashAdamW([parameter(narrow)], **options).step,
-        "flashoptim paper 24 bit": flashoptim.FlashAdamW([parameter(narrow)], state_codec="paper", **options).step,
+        "flashoptim default 24 bit": flashoptim_native.FlashAdamW([parameter(narrow)], **options).step,
+        "flashoptim paper 24 bit": flashoptim_native.FlashAdamW(
+            [parameter(narrow)], state_codec="paper", **options
+        ).step,
         "copy": lambda: target.copy_(source),
     }
 
@@ -58,13 +60,18 @@ def main() -> None:
         print(f"turn {turn + 1} of {args.turns + 3}", end="\r", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     copy = 8 * args.numel / min(times["copy"]) / 1e6
-    print(f"{args.numel} elements, {torch.get_num_threads()} threads, {flashoptim.cpu_isa()}, copy {copy:.1f} GB/s, ", end="")
+    print(
+        f"{args.numel} elements, {torch.get_num_threads()} threads, {flashoptim_native.cpu_isa()}, copy {copy:.1f} GB/s, ",
+        end="",
+    )
     print(f"torch {torch.__version__}")
     reference = times["torch fused fp32"]
     print(f"{'step':28s} {'least ms':>9s} {'median ms':>10s} {'speed-up: least':>16s} {'median':>7s}")
     for name, values in times.items():
         least, median = min(values), statistics.median(values)
-        speed_ups = f"{min(reference) / least:16.2f} {statistics.median(reference) / median:7.2f}" if name != "copy" else ""
+        speed_ups = (
+            f"{min(reference) / least:16.2f} {statistics.median(reference) / median:7.2f}" if name != "copy" else ""
+        )
         print(f"{name:28s} {least:9.4g} {median:10.4g} {speed_ups}")
 
 

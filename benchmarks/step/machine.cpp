@@ -20,9 +20,7 @@
 namespace flashoptim::benchmarks {
 namespace {
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 FLASHOPTIM_STREAM void scale_in_place(float* a, int64_t count) {
   for (int64_t i = 0; i < count; ++i) a[i] = a[i] * 0.999f + 1e-3f;
@@ -97,9 +95,10 @@ double read_modify_write_bandwidth(int threads) {
   const double updated = 3 * bytes / best_time(threads, kCount, [&](int64_t begin, int64_t end) {
                            update(array[0] + begin, array[1] + begin, end - begin);
                          });
-  const double three = 7 * bytes / best_time(threads, kCount, [&](int64_t begin, int64_t end) {
-                         update_three(array[0] + begin, array[1] + begin, array[2] + begin, array[3] + begin, end - begin);
-                       });
+  const double three =
+      7 * bytes / best_time(threads, kCount, [&](int64_t begin, int64_t end) {
+        update_three(array[0] + begin, array[1] + begin, array[2] + begin, array[3] + begin, end - begin);
+      });
   const double copy = 2 * bytes / best_time(threads, kCount, [&](int64_t begin, int64_t end) {
                         std::memcpy(array[0] + begin, array[1] + begin, static_cast<size_t>(4 * (end - begin)));
                       });

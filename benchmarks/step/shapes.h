@@ -94,9 +94,21 @@ struct ShapeCount {
   constexpr bool operator==(const ShapeCount&) const = default;
 };
 
-static_assert([] { ShapeCount n; resnet50([&n](const Shape& s) { n(s); }); return n; }() == ShapeCount{161, 25557032});
-static_assert([] { ShapeCount n; gpt2([&n](const Shape& s) { n(s); }); return n; }() == ShapeCount{148, 124439808});
-static_assert([] { ShapeCount n; llama_layer([&n](const Shape& s) { n(s); }); return n; }() == ShapeCount{9, 218112000});
+static_assert([] {
+  ShapeCount n;
+  resnet50([&n](const Shape& s) { n(s); });
+  return n;
+}() == ShapeCount{161, 25557032});
+static_assert([] {
+  ShapeCount n;
+  gpt2([&n](const Shape& s) { n(s); });
+  return n;
+}() == ShapeCount{148, 124439808});
+static_assert([] {
+  ShapeCount n;
+  llama_layer([&n](const Shape& s) { n(s); });
+  return n;
+}() == ShapeCount{9, 218112000});
 
 /// A named list of tensors to step.
 struct Workload {

@@ -4,13 +4,13 @@
 //
 // Names read  step/<optimizer>/<states>/<parameter>/<master weights>/<workload>/threads:<n>/<instruction set>, e.g.
 //   --benchmark_filter='adamw/default/bf16/24bit/n:67108864'
-// and  inspect/<optimizer>/<states>/<parameter>/<master weights>/stride:<n>/<workload>/...  for telemetry beside a step.
-// Without --full, a subset that takes a few minutes is registered; with it, every optimizer, codec, dtype and width at
-// every size. To compare, let repetitions of all benchmarks take turns, and look at medians:
+// and  inspect/<optimizer>/<states>/<parameter>/<master weights>/stride:<n>/<workload>/...  for telemetry beside a
+// step. Without --full, a subset that takes a few minutes is registered; with it, every optimizer, codec, dtype and
+// width at every size. To compare, let repetitions of all benchmarks take turns, and look at medians:
 //   --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
-// Counters: ns (per element), held_B and moved_B (bytes per parameter), GB_per_s, cycles (per element and core, with the
-// clock measured right before and after), of_rmw (share of the read-modify-write bandwidth measured at the start; the
-// benchmarks rmw/threads:<n> measure it again in between).
+// Counters: ns (per element), held_B and moved_B (bytes per parameter), GB_per_s, cycles (per element and core, with
+// the clock measured right before and after), of_rmw (share of the read-modify-write bandwidth measured at the start;
+// the benchmarks rmw/threads:<n> measure it again in between).
 #include <benchmark/benchmark.h>
 #include <omp.h>
 
@@ -132,7 +132,9 @@ struct Ours {
     const int states = state_count(c.optimizer.kind, c.optimizer.momentum != 0);
     std::vector<ParameterTensors> tensors;
     Arena& arena = Arena::instance();
-    const auto zeros = [&arena](int64_t bytes) { return std::memset(arena.take(bytes), 0, static_cast<size_t>(bytes)); };
+    const auto zeros = [&arena](int64_t bytes) {
+      return std::memset(arena.take(bytes), 0, static_cast<size_t>(bytes));
+    };
     for (const Shape& shape : workload.shapes) {
       ParameterTensors t;
       t.layout = group_layout(shape.data(), dimensions(shape));
@@ -217,24 +219,31 @@ struct Registered {
 template <class Run>
 void add(Registered& registered, const std::string& name, const Workload& workload, int64_t arena_bytes, Run run) {
   if (arena_bytes > registered.memory_limit || !registered.names.insert(name).second) return;
-  benchmark::RegisterBenchmark(name.c_str(), [run, arena_bytes](benchmark::State& state) {
-    Arena::instance().reserve(arena_bytes);
-    run(state);
-  })->UseManualTime()->Unit(workload.numel() < (1 << 20) ? benchmark::kMicrosecond : benchmark::kMillisecond);
+  benchmark::RegisterBenchmark(name.c_str(),
+                               [run, arena_bytes](benchmark::State& state) {
+                                 Arena::instance().reserve(arena_bytes);
+                                 run(state);
+                               })
+      ->UseManualTime()
+      ->Unit(workload.numel() < (1 << 20) ? benchmark::kMicrosecond : benchmark::kMillisecond);
 }
 
 /// The bandwidth again, in turn with the steps: what the table divides by is the best of all.
 void add_bandwidth(int threads) {
   const std::string name = "rmw/threads:" + std::to_string(threads);
-  benchmark::RegisterBenchmark(name.c_str(), [threads](benchmark::State& state) {
-    double measured = 0;
-    for ([[maybe_unused]] auto _ : state) {
-      const double start = omp_get_wtime();
-      measured = read_modify_write_bandwidth(threads);
-      state.SetIterationTime(omp_get_wtime() - start);
-    }
-    state.counters["GB_per_s"] = 1e-9 * measured;
-  })->UseManualTime()->Iterations(1)->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark(name.c_str(),
+                               [threads](benchmark::State& state) {
+                                 double measured = 0;
+                                 for ([[maybe_unused]] auto _ : state) {
+                                   const double start = omp_get_wtime();
+                                   measured = read_modify_write_bandwidth(threads);
+                                   state.SetIterationTime(omp_get_wtime() - start);
+                                 }
+                                 state.counters["GB_per_s"] = 1e-9 * measured;
+                               })
+      ->UseManualTime()
+      ->Iterations(1)
+      ->Unit(benchmark::kMillisecond);
 }
 
 /// The library runs small plans on one thread: more would only be divided by, not used.
@@ -270,22 +279,23 @@ void add_ours(Registered& registered, const Case& c, const Workload& workload, i
 void add_inspect(Registered& registered, const Case& c, const Workload& workload, int threads, int64_t stride) {
   const char* isa = "";
   check(cpu_isa(&isa));
-  const std::string name = std::string("inspect/") + c.optimizer.name + "/" + c.codec.name + "/" + c.parameter.name + "/" +
-                           c.master.name + "/stride:" + std::to_string(stride) + "/" + workload.name +
+  const std::string name = std::string("inspect/") + c.optimizer.name + "/" + c.codec.name + "/" + c.parameter.name +
+                           "/" + c.master.name + "/stride:" + std::to_string(stride) + "/" + workload.name +
                            "/threads:" + std::to_string(threads) + "/" + isa;
   if (!worth_threads(workload, threads)) return;
-  add(registered, name, workload, Ours::arena_bytes(c, workload), [c, workload, threads, stride](benchmark::State& state) {
-    omp_set_num_threads(threads);
-    Ours ours(c, workload);
-    Hyperparameters hyper = hyperparameters(c, 1);
-    check(ours.plan.step(&hyper, 1));
-    std::vector<StepTelemetry> telemetry(workload.shapes.size());
-    const double held = static_cast<double>(ours.held);
-    measure(state, threads, workload.numel(), held, held / static_cast<double>(stride), [&] {
-      ++hyper.step;
-      check(ours.plan.inspect(&hyper, 1, {}, {stride}, telemetry.data()));
-    });
-  });
+  add(registered, name, workload, Ours::arena_bytes(c, workload),
+      [c, workload, threads, stride](benchmark::State& state) {
+        omp_set_num_threads(threads);
+        Ours ours(c, workload);
+        Hyperparameters hyper = hyperparameters(c, 1);
+        check(ours.plan.step(&hyper, 1));
+        std::vector<StepTelemetry> telemetry(workload.shapes.size());
+        const double held = static_cast<double>(ours.held);
+        measure(state, threads, workload.numel(), held, held / static_cast<double>(stride), [&] {
+          ++hyper.step;
+          check(ours.plan.inspect(&hyper, 1, {}, {stride}, telemetry.data()));
+        });
+      });
 }
 
 void add_torch([[maybe_unused]] Registered& registered, [[maybe_unused]] const Workload& workload,
@@ -295,7 +305,8 @@ void add_torch([[maybe_unused]] Registered& registered, [[maybe_unused]] const W
                                                           {"fused/bf16", TorchKind::kFusedBFloat16},
                                                           {"foreach/fp32", TorchKind::kForeach}};
   for (const auto& [kind_name, kind] : kKinds) {
-    const std::string name = std::string("torch/adamw/") + kind_name + "/" + workload.name + "/threads:" + std::to_string(threads);
+    const std::string name =
+        std::string("torch/adamw/") + kind_name + "/" + workload.name + "/threads:" + std::to_string(threads);
     const double held = static_cast<double>(torch_bytes_held(kind) * workload.numel());
     const int64_t bytes = static_cast<int64_t>(held) + static_cast<int64_t>(workload.shapes.size()) * 4 * 64;
     if (!worth_threads(workload, threads)) return;
@@ -310,9 +321,7 @@ void add_torch([[maybe_unused]] Registered& registered, [[maybe_unused]] const W
 #endif
 }
 
-bool is_valid(const Case& c) {
-  return c.parameter.dtype != DType::kFloat32 || c.master.kind == MasterWeights::kNone;
-}
+bool is_valid(const Case& c) { return c.parameter.dtype != DType::kFloat32 || c.master.kind == MasterWeights::kNone; }
 
 void add_full(Registered& registered, const std::vector<int>& threads) {
   std::vector<Workload> workloads;
@@ -341,7 +350,8 @@ void add_subset(Registered& registered, const std::vector<int>& threads) {
   for (int t : threads) {
     add_torch(registered, large, t);
     for (const Codec& codec : kCodecs) add_ours(registered, {kAdamW, codec, kParameters[0], k24Bit}, large, t);
-    for (int64_t stride : {1, 64}) add_inspect(registered, {kAdamW, kCodecs[0], kParameters[0], k24Bit}, large, t, stride);
+    for (int64_t stride : {1, 64})
+      add_inspect(registered, {kAdamW, kCodecs[0], kParameters[0], k24Bit}, large, t, stride);
   }
   for (const Optimizer& optimizer : kOptimizers)
     for (int codec : {0, 1}) add_ours(registered, {optimizer, kCodecs[codec], kParameters[0], k24Bit}, large, all);

@@ -35,8 +35,8 @@ int main() {
   if (status.is_ok()) status = plan.step(&hyper, 1);
   std::vector<float> weights(numel);
   if (status.is_ok()) {
-    status = flashoptim::merge_weights(tensor.parameter_dtype, tensor.master_weights, parameter.data(), correction.data(),
-                                       weights.data(), layout.numel());
+    status = flashoptim::merge_weights(tensor.parameter_dtype, tensor.master_weights, parameter.data(),
+                                       correction.data(), weights.data(), layout.numel());
   }
   if (!status.is_ok()) {
     std::fprintf(stderr, "%s\n", status.message().c_str());

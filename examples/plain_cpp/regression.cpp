@@ -55,8 +55,8 @@ struct Tensor {
     gradient.resize(numel);
     correction.resize(numel);
     gradient_sum.resize(numel);
-    check(flashoptim::split_weights(flashoptim::DType::kBFloat16, flashoptim::MasterWeights::kCorrection8, values.data(),
-                                    parameter.data(), correction.data(), layout.numel()));
+    check(flashoptim::split_weights(flashoptim::DType::kBFloat16, flashoptim::MasterWeights::kCorrection8,
+                                    values.data(), parameter.data(), correction.data(), layout.numel()));
     for (int k = 0; k < 2; ++k) {
       // Zero bytes are zero states in every codec.
       states[k].resize(codec == flashoptim::StateCodec::kFloat32 ? 4 * numel : numel);
@@ -117,8 +117,10 @@ struct Network {
   float hidden[kHidden];
 
   explicit Network(std::mt19937& random)
-      : w1({kHidden, kInputs}, 1 / std::sqrt(double{kInputs}), random), b1({kHidden}, 0.1, random),
-        w2({1, kHidden}, 1 / std::sqrt(double{kHidden}), random), b2({1}, 0.0, random) {}
+      : w1({kHidden, kInputs}, 1 / std::sqrt(double{kInputs}), random),
+        b1({kHidden}, 0.1, random),
+        w2({1, kHidden}, 1 / std::sqrt(double{kHidden}), random),
+        b2({1}, 0.0, random) {}
 
   float forward(const Row& row) {
     float y = widen(b2.parameter[0]);
@@ -202,10 +204,14 @@ int main(int argc, char** argv) {
   }
 
   const double last = mean_square_error(network, test);
-  const auto per_parameter = [](size_t total, size_t count) { return static_cast<double>(total) / static_cast<double>(count); };
-  std::printf("bytes per parameter, gradient and states included: %.3f in %zu parameters with 8-bit states, %.3f over all "
-              "(fp32 AdamW: 16)\n", per_parameter(network.w1.bytes(), network.w1.parameter.size()),
-              network.w1.parameter.size(), per_parameter(bytes, numel));
+  const auto per_parameter = [](size_t total, size_t count) {
+    return static_cast<double>(total) / static_cast<double>(count);
+  };
+  std::printf(
+      "bytes per parameter, gradient and states included: %.3f in %zu parameters with 8-bit states, %.3f over all "
+      "(fp32 AdamW: 16)\n",
+      per_parameter(network.w1.bytes(), network.w1.parameter.size()), network.w1.parameter.size(),
+      per_parameter(bytes, numel));
   std::printf("test loss %.5f -> %.5f\n", first, last);
   // With the default number of steps the network must have learned what a constant cannot say.
   return last < (argc > 1 ? first : 0.1 * first) ? 0 : 1;

@@ -1,6 +1,7 @@
 // Trains a small linear regression in plain CUDA: bf16 weights with 8-bit corrections and 8-bit states, no framework.
 //
-//   cmake -B build -DFLASHOPTIM_CUDA=ON && cmake --build build --target plain_cuda && build/examples/plain_cuda/plain_cuda
+//   cmake -B build -DFLASHOPTIM_CUDA=ON && cmake --build build --target plain_cuda &&
+//   build/examples/plain_cuda/plain_cuda
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -16,12 +17,14 @@ namespace {
 constexpr int kInputs = 512, kOutputs = 64, kBatch = 1024;
 
 /// One block per sample and 64 outputs: prediction, error, and the error's contribution to the gradient (fp32, summed).
-__global__ void forward_backward(const float* x, const float* y, const __nv_bfloat16* w, float* gradient, double* loss) {
+__global__ void forward_backward(const float* x, const float* y, const __nv_bfloat16* w, float* gradient,
+                                 double* loss) {
   const int sample = blockIdx.x, output = threadIdx.x;
   float prediction = 0.0f;
   for (int i = 0; i < kInputs; ++i) prediction += __bfloat162float(w[output * kInputs + i]) * x[sample * kInputs + i];
   const float error = prediction - y[sample * kOutputs + output];
-  for (int i = 0; i < kInputs; ++i) atomicAdd(&gradient[output * kInputs + i], 2.0f / kBatch * error * x[sample * kInputs + i]);
+  for (int i = 0; i < kInputs; ++i)
+    atomicAdd(&gradient[output * kInputs + i], 2.0f / kBatch * error * x[sample * kInputs + i]);
   atomicAdd(loss, static_cast<double>(error) * error / (kBatch * kOutputs));
 }
 
@@ -67,7 +70,9 @@ int main() {
   for (float& v : x) v = normal(random);
   for (int s = 0; s < kBatch; ++s) {
     for (int o = 0; o < kOutputs; ++o) {
-      for (int i = 0; i < kInputs; ++i) y[static_cast<size_t>(s * kOutputs + o)] += hidden[static_cast<size_t>(o * kInputs + i)] * x[static_cast<size_t>(s * kInputs + i)];
+      for (int i = 0; i < kInputs; ++i)
+        y[static_cast<size_t>(s * kOutputs + o)] +=
+            hidden[static_cast<size_t>(o * kInputs + i)] * x[static_cast<size_t>(s * kInputs + i)];
     }
   }
   const float *device_x = upload(x), *device_y = upload(y);
@@ -101,7 +106,8 @@ int main() {
   for (int step = 1; step <= 300; ++step) {
     check(cudaMemsetAsync(sum, 0, kCount * sizeof(float), stream));
     check(cudaMemsetAsync(loss, 0, sizeof(double), stream));
-    forward_backward<<<kBatch, kOutputs, 0, stream>>>(device_x, device_y, static_cast<__nv_bfloat16*>(t.parameter), sum, loss);
+    forward_backward<<<kBatch, kOutputs, 0, stream>>>(device_x, device_y, static_cast<__nv_bfloat16*>(t.parameter), sum,
+                                                      loss);
     narrow<<<(kCount + 255) / 256, 256, 0, stream>>>(sum, gradient, kCount);
     check(cudaGetLastError());
 

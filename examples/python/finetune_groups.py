@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from flashoptim import FlashAdamW, cast_model
+from flashoptim_native import FlashAdamW, cast_model
 
 torch.manual_seed(0)
 

@@ -3,6 +3,7 @@
 
 usage: compare.py RUN_DIR RUN_DIR
 """
+
 import json
 import sys
 from pathlib import Path
@@ -61,9 +62,11 @@ def main() -> None:
         ratio = f"{left / right:>9.3f}x" if right else ""
         print(f"{label:<{width}}{form.format(left):>{columns}}{form.format(right):>{columns}}{ratio}")
     difference = abs(first["val_loss"] - second["val_loss"]) / second["val_loss"]
-    print(f"\nvalidation losses differ by {difference:.2%}; "
-          f"the first run holds {first['memory']['bytes_per_parameter'] / second['memory']['bytes_per_parameter']:.0%} "
-          f"of the second's bytes")
+    print(
+        f"\nvalidation losses differ by {difference:.2%}; "
+        f"the first run holds {first['memory']['bytes_per_parameter'] / second['memory']['bytes_per_parameter']:.0%} "
+        f"of the second's bytes"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ void note_signal(int signal) { noted_signal = signal; }
 }  // namespace
 
 void install_interrupt_handlers() {
-  struct sigaction action{};
+  struct sigaction action {};
   action.sa_handler = note_signal;
   // RESETHAND: whoever presses Ctrl-C twice does not want to wait for the step and the checkpoint.
   action.sa_flags = static_cast<int>(SA_RESETHAND) | SA_RESTART;

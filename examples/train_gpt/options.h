@@ -48,8 +48,8 @@ struct RunOptions {
   bool overwrite = false;
   std::int64_t eval_every = 200;
   std::int64_t eval_windows = 512;  // 0: all
-  std::int64_t save_every = 0;  // 0: only at the end and when interrupted
-  std::int64_t stop_after = 0;  // 0: never
+  std::int64_t save_every = 0;      // 0: only at the end and when interrupted
+  std::int64_t stop_after = 0;      // 0: never
   std::int64_t sample = 300;
 };
 

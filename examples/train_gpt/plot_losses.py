@@ -3,6 +3,7 @@
 
 usage: plot_losses.py RUN_DIR RUN_DIR PNG
 """
+
 import json
 import sys
 from pathlib import Path
@@ -39,14 +40,30 @@ def plot(runs: list, path: Path) -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(figsize=(8.5, 5), constrained_layout=True)
     axes.axhline(runs[0]["unigram"], color="#888888", linewidth=1, linestyle=(0, (4, 4)))
-    axes.annotate("unigram model", (0.99, runs[0]["unigram"]), xycoords=("axes fraction", "data"),
-                  xytext=(0, 4), textcoords="offset points", ha="right", color="#666666", fontsize=10)
+    axes.annotate(
+        "unigram model",
+        (0.99, runs[0]["unigram"]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        color="#666666",
+        fontsize=10,
+    )
     # The second run is drawn thinner and on top: where the curves agree, both stay visible.
     for run, color, width in zip(runs, COLORS, (3.6, 1.4)):
         label = f"{run['name']}  ({run['bytes']:.2f} bytes a parameter)"
         axes.plot(run["steps"], run["smooth"], color=color, linewidth=width, alpha=0.9, label=label)
-        axes.plot(run["val_steps"], run["val"], color=color, linewidth=0, marker="o", markersize=width + 3,
-                  markeredgecolor="white", markeredgewidth=0.7)
+        axes.plot(
+            run["val_steps"],
+            run["val"],
+            color=color,
+            linewidth=0,
+            marker="o",
+            markersize=width + 3,
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+        )
     axes.plot([], [], color="#444444", linewidth=2, label="training (smoothed)")
     axes.plot([], [], color="#444444", linewidth=0, marker="o", markersize=6, label="validation")
     low = min(min(run["smooth"] + run["val"]) for run in runs)

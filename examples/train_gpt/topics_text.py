@@ -4,6 +4,7 @@
 Topics repeat each other's paragraphs. Each is written once: otherwise the held-out end of the text would hold
 much that the training part has shown already.
 """
+
 import sys
 from pathlib import Path
 

@@ -7,9 +7,10 @@
 //   flashoptim::cuda::StepOptions options;  options.stream = stream;
 //   status = plan.step(&hyper, 1, options);
 //
-// Plan::make validates, allocates a little device memory and uploads the table of tensors. step(), inspect() and gradient_norm()
-// launch on the given stream and return: they allocate nothing, never wait for the device and can be captured in a CUDA
-// graph. A plan may be used by one thread, and in one stream order, at a time. The header needs no CUDA header.
+// Plan::make validates, allocates a little device memory and uploads the table of tensors. step(), inspect() and
+// gradient_norm() launch on the given stream and return: they allocate nothing, never wait for the device and can be
+// captured in a CUDA graph. A plan may be used by one thread, and in one stream order, at a time. The header needs no
+// CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -79,9 +80,9 @@ class Plan {
   /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index.
   Status step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {});
 
-  /// As flashoptim::Plan::inspect, in one launch and the small ones that prepare it: what step() with the same arguments
-  /// would do now. `telemetry` has size() entries in device memory; its numbers equal the CPU's. Errors are those of step(),
-  /// a null `telemetry` and a stride below 1.
+  /// As flashoptim::Plan::inspect, in one launch and the small ones that prepare it: what step() with the same
+  /// arguments would do now. `telemetry` has size() entries in device memory; its numbers equal the CPU's. Errors are
+  /// those of step(), a null `telemetry` and a stride below 1.
   Status inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
                  const InspectOptions& inspect_options, StepTelemetry* telemetry);
 
@@ -99,10 +100,10 @@ class Plan {
 
 Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
                      float* weights, int64_t count, int32_t device, void* stream);
-Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter,
-                     void* correction, int64_t count, int32_t device, void* stream);
-Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
-                     float* const* values, int32_t device, void* stream);
+Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter, void* correction,
+                     int64_t count, int32_t device, void* stream);
+Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values,
+                     int32_t device, void* stream);
 Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
                      const float* const* values, int32_t device, void* stream);
 

@@ -19,8 +19,8 @@
 
 namespace flashoptim {
 
-/// How a tensor falls into groups: `rows` rows of `row_size` elements, each row cut into groups of 32, the last of a row
-/// possibly shorter. Scales have shape [rows, groups_per_row].
+/// How a tensor falls into groups: `rows` rows of `row_size` elements, each row cut into groups of 32, the last of a
+/// row possibly shorter. Scales have shape [rows, groups_per_row].
 struct GroupLayout {
   int64_t rows = 0;
   int64_t row_size = 0;
@@ -53,8 +53,9 @@ struct ParameterTensors {
   int32_t hyper_index = 0;
 };
 
-/// Runs body(context, begin, end) over disjoint ranges that cover [0, count), on as many threads as it likes, and returns when
-/// all calls have. A call that has done its range may do parts of ranges whose calls have not come yet, or take longer.
+/// Runs body(context, begin, end) over disjoint ranges that cover [0, count), on as many threads as it likes, and
+/// returns when all calls have. A call that has done its range may do parts of ranges whose calls have not come yet, or
+/// take longer.
 using ParallelFor = void (*)(void* user, int64_t count, void (*body)(void* context, int64_t begin, int64_t end),
                              void* context);
 
@@ -106,9 +107,10 @@ class Plan {
   Status step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {});
 
   /// What step() with the same arguments would do now, counted without doing it: changes no tensor. Entry i of
-  /// `telemetry`, which has size() entries, is that of tensor i; counts are added to it, the ratio becomes the larger of
-  /// both. Nothing is added for a tensor without gradient or a step that found_inf skips; options.nonfinite_gradients is
-  /// left alone. Errors are those of step(), a null `telemetry` and a stride below 1. No allocation.
+  /// `telemetry`, which has size() entries, is that of tensor i; counts are added to it, the ratio becomes the larger
+  /// of both. Nothing is added for a tensor without gradient or a step that found_inf skips;
+  /// options.nonfinite_gradients is left alone. Errors are those of step(), a null `telemetry` and a stride below 1. No
+  /// allocation.
   Status inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
                  const InspectOptions& inspect_options, StepTelemetry* telemetry);
 
@@ -117,9 +119,9 @@ class Plan {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Name of the instruction set that CPU steps use: "scalar", "avx2", "avx512" (F, BW, DQ, VL) or "avx512_bf16" (and VBMI,
-/// BF16). Chosen once from the processor, or by the environment variable FLASHOPTIM_ISA; kUnsupported when that names one
-/// this machine lacks or is no name.
+/// Name of the instruction set that CPU steps use: "scalar", "avx2", "avx512" (F, BW, DQ, VL) or "avx512_bf16" (and
+/// VBMI, BF16). Chosen once from the processor, or by the environment variable FLASHOPTIM_ISA; kUnsupported when that
+/// names one this machine lacks or is no name.
 Status cpu_isa(const char** name);
 
 // Element-wise conversions, the ones the step uses, for checkpoints, export and inspection. `count` elements.
@@ -128,12 +130,11 @@ Status cpu_isa(const char** name);
 Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
                      float* weights, int64_t count);
 /// Nearest parameter and correction for fp32 weights.
-Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter,
-                     void* correction, int64_t count);
+Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter, void* correction,
+                     int64_t count);
 
 /// fp32 values of every slot of one tensor, from its codes and scales; values[k] has numel floats.
-Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
-                     float* const* values);
+Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values);
 /// Codes and scales of every slot from fp32 values, rounded to nearest: the inverse of decode_states up to rounding.
 Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
                      const float* const* values);

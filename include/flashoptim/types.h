@@ -21,10 +21,10 @@ enum class StateCodec : int32_t {
 
 /// How the weight is kept between steps.
 enum class MasterWeights : int32_t {
-  kNone = 0,               ///< the parameter alone, rounded to nearest
-  kNoneStochastic = 1,     ///< the parameter alone, rounded without bias
-  kCorrection8 = 2,        ///< "24 bit": int8 correction per weight, rounded without bias
-  kCorrection16 = 3,       ///< "32 bit": int16 correction per weight, rounded without bias
+  kNone = 0,                 ///< the parameter alone, rounded to nearest
+  kNoneStochastic = 1,       ///< the parameter alone, rounded without bias
+  kCorrection8 = 2,          ///< "24 bit": int8 correction per weight, rounded without bias
+  kCorrection16 = 3,         ///< "32 bit": int16 correction per weight, rounded without bias
   kCorrection8Nearest = 4,   ///< as the paper: int8 correction, rounded to nearest
   kCorrection16Nearest = 5,  ///< as the paper: int16 correction, rounded to nearest
 };

@@ -292,8 +292,10 @@ void unpack_step(Op op, const StepArguments& a, StepInput* input) {
   input->controls = {};
   input->controls.gradient_scale = grad_scale;
   if (input->backend == Backend::kMeta || n == 0) return;
-  input->controls.found_inf = static_cast<const float*>(unpack_array(op, {"found_inf"}, a.found_inf, c.float32, 1, device));
-  input->controls.nonfinite_gradients = static_cast<int64_t*>(unpack_array(op, {"nonfinite"}, a.nonfinite, c.int64, 1, device));
+  input->controls.found_inf =
+      static_cast<const float*>(unpack_array(op, {"found_inf"}, a.found_inf, c.float32, 1, device));
+  input->controls.nonfinite_gradients =
+      static_cast<int64_t*>(unpack_array(op, {"nonfinite"}, a.nonfinite, c.int64, 1, device));
 }
 
 void check_no_overlap(Op op, const std::vector<ParameterTensors>& tensors) {

@@ -47,8 +47,8 @@ Backend select_backend(const char* op, const std::string& argument, Device devic
 }
 
 void* current_stream(Device device) {
-  // By name: torch's CUDA library is there where CUDA tensors are, and this library must load without it. torch loads its
-  // libraries locally, so a weak symbol would stay null.
+  // By name: torch's CUDA library is there where CUDA tensors are, and this library must load without it. torch loads
+  // its libraries locally, so a weak symbol would stay null.
   using GetStream = AOTITorchError (*)(int32_t device_index, void** stream);
   static const GetStream get_stream = [] {
     void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -56,9 +56,10 @@ void* current_stream(Device device) {
     return reinterpret_cast<GetStream>(found);
   }();
   if (get_stream == nullptr) {
-    throw std::runtime_error("flashoptim: " + device_name(device) +
-                             " is in use, but libtorch_cuda.so with aoti_torch_get_current_cuda_stream is not loaded: is this "
-                             "torch built with CUDA?");
+    throw std::runtime_error(
+        "flashoptim: " + device_name(device) +
+        " is in use, but libtorch_cuda.so with aoti_torch_get_current_cuda_stream is not loaded: is this "
+        "torch built with CUDA?");
   }
   void* stream = nullptr;
   check_torch(get_stream(device.index, &stream), "get_current_cuda_stream");

@@ -102,7 +102,8 @@ Status DevicePlan::step(std::vector<Hyperparameters>& hypers, const StepControls
     }
     const cuda::StepOptions options = cuda_options(controls, stream);
     if (controls.telemetry != nullptr) {
-      const Status status = plan->inspect(hypers.data(), count, options, {controls.telemetry_stride}, controls.telemetry);
+      const Status status =
+          plan->inspect(hypers.data(), count, options, {controls.telemetry_stride}, controls.telemetry);
       if (!status.is_ok()) return status;
     }
     return plan->step(hypers.data(), count, options);

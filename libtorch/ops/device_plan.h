@@ -21,7 +21,8 @@ struct StepControls {
   /// One entry per tensor, or null: what the step will do is looked at first, in every telemetry_stride-th group.
   StepTelemetry* telemetry = nullptr;
   int64_t telemetry_stride = 1;
-  /// One entry per hyperparameter set, or empty. A step counter counts up, unless found_inf, and is then the set's step.
+  /// One entry per hyperparameter set, or empty. A step counter counts up, unless found_inf, and is then the set's
+  /// step.
   std::vector<const float*> lrs;
   std::vector<int64_t*> steps;
 };

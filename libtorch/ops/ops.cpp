@@ -107,7 +107,8 @@ void step_on_device(Op op, StepInput& input) {
     entry->hash = PlanCache::hash(input.optimizer, input.has_momentum, input.tensors);
     entry->optimizer = input.optimizer;
     entry->has_momentum = input.has_momentum;
-    op.check(DevicePlan::make(input.backend, input.device, input.optimizer, input.has_momentum, input.tensors, &entry->plan));
+    op.check(DevicePlan::make(input.backend, input.device, input.optimizer, input.has_momentum, input.tensors,
+                              &entry->plan));
   } else {
     for (size_t i = 0; i < input.tensors.size(); ++i) {
       op.check(entry->plan.set_gradient(static_cast<int64_t>(i), input.tensors[i].gradient));
@@ -188,8 +189,8 @@ void plan_check_kernel(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 // grads: one per tensor of the plan, of 0 elements where one is left out; none where take_gradients() of python.cpp has
-// just given the plan theirs. hyper_index: one per tensor, or empty for those of the step before. lrs, steps: one per set
-// of hypers, or empty; 0 elements where a set has none. telemetry: [tensors, 6].
+// just given the plan theirs. hyper_index: one per tensor, or empty for those of the step before. lrs, steps: one per
+// set of hypers, or empty; 0 elements where a set has none. telemetry: [tensors, 6].
 constexpr const char* kPlanStepSchema =
     "plan_step_(int plan, Tensor[] grads, int[] hyper_index, float[] hypers, float grad_scale, Tensor? grad_divisor, "
     "Tensor? clip_coefficient, Tensor? found_inf, Tensor[] lrs, Tensor(a!)[] steps, Tensor(b!)? nonfinite, "
@@ -255,7 +256,8 @@ void plan_step_kernel(StableIValue* stack, uint64_t, uint64_t) {
 
 // grads: as for plan_step_. result: 4 float32: the sum of squares as one double, the norm, the clipping coefficient.
 constexpr const char* kPlanNormSchema =
-    "plan_norm_(int plan, Tensor[] grads, float grad_scale, Tensor? grad_divisor, float max_norm, Tensor(a!) result) -> ()";
+    "plan_norm_(int plan, Tensor[] grads, float grad_scale, Tensor? grad_divisor, float max_norm, Tensor(a!) result) "
+    "-> ()";
 
 void plan_norm_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"plan_norm_"};
@@ -273,7 +275,8 @@ void plan_norm_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Device device = plan->device();
   const bool is_meta = plan->backend() == Backend::kMeta;
   const float* const divisor =
-      is_meta ? nullptr : static_cast<const float*>(unpack_array(op, {"grad_divisor"}, grad_divisor, float32, 1, device));
+      is_meta ? nullptr
+              : static_cast<const float*>(unpack_array(op, {"grad_divisor"}, grad_divisor, float32, 1, device));
   static_assert(sizeof(cuda::GradientNorm) == kNormNumbers * sizeof(float));
   auto* const out =
       is_meta ? nullptr
@@ -294,8 +297,8 @@ void merge_kernel(StableIValue* stack, uint64_t, uint64_t) {
   if (input.backend == Backend::kCuda) {
 #if FLASHOPTIM_HAS_CUDA
     const Device device = input.param.device;
-    op.check(cuda::merge_weights(input.dtype, input.master_weights, input.param.data, input.correction, float_data(weights),
-                                 input.param.numel, device.index, current_stream(device)));
+    op.check(cuda::merge_weights(input.dtype, input.master_weights, input.param.data, input.correction,
+                                 float_data(weights), input.param.numel, device.index, current_stream(device)));
 #endif
   } else if (input.backend != Backend::kMeta) {
     float* const to = float_data(weights);
@@ -321,8 +324,9 @@ void split_kernel(StableIValue* stack, uint64_t, uint64_t) {
 #if FLASHOPTIM_HAS_CUDA
   if (input.backend == Backend::kCuda) {
     const Device device = input.param.device;
-    return op.check(cuda::split_weights(input.dtype, input.master_weights, static_cast<const float*>(from.data), input.param.data,
-                                        input.correction, input.param.numel, device.index, current_stream(device)));
+    return op.check(cuda::split_weights(input.dtype, input.master_weights, static_cast<const float*>(from.data),
+                                        input.param.data, input.correction, input.param.numel, device.index,
+                                        current_stream(device)));
   }
 #endif
   convert_slices(op, input.param.numel, [&](int64_t first, int64_t count) {
@@ -350,14 +354,16 @@ void decode_kernel(StableIValue* stack, uint64_t, uint64_t) {
 #if FLASHOPTIM_HAS_CUDA
     if (input.backend == Backend::kCuda && !values.empty()) {
       const Device device = input.infos[0].device;
-      op.check(cuda::decode_states(input.optimizer, input.has_momentum, input.tensor, to, device.index, current_stream(device)));
+      op.check(cuda::decode_states(input.optimizer, input.has_momentum, input.tensor, to, device.index,
+                                   current_stream(device)));
     }
 #endif
-    if (input.backend == Backend::kCpu) convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
-      float* slice_to[kMaxStates];
-      for (int k = 0; k < kMaxStates; ++k) slice_to[k] = to[k] == nullptr ? nullptr : to[k] + first;
-      return decode_states(input.optimizer, input.has_momentum, slice, slice_to);
-    });
+    if (input.backend == Backend::kCpu)
+      convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
+        float* slice_to[kMaxStates];
+        for (int k = 0; k < kMaxStates; ++k) slice_to[k] = to[k] == nullptr ? nullptr : to[k] + first;
+        return decode_states(input.optimizer, input.has_momentum, slice, slice_to);
+      });
   }
   stack[0] = give_tensors(std::move(values));
 }
@@ -385,8 +391,8 @@ void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
 #if FLASHOPTIM_HAS_CUDA
   if (input.backend == Backend::kCuda) {
     const Device device = input.infos[0].device;
-    return op.check(
-        cuda::encode_states(input.optimizer, input.has_momentum, input.tensor, from, device.index, current_stream(device)));
+    return op.check(cuda::encode_states(input.optimizer, input.has_momentum, input.tensor, from, device.index,
+                                        current_stream(device)));
   }
 #endif
   convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
@@ -422,7 +428,8 @@ void zero_kernel(StableIValue* stack, uint64_t, uint64_t) {
   for (const Tensor& tensor : tensors) arrays.push_back(mutable_data(tensor));
 #if FLASHOPTIM_HAS_CUDA
   if (backend == Backend::kCuda) {
-    return op.check(cuda::zero(arrays.data(), bytes.data(), static_cast<int64_t>(arrays.size()), device.index, current_stream(device)));
+    return op.check(cuda::zero(arrays.data(), bytes.data(), static_cast<int64_t>(arrays.size()), device.index,
+                               current_stream(device)));
   }
 #endif
   for (size_t i = 0; i < arrays.size(); ++i) {

@@ -15,10 +15,7 @@ PreparedPlan::PreparedPlan(Op op, const StepInput& input, const TensorList& para
     const TensorInfo info = read_tensor(op, {"params", static_cast<int64_t>(i)}, params[i]);
     const DType dtype = input.tensors[i].gradient_dtype;
     const bool same = dtype == input.tensors[i].parameter_dtype;
-    shapes_.push_back({extents_.size(),
-                       info.dim,
-                       info.numel,
-                       same ? info.dtype : codes().float32,
+    shapes_.push_back({extents_.size(), info.dim, info.numel, same ? info.dtype : codes().float32,
                        dtype == DType::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat,
                        static_cast<uint8_t>(dtype == DType::kFloat32 ? 32 : 16)});
     extents_.insert(extents_.end(), info.sizes, info.sizes + info.dim);
@@ -134,7 +131,8 @@ int64_t PreparedPlans::add(std::shared_ptr<PreparedPlan> plan) {
 
 std::shared_ptr<PreparedPlan> PreparedPlans::find(Op op, int64_t number) {
   const std::lock_guard lock(mutex_);
-  if (number < 1 || number > static_cast<int64_t>(plans_.size()) || plans_[static_cast<size_t>(number - 1)] == nullptr) {
+  if (number < 1 || number > static_cast<int64_t>(plans_.size()) ||
+      plans_[static_cast<size_t>(number - 1)] == nullptr) {
     op.fail("plan = " + std::to_string(number) + "; no such plan: plan_new gives numbers, plan_free takes them back");
   }
   return plans_[static_cast<size_t>(number - 1)];

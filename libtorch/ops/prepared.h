@@ -35,8 +35,8 @@ class PreparedPlan {
   int64_t size() const { return static_cast<int64_t>(shapes_.size()); }
   DevicePlan& plan() { return plan_; }
 
-  /// Takes one gradient per tensor, of the parameter's shape and strides and the dtype that the plan was made for; one of
-  /// 0 elements where a parameter is left out of this step. Throws before any is taken.
+  /// Takes one gradient per tensor, of the parameter's shape and strides and the dtype that the plan was made for; one
+  /// of 0 elements where a parameter is left out of this step. Throws before any is taken.
   void set_gradients(Op op, const TensorList& grads);
 
   /// Hyperparameters of the next step(), as plan_step_ takes them; the number of sets.

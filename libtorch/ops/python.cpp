@@ -119,8 +119,8 @@ class DictWatcher {
 };
 DictWatcher g_watcher;
 
-/// remember(plan, dicts: list, known: list, counts: list[int]): the dicts' values, one behind the other, which is_current()
-/// compares with, and the places of the step counts among them. The caller keeps the values.
+/// remember(plan, dicts: list, known: list, counts: list[int]): the dicts' values, one behind the other, which
+/// is_current() compares with, and the places of the step counts among them. The caller keeps the values.
 PyObject* remember(PyObject* const* arguments) {
   const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
   PyObject* const values = arguments[2];

@@ -68,15 +68,15 @@ struct Block {
 
 using Stage = void (*)(Block&);
 
-/// A step of a block runs load_weights, load_gradient, rule[0], rule[1], rule[2]; null stages are skipped. Each rule stage
-/// but the last ends with a long chain of dependent instructions from statistics to headers; the caller runs half of
-/// store_weights, which does not depend on it, behind each, to keep the processor busy (measured on Zen 5: 49 -> 43
+/// A step of a block runs load_weights, load_gradient, rule[0], rule[1], rule[2]; null stages are skipped. Each rule
+/// stage but the last ends with a long chain of dependent instructions from statistics to headers; the caller runs half
+/// of store_weights, which does not depend on it, behind each, to keep the processor busy (measured on Zen 5: 49 -> 43
 /// cycles per 16 elements).
 inline constexpr int kRuleStages = 3;
 
-/// A step of a block of bf16 weights and gradients in fewer passes, where its values allow it: begin, finish, encode[0],
-/// finish, encode[1], with half of the groups to each finish. Where begin returns false, nothing has happened and the
-/// stages above do the step.
+/// A step of a block of bf16 weights and gradients in fewer passes, where its values allow it: begin, finish,
+/// encode[0], finish, encode[1], with half of the groups to each finish. Where begin returns false, nothing has
+/// happened and the stages above do the step.
 struct UsualStages {
   bool (*begin)(Block&);
   Stage finish;     ///< of groups store_begin ... store_end - 1
@@ -90,10 +90,10 @@ struct KernelTable {
   Stage load_gradient[kDTypes];
   Stage rule[kRuleKinds][kCodecs][kRuleStages];
   UsualStages usual[kRuleKinds][kCodecs][kMasterKinds];  ///< null where there is none
-  Stage store_weights[kDTypes][kMasterKinds];  ///< of groups store_begin ... store_end - 1
-  Stage split_weights[kDTypes][kMasterKinds];  ///< weight -> parameter, correction (nearest)
-  Stage decode[kRuleKinds][kCodecs];           ///< states -> state_f32
-  Stage encode[kRuleKinds][kCodecs];           ///< state_f32 -> states (nearest)
+  Stage store_weights[kDTypes][kMasterKinds];            ///< of groups store_begin ... store_end - 1
+  Stage split_weights[kDTypes][kMasterKinds];            ///< weight -> parameter, correction (nearest)
+  Stage decode[kRuleKinds][kCodecs];                     ///< states -> state_f32
+  Stage encode[kRuleKinds][kCodecs];                     ///< state_f32 -> states (nearest)
 };
 
 extern const KernelTable kScalarKernels;

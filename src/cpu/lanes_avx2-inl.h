@@ -123,7 +123,9 @@ FLASHOPTIM_HD void store_8(uint8_t* p, Avx2Int a) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
 }
 
-FLASHOPTIM_HD void store_16(uint16_t* p, Avx2Int a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(a.v)); }
+FLASHOPTIM_HD void store_16(uint16_t* p, Avx2Int a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(a.v));
+}
 
 FLASHOPTIM_HD uint32_t reduce_int_max(Avx2Int a) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
@@ -141,9 +143,7 @@ FLASHOPTIM_HD uint32_t reduce_unsigned_min(Avx2Int a) {
 
 template <>
 struct LaneMemory<Avx2Float> {
-  static FLASHOPTIM_HD Avx2Float load_f32(const float* p) {
-    return {_mm256_loadu_ps(p)};
-  }
+  static FLASHOPTIM_HD Avx2Float load_f32(const float* p) { return {_mm256_loadu_ps(p)}; }
 
   static FLASHOPTIM_HD Avx2Int load_u32(const uint32_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};

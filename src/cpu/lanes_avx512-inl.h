@@ -8,7 +8,8 @@
 
 namespace flashoptim::core {
 
-// The same lanes are compiled for two instruction sets; a type each keeps the linker from taking one's code for the other's.
+// The same lanes are compiled for two instruction sets; a type each keeps the linker from taking one's code for the
+// other's.
 inline namespace FLASHOPTIM_AVX512 {
 
 struct Avx512Int {
@@ -118,8 +119,9 @@ FLASHOPTIM_HD void store_16(uint16_t* p, Avx512Int a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
 }
 
-/// Maxima (minima) over rows of 16 lanes, by a tree that reduces four rows at a time within 128-bit lanes and then across
-/// them: 45 operations for 16 rows, where separate reductions take 144. Lane 4 i + r of the result is a quarter of row r's.
+/// Maxima (minima) over rows of 16 lanes, by a tree that reduces four rows at a time within 128-bit lanes and then
+/// across them: 45 operations for 16 rows, where separate reductions take 144. Lane 4 i + r of the result is a quarter
+/// of row r's.
 template <class Pick>
 FLASHOPTIM_HD __m512i reduce_4_rows(__m512i r0, __m512i r1, __m512i r2, __m512i r3, Pick pick) {
   const __m512i m01 = pick(_mm512_unpacklo_epi32(r0, r1), _mm512_unpackhi_epi32(r0, r1));
@@ -140,21 +142,17 @@ FLASHOPTIM_HD Avx512Int reduce_16_rows(const uint32_t* rows, Pick pick) {
   alignas(64) uint32_t quarters[64];
   for (int q = 0; q < 4; ++q) {
     const uint32_t* const r = rows + 64 * q;
-    _mm512_store_si512(quarters + 16 * q, reduce_4_rows(_mm512_load_si512(r), _mm512_load_si512(r + 16), _mm512_load_si512(r + 32),
-                                                        _mm512_load_si512(r + 48), pick));
+    _mm512_store_si512(quarters + 16 * q, reduce_4_rows(_mm512_load_si512(r), _mm512_load_si512(r + 16),
+                                                        _mm512_load_si512(r + 32), _mm512_load_si512(r + 48), pick));
   }
   return reduce_quarters(quarters, pick);
 }
 
 template <>
 struct LaneMemory<Avx512Float> {
-  static FLASHOPTIM_HD Avx512Float load_f32(const float* p) {
-    return {_mm512_loadu_ps(p)};
-  }
+  static FLASHOPTIM_HD Avx512Float load_f32(const float* p) { return {_mm512_loadu_ps(p)}; }
 
-  static FLASHOPTIM_HD Avx512Int load_u32(const uint32_t* p) {
-    return {_mm512_loadu_si512(p)};
-  }
+  static FLASHOPTIM_HD Avx512Int load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 
   static FLASHOPTIM_HD Avx512Int load_u8(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};

@@ -263,8 +263,12 @@ struct LaneMemory<PairFloat<F>> {
   static FLASHOPTIM_HD PairInt<F> load_u32(const uint32_t* p) {
     return {core::load_u32<F>(p), core::load_u32<F>(p + kHalf)};
   }
-  static FLASHOPTIM_HD PairInt<F> load_u8(const uint8_t* p) { return {core::load_u8<F>(p), core::load_u8<F>(p + kHalf)}; }
-  static FLASHOPTIM_HD PairInt<F> load_i8(const uint8_t* p) { return {core::load_i8<F>(p), core::load_i8<F>(p + kHalf)}; }
+  static FLASHOPTIM_HD PairInt<F> load_u8(const uint8_t* p) {
+    return {core::load_u8<F>(p), core::load_u8<F>(p + kHalf)};
+  }
+  static FLASHOPTIM_HD PairInt<F> load_i8(const uint8_t* p) {
+    return {core::load_i8<F>(p), core::load_i8<F>(p + kHalf)};
+  }
   static FLASHOPTIM_HD PairInt<F> load_u16(const uint16_t* p) {
     return {core::load_u16<F>(p), core::load_u16<F>(p + kHalf)};
   }

@@ -27,13 +27,9 @@ struct LaneMemory<float> {
     return value;
   }
 
-  static FLASHOPTIM_HD uint32_t load_u32(const uint32_t* p) {
-    return *p;
-  }
+  static FLASHOPTIM_HD uint32_t load_u32(const uint32_t* p) { return *p; }
 
-  static FLASHOPTIM_HD uint32_t load_u8(const uint8_t* p) {
-    return *p;
-  }
+  static FLASHOPTIM_HD uint32_t load_u8(const uint8_t* p) { return *p; }
 
   static FLASHOPTIM_HD uint32_t load_i8(const uint8_t* p) {
     return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(*p)));
@@ -52,9 +48,7 @@ struct LaneMemory<float> {
   }
 
   /// j * step for lane j: the only lane is 0.
-  static FLASHOPTIM_HD uint32_t lane_multiples(uint32_t) {
-    return 0u;
-  }
+  static FLASHOPTIM_HD uint32_t lane_multiples(uint32_t) { return 0u; }
 
   /// out[r] = max (min) over the lanes of row r, r = 0 ... 15: rows have one lane.
   static FLASHOPTIM_HD void max_of_rows(const uint32_t* rows, uint32_t* out) {

@@ -22,9 +22,9 @@ struct Loops {
   static constexpr int kGroup = static_cast<int>(kGroupSize);
   static constexpr int kVectors = kGroup / kWidth;  ///< per group
 
-  /// Asks for the memory of the next block where vector i of this one is taken, a line at a time: asking for all of it at once
-  /// costs up to a third of a step, because the processor can wait for some 24 lines. (Seven streams of a few hundred bytes a
-  /// block, with page boundaries in them, are more than hardware prefetchers follow.)
+  /// Asks for the memory of the next block where vector i of this one is taken, a line at a time: asking for all of it
+  /// at once costs up to a third of a step, because the processor can wait for some 24 lines. (Seven streams of a few
+  /// hundred bytes a block, with page boundaries in them, are more than hardware prefetchers follow.)
   template <class T>
   static FLASHOPTIM_HD void ask_ahead(const Block& b, const T* array, int i) {
     constexpr int kLine = 64 / static_cast<int>(sizeof(T));
@@ -90,7 +90,8 @@ struct Loops {
       }
       F w = Narrow::template widen<F>(core::load_u16<F>(parameter + i));
       if constexpr (core::has_correction(kMaster)) {
-        const F value = core::correction_value<Narrow, core::correction_bits(kMaster), F>(w, load_correction<kMaster>(b.correction, i));
+        const F value = core::correction_value<Narrow, core::correction_bits(kMaster), F>(
+            w, load_correction<kMaster>(b.correction, i));
         core::store_f32(b.correction_value + i, value);
         w = w + value;
       }
@@ -170,13 +171,15 @@ struct Loops {
     auto* parameter = static_cast<uint16_t*>(b.parameter);
     if constexpr (core::has_correction(kMaster) && !core::is_nearest(kMaster)) {
       void* const corrections = b.correction;
-      for_each_dithered<core::DitherStream::kWeight>(b, b.store_begin, b.store_end, [&b, parameter, corrections](int i, int, I dither) __attribute__((always_inline)) {
-        const auto out = core::split_update_dithered<Narrow, core::correction_bits(kMaster), F>(
-            core::load_u16<F>(parameter + i), load_correction<kMaster>(corrections, i),
-            core::load_f32<F>(b.correction_value + i), core::load_f32<F>(b.delta + i), dither);
-        core::store_16(parameter + i, out.narrow);
-        store_correction<kMaster>(corrections, i, out.correction);
-      });
+      for_each_dithered<core::DitherStream::kWeight>(
+          b, b.store_begin, b.store_end,
+          [&b, parameter, corrections ](int i, int, I dither) __attribute__((always_inline)) {
+            const auto out = core::split_update_dithered<Narrow, core::correction_bits(kMaster), F>(
+                core::load_u16<F>(parameter + i), load_correction<kMaster>(corrections, i),
+                core::load_f32<F>(b.correction_value + i), core::load_f32<F>(b.delta + i), dither);
+            core::store_16(parameter + i, out.narrow);
+            store_correction<kMaster>(corrections, i, out.correction);
+          });
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
       for_each_dithered<core::DitherStream::kWeight>(b, b.store_begin, b.store_end, [&](int i, int, I dither) {
         const F w = core::load_f32<F>(b.weight + i) - core::load_f32<F>(b.delta + i);
@@ -185,8 +188,8 @@ struct Loops {
     } else if constexpr (core::is_nearest(kMaster)) {
       for (int i = b.store_begin * kGroup; i < b.store_end * kGroup; i += kWidth) {
         const auto out = core::split_update_nearest<Narrow, core::correction_bits(kMaster), F>(
-            core::load_u16<F>(parameter + i), load_correction<kMaster>(b.correction, i), core::load_f32<F>(b.weight + i),
-            core::load_f32<F>(b.delta + i));
+            core::load_u16<F>(parameter + i), load_correction<kMaster>(b.correction, i),
+            core::load_f32<F>(b.weight + i), core::load_f32<F>(b.delta + i));
         core::store_16(parameter + i, out.narrow);
         store_correction<kMaster>(b.correction, i, out.correction);
       }
@@ -234,7 +237,8 @@ struct Loops {
   /// that the compiler can keep them in registers across stores.
   template <class Rule>
   static FLASHOPTIM_HD auto update_body(Block& b) {
-    return [&b, h = *static_cast<const typename Rule::Hyper*>(b.hyper)](int i, F(&s)[kMaxStates]) __attribute__((always_inline)) {
+    return [&b, h = *static_cast<const typename Rule::Hyper*>(b.hyper) ](int i, F(&s)[kMaxStates])
+        __attribute__((always_inline)) {
       const F delta = Rule::update(core::load_f32<F>(b.weight + i), core::load_f32<F>(b.gradient_f32 + i), s, h);
       core::store_f32(b.delta + i, delta);
     };
@@ -288,10 +292,12 @@ struct Loops {
     }
     FLASHOPTIM_HD void store(int group, HI value) { core::store_u32(bits + group * kRow, value); }
     FLASHOPTIM_HD void maxima(PerGroup& out) const {
-      for (int group = 0; group < kBlockGroups; group += 16) core::LaneMemory<H>::max_of_rows(bits + group * kRow, out.bits + group);
+      for (int group = 0; group < kBlockGroups; group += 16)
+        core::LaneMemory<H>::max_of_rows(bits + group * kRow, out.bits + group);
     }
     FLASHOPTIM_HD void unsigned_minima(PerGroup& out) const {
-      for (int group = 0; group < kBlockGroups; group += 16) core::LaneMemory<H>::unsigned_min_of_rows(bits + group * kRow, out.bits + group);
+      for (int group = 0; group < kBlockGroups; group += 16)
+        core::LaneMemory<H>::unsigned_min_of_rows(bits + group * kRow, out.bits + group);
     }
   };
 
@@ -299,7 +305,8 @@ struct Loops {
     constexpr int kAtOnce = core::LaneTraits<H>::kWidth;
     PerGroup headers{};
     int group = 0;
-    for (; group + kAtOnce <= b.groups; group += kAtOnce) headers.store(group, core::load_u16<H>(b.scales[slot] + group));
+    for (; group + kAtOnce <= b.groups; group += kAtOnce)
+      headers.store(group, core::load_u16<H>(b.scales[slot] + group));
     for (; group < b.groups; ++group) headers.bits[group] = b.scales[slot][group];
     return headers;
   }
@@ -378,9 +385,8 @@ struct Loops {
       if constexpr (kDecode) {
         for (int k = 0; k < kSlots; ++k) {
           scale[k] = load_headers(b, k);
-          for_each_header([&](int group) {
-            scale[k].store(group, core::to_bits(core::half_to_float(scale[k].load(group))));
-          });
+          for_each_header(
+              [&](int group) { scale[k].store(group, core::to_bits(core::half_to_float(scale[k].load(group)))); });
         }
       }
       GroupVectors largest[kMaxStates] = {GroupVectors(b.groups), GroupVectors(b.groups)};
@@ -436,9 +442,11 @@ struct Loops {
     static constexpr bool kGroupChooses = kSlots > 0 && Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
     static_assert(kSlots == 0 || Rule::kStates[0].kind == core::StateKind::kSigned);
     static_assert(!kHasVariance || !kGroupChooses);
-    static_assert(!kHasVariance || (Rule::kStates[1].kind == core::StateKind::kUnsigned && Rule::kStates[0].relative_to == 1));
+    static_assert(!kHasVariance ||
+                  (Rule::kStates[1].kind == core::StateKind::kUnsigned && Rule::kStates[0].relative_to == 1));
 
-    static FLASHOPTIM_HD void make_variance_header(Block& b, const GroupVectors& largest, const GroupVectors& smallest) {
+    static FLASHOPTIM_HD void make_variance_header(Block& b, const GroupVectors& largest,
+                                                   const GroupVectors& smallest) {
       PerGroup high, low, header;
       largest.maxima(high);
       smallest.unsigned_minima(low);
@@ -615,7 +623,8 @@ struct Loops {
           }
         }
         if constexpr (kEncode && kSlots > 0) largest.store(group, core::fold_int_max(group_largest));
-        if constexpr (kEncode && (kHasVariance || kGroupChooses)) smallest.store(group, core::fold_unsigned_min(group_smallest));
+        if constexpr (kEncode && (kHasVariance || kGroupChooses))
+          smallest.store(group, core::fold_unsigned_min(group_smallest));
       }
       if constexpr (kEncode && kHasVariance) {
         make_variance_header(b, largest, smallest);

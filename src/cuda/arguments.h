@@ -170,7 +170,8 @@ enum StepKernel : int {
   kHotBFloat16Stochastic,
   kHotKernels,
   // One format each, gradients of the parameter's type.
-  kDefaultBFloat16Correction8 = kHotKernels,  ///< for rows that end in groups of fewer than 32, which the hot one leaves
+  kDefaultBFloat16Correction8 =
+      kHotKernels,  ///< for rows that end in groups of fewer than 32, which the hot one leaves
   kPaperBFloat16,
   kPaperBFloat16Nearest8,
   // Any types and master weights: one for each codec.

@@ -53,14 +53,16 @@ Status convert_states(Conversion conversion, OptimizerKind optimizer, bool has_m
 
 }  // namespace
 
-Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction, float* weights,
-                     int64_t count, int32_t device, void* stream) {
-  return convert_weights(Conversion::kMergeWeights, dtype, master_weights, parameter, correction, weights, count, device, stream);
+Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
+                     float* weights, int64_t count, int32_t device, void* stream) {
+  return convert_weights(Conversion::kMergeWeights, dtype, master_weights, parameter, correction, weights, count,
+                         device, stream);
 }
 
 Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter, void* correction,
                      int64_t count, int32_t device, void* stream) {
-  return convert_weights(Conversion::kSplitWeights, dtype, master_weights, parameter, correction, weights, count, device, stream);
+  return convert_weights(Conversion::kSplitWeights, dtype, master_weights, parameter, correction, weights, count,
+                         device, stream);
 }
 
 Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values,
@@ -68,8 +70,8 @@ Status decode_states(OptimizerKind optimizer, bool has_momentum, const Parameter
   return convert_states(Conversion::kDecodeStates, optimizer, has_momentum, tensor, values, device, stream);
 }
 
-Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, const float* const* values,
-                     int32_t device, void* stream) {
+Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
+                     const float* const* values, int32_t device, void* stream) {
   return convert_states(Conversion::kEncodeStates, optimizer, has_momentum, tensor, values, device, stream);
 }
 

@@ -1,5 +1,5 @@
-// The element-wise conversions on the device: weights to and from fp32, states to and from fp32, with the formulas and so
-// the bits of the CPU's (src/plan.cpp). One launch each; what is 16 bytes aligned is moved in words of that size.
+// The element-wise conversions on the device: weights to and from fp32, states to and from fp32, with the formulas and
+// so the bits of the CPU's (src/plan.cpp). One launch each; what is 16 bytes aligned is moved in words of that size.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -24,7 +24,8 @@ __device__ __forceinline__ void split_narrow(const F (&w)[kUnit], StoredWeights&
     }
   }
   set_first_words(out.parameter, pack<2>(narrow));
-  if constexpr (has_correction(kMaster)) set_first_words(out.correction, pack<correction_bits(kMaster) / 8>(correction));
+  if constexpr (has_correction(kMaster))
+    set_first_words(out.correction, pack<correction_bits(kMaster) / 8>(correction));
 }
 
 template <class Narrow>
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(kThreads) states_kernel(const __grid_constant_
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kThreadsPerGroup);
   // Whole warps stay in the loop: reductions over a group take them all.
   const int64_t groups = (args.groups + 7) / 8 * 8;
-  for (int64_t group = static_cast<int64_t>(blockIdx.x) * (kThreads / kThreadsPerGroup) + threadIdx.x / kThreadsPerGroup;
+  for (int64_t group =
+           static_cast<int64_t>(blockIdx.x) * (kThreads / kThreadsPerGroup) + threadIdx.x / kThreadsPerGroup;
        group < groups; group += stride) {
     const bool active = group < args.groups;
     Unit unit = locate_unit(t, active ? group : 0, lane);
@@ -110,7 +112,8 @@ __global__ void __launch_bounds__(kThreads) states_kernel(const __grid_constant_
       Codec<Rule, kCodec>::encode(s, NearestSource(), stored);
 #pragma unroll
       for (int k = 0; k < Rule::kStateCount; ++k) {
-        store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, stored.words[k], unit.valid, vector);
+        store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, stored.words[k], unit.valid,
+                           vector);
       }
       store_headers<Rule, kCodec>(t, group, active && lane == 0, stored);
     } else {

@@ -3,12 +3,13 @@
 // under conditions that are collected and tested before anything is written. Where one fails (zeros, subnormals,
 // infinities, NaN, absurd magnitudes), the warp takes core's formulas instead. tests/cuda compares both with the CPU.
 //
-// Zeros are common, though: rows of an embedding that no batch has touched. kZeros is the same with some 10 instructions
-// an element more, for tiles that hold some.
+// Zeros are common, though: rows of an embedding that no batch has touched. kZeros is the same with some 10
+// instructions an element more, for tiles that hold some.
 //
-// What counts on the H100 is instructions (docs/cuda.md): at full clock about 110 an element fit into the time that memory
-// takes, and half of them may be on the ALU pipe (integers, comparisons, selections). So shifts and additions become IMAD,
-// bytes are picked by PRMT, and codes are formed in the top byte of a word, from where the packing takes them.
+// What counts on the H100 is instructions (docs/cuda.md): at full clock about 110 an element fit into the time that
+// memory takes, and half of them may be on the ALU pipe (integers, comparisons, selections). So shifts and additions
+// become IMAD, bytes are picked by PRMT, and codes are formed in the top byte of a word, from where the packing takes
+// them.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -42,8 +43,8 @@ __device__ __forceinline__ const PreparedHyper* hyper_of(const StepArguments& ar
   return (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
 }
 
-/// What the tiles of one tensor share, in shared memory: registers are for elements. Addresses are those of a segment of
-/// 2^kSegmentBits groups, so that offsets have 32 bits.
+/// What the tiles of one tensor share, in shared memory: registers are for elements. Addresses are those of a segment
+/// of 2^kSegmentBits groups, so that offsets have 32 bits.
 struct alignas(16) HotContext {
   unsigned char* parameter;
   const unsigned char* gradient;
@@ -108,18 +109,22 @@ template <int kWords>
 __device__ __forceinline__ void hot_store(unsigned char* p, const HotWords<kWords>& words) {
 #pragma unroll
   for (int j = 0; j < kWords / 4; ++j) {
-    reinterpret_cast<uint4*>(p)[j] = make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]);
+    reinterpret_cast<uint4*>(p)[j] =
+        make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]);
   }
 }
 
-/// 2^exponent as a factor: a product and a sum are one instruction, but the compiler would make a shift and a sum of them.
+/// 2^exponent as a factor: a product and a sum are one instruction, but the compiler would make a shift and a sum of
+/// them.
 __device__ __forceinline__ uint32_t power_of_two(uint32_t exponent) {
   uint32_t factor = 1u << exponent;
   asm("" : "+r"(factor));
   return factor;
 }
 
-__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
 
 /// min(max(a, 0), largest) of signed numbers.
 __device__ __forceinline__ uint32_t clamp_from_zero(uint32_t a, uint32_t largest) {
@@ -179,10 +184,13 @@ __device__ __forceinline__ float narrow_element(const HotWords<kWords>& words, i
 }
 
 /// Byte i of 16.
-__device__ __forceinline__ uint32_t byte_of(const HotWords<4>& words, int i) { return permute(words.w[i / 4], 0u, 0x4440u + i % 4); }
+__device__ __forceinline__ uint32_t byte_of(const HotWords<4>& words, int i) {
+  return permute(words.w[i / 4], 0u, 0x4440u + i % 4);
+}
 
-/// table[byte i of 16]; `table` is an address in shared memory. The dot product picks the byte, scales it and adds. (The asm
-/// does not say that it reads memory: it stays behind the table's filling because the words are loaded behind it.)
+/// table[byte i of 16]; `table` is an address in shared memory. The dot product picks the byte, scales it and adds.
+/// (The asm does not say that it reads memory: it stays behind the table's filling because the words are loaded behind
+/// it.)
 __device__ __forceinline__ float look_up(uint32_t table, const HotWords<4>& words, int i) {
   const uint32_t address = __dp4a(words.w[i / 4], 4u << (8 * (i % 4)), table);
   float value;
@@ -219,9 +227,12 @@ struct HotTables {
     }
     __syncthreads();
   }
-  __device__ __forceinline__ uint32_t fractions() const { return static_cast<uint32_t>(__cvta_generic_to_shared(fraction)); }
+  __device__ __forceinline__ uint32_t fractions() const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(fraction));
+  }
   __device__ __forceinline__ uint32_t momenta(uint32_t choice) const {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(momentum[0])) + choice * static_cast<uint32_t>(sizeof momentum[0]);
+    return static_cast<uint32_t>(__cvta_generic_to_shared(momentum[0])) +
+           choice * static_cast<uint32_t>(sizeof momentum[0]);
   }
 };
 
@@ -241,8 +252,8 @@ struct HotWeights {
   __device__ __forceinline__ bool are_normal() const { return !kNormal || smallest_scale != 0u; }
 
   /// core::correction_value for a finite narrow value n. Half an ULP of 1 is a power of two and scales exactly. 16 bits
-  /// without conversions: a half under the exponent of 2^23 becomes a float by one subtraction; c * high is exact, so an
-  /// fma rounds as the sum does.
+  /// without conversions: a half under the exponent of 2^23 becomes a float by one subtraction; c * high is exact, so
+  /// an fma rounds as the sum does.
   template <class Tables>
   __device__ __forceinline__ float correction_value(const Tables& tables, float n, int i) {
     using C = core::Correction<kBits>;
@@ -261,7 +272,8 @@ struct HotWeights {
     if (i % 2 == 0) {
       even_scale = scale;
     } else {  // the pairs are one instruction on sm_90
-      smallest_scale = static_cast<uint32_t>(__vimin3_s32(static_cast<int>(smallest_scale), static_cast<int>(even_scale), static_cast<int>(scale)));
+      smallest_scale = static_cast<uint32_t>(
+          __vimin3_s32(static_cast<int>(smallest_scale), static_cast<int>(even_scale), static_cast<int>(scale)));
     }
     return fraction * core::from_bits(scale);
   }
@@ -271,9 +283,10 @@ struct HotWeights {
     return correction.w[i / 2] << (16 - 16 * (i % 2));
   }
 
-  /// core::split_update_dithered of 16 weights: `value` is their correction_value, delta is finite. False where a weight
-  /// becomes infinite, or no normal number where it must be one.
-  __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t dither_start) {
+  /// core::split_update_dithered of 16 weights: `value` is their correction_value, delta is finite. False where a
+  /// weight becomes infinite, or no normal number where it must be one.
+  __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit],
+                                         uint32_t dither_start) {
     using Pair = NarrowPair<Narrow>;
     constexpr auto kStream = core::DitherStream::kWeight;
     constexpr float kMax = core::Correction<kBits>::kMax;
@@ -308,10 +321,11 @@ struct HotWeights {
         const uint32_t inverse = kNormal ? inverses[k] : core::int_min(inverses[k], 0x7f800000u - kSmallestScale);
         const float x = (new_rest * core::from_bits(inverse)) * kUnits;
         // |x| exceeds N 2^F by roundings alone: clamping the integer, from 0 on, is one instruction.
-        const uint32_t fixed = clamp_from_zero(static_cast<uint32_t>(__float2int_rz(x)) + kLargestFixed, 2u * kLargestFixed);
+        const uint32_t fixed =
+            clamp_from_zero(static_cast<uint32_t>(__float2int_rz(x)) + kLargestFixed, 2u * kLargestFixed);
         const uint32_t word = DitherSource::word<kStream>(dither_start, j + k);
-        // (fixed - N 2^F + (word >> 32 - F)) >> F, one digit to the left: the dither's digit below the last place cannot
-        // carry. -N stands above the dither, where the shift leaves room.
+        // (fixed - N 2^F + (word >> 32 - F)) >> F, one digit to the left: the dither's digit below the last place
+        // cannot carry. -N stands above the dither, where the shift leaves room.
         top[j + k] = fixed * 2u + (kBits == 8 ? permute(word, 0x81u, 0x4321u) : permute(word, 0x8001u, 0x5432u));
         if constexpr (kZeros) {
           if (delta[j + k] == 0.0f) top[j + k] = correction_in_top(j + k);
@@ -388,8 +402,8 @@ struct HotStates {
     const uint32_t base = window.base_minus_one << window.shift;
     // No code may reach 2^31, where Codec::decode reads 0.
     bool ok = base + 255u * factor < 0x80000000u;
-    // (x / G * G) 2^k as x / G * (G 2^k), whose exponent is a sum: exact for G >= 2^-50, where all products are normal and the
-    // sum stays in its field.
+    // (x / G * G) 2^k as x / G * (G 2^k), whose exponent is a sum: exact for G >= 2^-50, where all products are normal
+    // and the sum stays in its field.
     constexpr bool kAddsExponents = kHasVariance && !kZeros;
     constexpr uint32_t kSmallestScale = (127u - 50u) << 23;
     const uint32_t scale_exponent = core::to_bits(scale) & kExponentMask;
@@ -417,8 +431,8 @@ struct HotStates {
     return ok;
   }
 
-  /// Codec::encode for positive normal v, and for m of at least 2^-80; or, with kZeros, zeros and finite m. The patterns are
-  /// over the whole group. Leaves momentum relative to the stored variance in m.
+  /// Codec::encode for positive normal v, and for m of at least 2^-80; or, with kZeros, zeros and finite m. The
+  /// patterns are over the whole group. Leaves momentum relative to the stored variance in m.
   __device__ __forceinline__ void encode_variance(float (&m)[kHotUnit], const float (&v)[kHotUnit], uint32_t largest,
                                                   uint32_t smallest_minus_one, uint32_t dither_start) {
     constexpr auto kStream = core::DitherStream::kVariance;
@@ -439,7 +453,8 @@ struct HotStates {
       asm("" : "+r"(sum));  // the compiler would take it apart: ~(a + b) as c - a and a mask, 2 instructions more
       top[i] = sum * factor + offset;
       if constexpr (!kZeros) {
-        m[i] = core::from_bits(core::to_bits(m[i]) + static_cast<uint32_t>(static_cast<int32_t>(~sum & 0xff000000u) >> 1));
+        m[i] =
+            core::from_bits(core::to_bits(m[i]) + static_cast<uint32_t>(static_cast<int32_t>(~sum & 0xff000000u) >> 1));
       } else {
         m[i] = m[i] * core::from_bits(~(sum >> 1) & kExponentMask);
         const bool is_zero = v[i] == 0.0f;
@@ -459,8 +474,8 @@ struct HotStates {
     for (int i = 0; i < kHotUnit; ++i) m[i] = look_up(table, codes[0], i) * scale;
   }
 
-  /// Codec::encode for 2^-96 <= |m| <= 2^40, so that no |m| / G is 0, and m = 0; `largest` and `smallest` (of those that are
-  /// not 0; infinity: none) over this thread's.
+  /// Codec::encode for 2^-96 <= |m| <= 2^40, so that no |m| / G is 0, and m = 0; `largest` and `smallest` (of those
+  /// that are not 0; infinity: none) over this thread's.
   __device__ __forceinline__ void encode_chosen(const float (&m)[kHotUnit], float largest, float smallest,
                                                 uint32_t dither_start) {
     constexpr auto kStream = core::DitherStream::kMomentum;
@@ -488,10 +503,11 @@ struct HotStates {
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) largest = fmaxf(largest, fabsf(m[i]));
-    header[0] = MuLaw::template header<float>(core::from_bits(group_int_max<kHotThreadsPerGroup>(core::to_bits(largest))));
+    header[0] =
+        MuLaw::template header<float>(core::from_bits(group_int_max<kHotThreadsPerGroup>(core::to_bits(largest))));
     const float inverse = MuLaw::template inverse_scale<float>(header[0]);
-    // (bits(y) + (word >> 32 - shift)) >> shift in the top byte, where the bits of 2.0 are shifted out; the dither's other
-    // digits cannot carry.
+    // (bits(y) + (word >> 32 - shift)) >> shift in the top byte, where the bits of 2.0 are shifted out; the dither's
+    // other digits cannot carry.
     constexpr uint32_t kFactor = 1u << (24 - MuLaw::kShift);
     static_assert(MuLaw::kTwoBits * kFactor == 0u);
     uint32_t top[kHotUnit];
@@ -508,11 +524,12 @@ struct HotStates {
 /// Start of a thread's dither.
 template <core::DitherStream kStream>
 __device__ __forceinline__ uint32_t stream_start(uint32_t phase, uint32_t hash, uint32_t lane) {
-  return core::dither_group_start<kStream, float>(core::DitherKey{0u, 0u}, hash) + phase + lane * core::kDitherLaneStep<kStream>;
+  return core::dither_group_start<kStream, float>(core::DitherKey{0u, 0u}, hash) + phase +
+         lane * core::kDitherLaneStep<kStream>;
 }
 
-/// 16 bytes from device to shared memory, in the background where the hardware can. (A hint to fetch 128 or 256 bytes to L2
-/// changes nothing, or costs 0.3 %.)
+/// 16 bytes from device to shared memory, in the background where the hardware can. (A hint to fetch 128 or 256 bytes
+/// to L2 changes nothing, or costs 0.3 %.)
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -538,7 +555,8 @@ struct HotHeaders {
   uint32_t of[kMaxStates] = {0u, 0u};
 };
 
-/// Where the q-th 16 bytes of a tile stand, if a thread takes two in a row: so that neither way of access has conflicts.
+/// Where the q-th 16 bytes of a tile stand, if a thread takes two in a row: so that neither way of access has
+/// conflicts.
 __device__ __forceinline__ int place(int q) { return q ^ (q >> 3 & 1); }
 
 /// The stored form of a warp's tile, on its way while the warp computes the tile before. (Loads into registers would be
@@ -617,8 +635,8 @@ enum HotResult : int { kHotFailed = 0, kHotWithoutZeros, kHotWithZeros };
 /// One tile, 16 elements a thread.
 template <class Rule, class Narrow, MasterWeights kMaster, bool kZeros>
 __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMaster>& tables, const HotContext& context,
-                                              HotStage<Rule, kMaster>& stage, const HotHeaders& headers, uint32_t first_group,
-                                              int thread) {
+                                              HotStage<Rule, kMaster>& stage, const HotHeaders& headers,
+                                              uint32_t first_group, int thread) {
   using Weights = HotWeightsOf<Narrow, kMaster, kZeros>;
   constexpr bool kCorrected = core::has_correction(kMaster);
   using States = HotStates<Rule, kZeros>;
@@ -636,7 +654,8 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
   }
   weights.parameter = Stage::template take<2>(stage.parameter, thread);
   const HotWords<8> gradient = Stage::template take<2>(stage.gradient, thread);
-  if constexpr (kCorrected) weights.correction = Stage::template take<Stage::kCorrectionQuads>(stage.correction, thread);
+  if constexpr (kCorrected)
+    weights.correction = Stage::template take<Stage::kCorrectionQuads>(stage.correction, thread);
 
   float value[kHotUnit], m[kHotUnit], v[kHotUnit], delta[kHotUnit];
   bool ok = true;
@@ -666,8 +685,8 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
     m[i] = s[0].v;
     v[i] = s[1].v;
     delta[i] = d.v;
-    // Rules let a weight or gradient that is not finite through to delta or to the states; a delta of 0 changes nothing.
-    // (With a correction, a delta that is not finite makes a weight so, which update() looks for.)
+    // Rules let a weight or gradient that is not finite through to delta or to the states; a delta of 0 changes
+    // nothing. (With a correction, a delta that is not finite makes a weight so, which update() looks for.)
     if constexpr (!kCorrected) poison = __fmaf_rn(delta[i], 0.0f, poison);
     if constexpr (Weights::kMustMove) {
       ok &= delta[i] != 0.0f;
@@ -677,11 +696,13 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
     if constexpr (States::kHasVariance) {
       // (the pairs are one instruction on sm_90)
       if (i % 2 == 1) {
-        largest = static_cast<uint32_t>(__vimax3_s32(static_cast<int>(largest), static_cast<int>(core::to_bits(v[i - 1])),
-                                                     static_cast<int>(core::to_bits(v[i]))));
+        largest =
+            static_cast<uint32_t>(__vimax3_s32(static_cast<int>(largest), static_cast<int>(core::to_bits(v[i - 1])),
+                                               static_cast<int>(core::to_bits(v[i]))));
         if constexpr (!kZeros) {
-          smallest = static_cast<uint32_t>(__vimin3_s32(static_cast<int>(smallest), static_cast<int>(core::to_bits(v[i - 1])),
-                                                        static_cast<int>(core::to_bits(v[i]))));
+          smallest =
+              static_cast<uint32_t>(__vimin3_s32(static_cast<int>(smallest), static_cast<int>(core::to_bits(v[i - 1])),
+                                                 static_cast<int>(core::to_bits(v[i]))));
         }
       }
       if constexpr (kZeros) {
@@ -711,7 +732,8 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
   const uint32_t lane = static_cast<uint32_t>(thread % kHotThreadsPerGroup * kHotUnit);
   const uint64_t index = context.first_index + static_cast<uint64_t>(group) * static_cast<uint32_t>(kGroupSize);
   const core::DitherKey hash_key{0u, context.prepared.dither.seed};
-  const uint32_t hash = core::dither_group_hash<float>(hash_key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));
+  const uint32_t hash =
+      core::dither_group_hash<float>(hash_key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));
   const uint32_t weight_start = stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane);
   bool finite;
   if constexpr (kCorrected) {
@@ -720,7 +742,8 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
     finite = weights.update(delta, weight_start);
   }
   if constexpr (States::kHasVariance) {
-    states.encode_variance(m, v, group_int_max<kHotThreadsPerGroup>(largest), group_unsigned_min<kHotThreadsPerGroup>(smallest_minus_one),
+    states.encode_variance(m, v, group_int_max<kHotThreadsPerGroup>(largest),
+                           group_unsigned_min<kHotThreadsPerGroup>(smallest_minus_one),
                            stream_start<core::DitherStream::kVariance>(context.phase_variance, hash, lane));
   }
   const uint32_t momentum_start = stream_start<core::DitherStream::kMomentum>(context.phase_momentum, hash, lane);

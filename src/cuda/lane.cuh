@@ -34,7 +34,8 @@ __device__ __forceinline__ float approximate_reciprocal_root(float a) {
 }
 
 /// The sequence of CUDA's own correctly rounded division, inside the range where it needs no scaling: here
-/// 2^-80 <= |a|, 0 < b <= 2^40. Divisors below 2^-126, and quotients that overflow, give NaN, which the caller looks for.
+/// 2^-80 <= |a|, 0 < b <= 2^40. Divisors below 2^-126, and quotients that overflow, give NaN, which the caller looks
+/// for.
 __device__ __forceinline__ float divide_in_range(float a, float b) {
   float y = approximate_reciprocal(b);
   y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
@@ -62,7 +63,7 @@ struct UpdateLane {
   static constexpr bool kKnowsRadicands = kBounded && !kZeros;
   float v;
   UpdateGuard* guard = nullptr;  ///< null for constants
-  float lower = 0.0f;  ///< a bound below 0 that max() left to min()
+  float lower = 0.0f;            ///< a bound below 0 that max() left to min()
 
   UpdateLane() = default;
   __device__ __forceinline__ UpdateLane(float value, UpdateGuard* g = nullptr) : v(value), guard(g) {}
@@ -71,9 +72,15 @@ struct UpdateLane {
     return a.guard != nullptr ? a.guard : b.guard;
   }
 
-  friend __device__ __forceinline__ UpdateLane operator+(UpdateLane a, UpdateLane b) { return {a.v + b.v, either(a, b)}; }
-  friend __device__ __forceinline__ UpdateLane operator-(UpdateLane a, UpdateLane b) { return {a.v - b.v, either(a, b)}; }
-  friend __device__ __forceinline__ UpdateLane operator*(UpdateLane a, UpdateLane b) { return {a.v * b.v, either(a, b)}; }
+  friend __device__ __forceinline__ UpdateLane operator+(UpdateLane a, UpdateLane b) {
+    return {a.v + b.v, either(a, b)};
+  }
+  friend __device__ __forceinline__ UpdateLane operator-(UpdateLane a, UpdateLane b) {
+    return {a.v - b.v, either(a, b)};
+  }
+  friend __device__ __forceinline__ UpdateLane operator*(UpdateLane a, UpdateLane b) {
+    return {a.v * b.v, either(a, b)};
+  }
   friend __device__ __forceinline__ UpdateLane operator/(UpdateLane a, UpdateLane b) {
     UpdateGuard& guard = *either(a, b);
     const bool is_zero = kZeros && a.v == 0.0f;
@@ -85,14 +92,15 @@ struct UpdateLane {
   friend __device__ __forceinline__ UpdateLane sqrt(UpdateLane a) {
     if constexpr (!kKnowsRadicands) {
       UpdateGuard& guard = *a.guard;
-      guard.smallest_radicand_minus_one = core::unsigned_min(guard.smallest_radicand_minus_one, core::to_bits(a.v) - 1u);
+      guard.smallest_radicand_minus_one =
+          core::unsigned_min(guard.smallest_radicand_minus_one, core::to_bits(a.v) - 1u);
     }
     const float s = sqrt_in_range(a.v);
     return {kZeros && a.v == 0.0f ? a.v : s, a.guard};
   }
 
-  /// Rules bound a variable by a constant, which they name first: usually the variable stays. A bound below 0 is one half
-  /// of a clamp, min(c, max(-c, a)), which is a single comparison.
+  /// Rules bound a variable by a constant, which they name first: usually the variable stays. A bound below 0 is one
+  /// half of a clamp, min(c, max(-c, a)), which is a single comparison.
   friend __device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
     if constexpr (kBounded) return a;
     if (bound.v < 0.0f) {
@@ -118,8 +126,8 @@ struct UpdateLane {
   }
 };
 
-/// a / b, correctly rounded, for every a and b. CUDA's own has no short way for a dividend of 0, which is what untouched
-/// elements have: a call of 60 instructions.
+/// a / b, correctly rounded, for every a and b. CUDA's own has no short way for a dividend of 0, which is what
+/// untouched elements have: a call of 60 instructions.
 __device__ __forceinline__ float divide(float a, float b) {
   constexpr uint32_t kSmallestA = (127u - 80u) << 23, kLargestA = (127u + 60u) << 23;
   constexpr uint32_t kSmallestB = (127u - 62u) << 23, kLargestB = (127u + 40u) << 23;

@@ -80,7 +80,8 @@ __device__ __forceinline__ uint32_t element(const Words<kBytes>& words, int i) {
 
 template <int kBytes>
 __device__ __forceinline__ uint32_t signed_element(const Words<kBytes>& words, int i) {
-  if constexpr (kBytes == 2) return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(element(words, i))));
+  if constexpr (kBytes == 2)
+    return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(element(words, i))));
   if constexpr (kBytes == 1) return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(element(words, i))));
 }
 

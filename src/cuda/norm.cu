@@ -46,7 +46,8 @@ __device__ double sum_of_squares(const TensorEntry& t, int64_t first, int64_t en
   const DType dtype = static_cast<DType>(t.gradient_dtype);
   const bool aligned = (reinterpret_cast<uintptr_t>(p) & 15u) == 0;
   double sum = 0.0;
-  for (int64_t i = first + static_cast<int64_t>(threadIdx.x) * kUnit; i < end; i += static_cast<int64_t>(kThreads) * kUnit) {
+  for (int64_t i = first + static_cast<int64_t>(threadIdx.x) * kUnit; i < end;
+       i += static_cast<int64_t>(kThreads) * kUnit) {
     if (aligned && i + kUnit <= end) {
       uint32_t words[8];
       const int quads = dtype == DType::kFloat32 ? 2 : 1;
@@ -62,7 +63,8 @@ __device__ double sum_of_squares(const TensorEntry& t, int64_t first, int64_t en
           sum += square(core::from_bits(words[j]), scale);
         } else {
           const uint32_t bits = j % 2 == 0 ? words[j / 2] & 0xffffu : words[j / 2] >> 16;
-          sum += square(dtype == DType::kBFloat16 ? core::BFloat16::widen<F>(bits) : core::Float16::widen<F>(bits), scale);
+          sum +=
+              square(dtype == DType::kBFloat16 ? core::BFloat16::widen<F>(bits) : core::Float16::widen<F>(bits), scale);
         }
       }
     } else {

@@ -99,7 +99,8 @@ struct Plan::Impl {
   std::vector<const void*> gradients;
   int32_t used_hypers = -1;  // sets 0 ... used_hypers - 1 are used by a tensor with a gradient; -1: to be counted
 
-  // Entries [dirty_begin, dirty_end) differ from the device's: in their gradients, and if dirty_indices in more than that.
+  // Entries [dirty_begin, dirty_end) differ from the device's: in their gradients, and if dirty_indices in more than
+  // that.
   int64_t dirty_begin = 0, dirty_end = 0;
   bool dirty_indices = false;
   // Once captured, a replay may have put older gradients into the table at any time.
@@ -132,8 +133,10 @@ struct Plan::Impl {
   Status upload_entries(void* stream) const;
   template <int capacity>
   Status upload_gradients(void* stream) const;
-  Status prepare_inline(const Hyperparameters* given, int32_t used, const StepOptions& options, StepArguments* args) const;
-  Status prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options, float* updates) const;
+  Status prepare_inline(const Hyperparameters* given, int32_t used, const StepOptions& options,
+                        StepArguments* args) const;
+  Status prepare_on_device(const Hyperparameters* given, int32_t used, const StepOptions& options,
+                           float* updates) const;
 
   /// What a step reads of its arguments, after checking them.
   struct Use {
@@ -171,7 +174,8 @@ Status Plan::Impl::upload() {
     entry_table.push_back(make_entry(tensors.tensor(i)));
     tiles += (tensors.tensor(i).layout.groups() + kTileGroups - 1) / kTileGroups;
     add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), kInspectChunkGroups, &inspect_table);
-    add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups, &norm_table);
+    add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups,
+               &norm_table);
   }
   const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
   // One launch per kernel.
@@ -183,18 +187,20 @@ Status Plan::Impl::upload() {
     const int64_t first = static_cast<int64_t>(chunk_table.size());
     for (int64_t i = 0; i < count; ++i) {
       if (step_kernel_of(tensors.tensor(i), states) != kernel) continue;
-      add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), hot ? int64_t{kHotChunkGroups} : chunk_groups,
-                 &chunk_table);
+      add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(),
+                 hot ? int64_t{kHotChunkGroups} : chunk_groups, &chunk_table);
     }
     const int64_t end = static_cast<int64_t>(chunk_table.size());
     if (hot) make_hot(chunk_table.data() + first, chunk_table.data() + end);
     for (int64_t begin = first; begin < end; begin += kLargestLaunch) {
-      launches.push_back({functions.kernel[kernel], begin, std::min(kLargestLaunch, end - begin), static_cast<int64_t>(launches.size())});
+      launches.push_back({functions.kernel[kernel], begin, std::min(kLargestLaunch, end - begin),
+                          static_cast<int64_t>(launches.size())});
     }
   }
   norm_chunk_count = static_cast<int64_t>(norm_table.size());
   inspect_chunk_count = static_cast<int64_t>(inspect_table.size());
-  if (std::max(norm_chunk_count, inspect_chunk_count) > std::numeric_limits<int32_t>::max()) return Status::unsupported("the plan has more than 2^47 elements");
+  if (std::max(norm_chunk_count, inspect_chunk_count) > std::numeric_limits<int32_t>::max())
+    return Status::unsupported("the plan has more than 2^47 elements");
 
   Arena arena;
   const int64_t entries_at = arena.add<TensorEntry>(count);
@@ -210,20 +216,27 @@ Status Plan::Impl::upload() {
   const int64_t work_at = arena.add<WorkCounter>(static_cast<int64_t>(launches.size()));
 
   std::vector<unsigned char> image(static_cast<size_t>(uploaded));
-  std::copy_n(reinterpret_cast<const unsigned char*>(entry_table.data()), entry_table.size() * sizeof(TensorEntry), image.data() + entries_at);
-  std::copy_n(reinterpret_cast<const unsigned char*>(chunk_table.data()), chunk_table.size() * sizeof(Chunk), image.data() + chunks_at);
-  std::copy_n(reinterpret_cast<const unsigned char*>(inspect_table.data()), inspect_table.size() * sizeof(Chunk), image.data() + inspect_chunks_at);
-  std::copy_n(reinterpret_cast<const unsigned char*>(norm_table.data()), norm_table.size() * sizeof(Chunk), image.data() + norm_chunks_at);
+  std::copy_n(reinterpret_cast<const unsigned char*>(entry_table.data()), entry_table.size() * sizeof(TensorEntry),
+              image.data() + entries_at);
+  std::copy_n(reinterpret_cast<const unsigned char*>(chunk_table.data()), chunk_table.size() * sizeof(Chunk),
+              image.data() + chunks_at);
+  std::copy_n(reinterpret_cast<const unsigned char*>(inspect_table.data()), inspect_table.size() * sizeof(Chunk),
+              image.data() + inspect_chunks_at);
+  std::copy_n(reinterpret_cast<const unsigned char*>(norm_table.data()), norm_table.size() * sizeof(Chunk),
+              image.data() + norm_chunks_at);
 
   DeviceGuard guard(device);
   Status status = device_status(guard.error(), "cannot use the device of the plan");
   if (status.is_ok()) {
-    status = device_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    status = device_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                           "cudaDeviceGetAttribute");
   }
   int driver = 0;
   if (status.is_ok()) status = device_status(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   takes_large_arguments = driver >= kLargeArgumentsDriver;
-  if (status.is_ok()) status = device_status(cudaMalloc(reinterpret_cast<void**>(&memory), static_cast<size_t>(arena.size())), "cudaMalloc for the plan");
+  if (status.is_ok())
+    status = device_status(cudaMalloc(reinterpret_cast<void**>(&memory), static_cast<size_t>(arena.size())),
+                           "cudaMalloc for the plan");
   if (!status.is_ok()) return status;
   entries = reinterpret_cast<TensorEntry*>(memory + entries_at);
   chunks = reinterpret_cast<Chunk*>(memory + chunks_at);
@@ -235,7 +248,9 @@ Status Plan::Impl::upload() {
   finished = reinterpret_cast<unsigned int*>(memory + finished_at);
   work = reinterpret_cast<WorkCounter*>(memory + work_at);
   status = device_status(cudaMemcpy(memory, image.data(), image.size(), cudaMemcpyHostToDevice), "uploading the plan");
-  if (status.is_ok()) status = device_status(cudaMemset(memory + zeroed, 0, static_cast<size_t>(arena.size() - zeroed)), "uploading the plan");
+  if (status.is_ok())
+    status =
+        device_status(cudaMemset(memory + zeroed, 0, static_cast<size_t>(arena.size() - zeroed)), "uploading the plan");
   // The legacy stream's work above must be seen by every later one.
   if (status.is_ok()) status = device_status(cudaStreamSynchronize(nullptr), "uploading the plan");
   return status;
@@ -243,7 +258,8 @@ Status Plan::Impl::upload() {
 
 Status Plan::Impl::upload_changes(void* stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  Status status = device_status(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture), "cudaStreamIsCapturing");
+  Status status =
+      device_status(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture), "cudaStreamIsCapturing");
   if (!status.is_ok()) return status;
   captured = captured || capture != cudaStreamCaptureStatusNone;
   if (captured) mark_dirty(0, tensors.size());
@@ -319,7 +335,8 @@ Status Plan::Impl::prepare_on_device(const Hyperparameters* given, int32_t used,
       args.lr[i] = options.lr == nullptr ? nullptr : options.lr[begin + i];
       args.step[i] = options.step == nullptr ? nullptr : options.step[begin + i];
     }
-    const Status status = device_status(static_cast<cudaError_t>(launch_prepare(args, options.stream)), "launching the step's preparation");
+    const Status status = device_status(static_cast<cudaError_t>(launch_prepare(args, options.stream)),
+                                        "launching the step's preparation");
     if (!status.is_ok()) return status;
   }
   return Status::ok();
@@ -330,8 +347,8 @@ Plan::~Plan() = default;
 Plan::Plan(Plan&&) noexcept = default;
 Plan& Plan::operator=(Plan&&) noexcept = default;
 
-Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count, int32_t device,
-                  Plan* plan) {
+Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count,
+                  int32_t device, Plan* plan) {
   static_assert(rules_in_order());
   auto impl = std::make_unique<Impl>();
   Status status = flashoptim::Plan::make(optimizer, has_momentum, tensors, count, &impl->tensors);
@@ -458,7 +475,8 @@ Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOpt
   args.telemetry = telemetry;
   args.stride = inspect_options.stride;
   args.chunk_count = static_cast<uint32_t>(impl_->inspect_chunk_count);
-  return device_status(static_cast<cudaError_t>(launch_inspect(impl_->rule, args, options.stream)), "launching the inspection");
+  return device_status(static_cast<cudaError_t>(launch_inspect(impl_->rule, args, options.stream)),
+                       "launching the inspection");
 }
 
 Status Plan::gradient_norm(const NormOptions& options, GradientNorm* result) {
@@ -487,7 +505,8 @@ Status advance_step(int64_t* counter, const float* found_inf, int32_t device, vo
   DeviceGuard guard(device);
   const Status status = device_status(guard.error(), "cannot use the device of the counter");
   if (!status.is_ok()) return status;
-  return device_status(static_cast<cudaError_t>(launch_advance(counter, found_inf, stream)), "launching the step counter");
+  return device_status(static_cast<cudaError_t>(launch_advance(counter, found_inf, stream)),
+                       "launching the step counter");
 }
 
 }  // namespace flashoptim::cuda

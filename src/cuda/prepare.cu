@@ -22,12 +22,12 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareArguments args) {
   if (args.step[i] != nullptr) p.step = *args.step[i];
   PreparedHyper out{};
   switch (args.rule) {
-#define FLASHOPTIM_CASE(name)             \
-  case RuleKind::k##name:                 \
-    store_hyper<core::name>(p, &out.rule); \
-    if (args.largest_updates != nullptr) { \
+#define FLASHOPTIM_CASE(name)                                                      \
+  case RuleKind::k##name:                                                          \
+    store_hyper<core::name>(p, &out.rule);                                         \
+    if (args.largest_updates != nullptr) {                                         \
       args.largest_updates[i] = static_cast<float>(core::name::largest_update(p)); \
-    }                                      \
+    }                                                                              \
     break;
     FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
 #undef FLASHOPTIM_CASE

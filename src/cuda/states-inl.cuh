@@ -33,7 +33,8 @@ struct DitherSource {
 
   template <core::DitherStream kStream>
   __device__ __forceinline__ uint32_t start() const {
-    return core::dither_group_start<kStream, F>(key, group_hash) + static_cast<uint32_t>(lane) * core::kDitherLaneStep<kStream>;
+    return core::dither_group_start<kStream, F>(key, group_hash) +
+           static_cast<uint32_t>(lane) * core::kDitherLaneStep<kStream>;
   }
   template <core::DitherStream kStream>
   static __device__ __forceinline__ uint32_t word(uint32_t start, int i) {
@@ -210,7 +211,8 @@ struct Codec<Rule, StateCodec::kDefault> {
   }
 
   template <class Dither>
-  static __device__ __forceinline__ void encode_momentum(States& s, uint32_t largest, const Dither& dither, Stored& stored) {
+  static __device__ __forceinline__ void encode_momentum(States& s, uint32_t largest, const Dither& dither,
+                                                         Stored& stored) {
     constexpr auto kStream = core::DitherStream::kMomentum;
     stored.header[0] = MuLaw::template header<F>(core::from_bits(largest));
     const F inverse = MuLaw::template inverse_scale<F>(stored.header[0]);

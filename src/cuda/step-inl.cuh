@@ -88,19 +88,22 @@ __device__ __forceinline__ void store_stored(const TensorEntry& t, const Types& 
   store_weights(t, types, unit.first, unit.valid, vector, in.weights);
 #pragma unroll
   for (int k = 0; k < Rule::kStateCount; ++k) {
-    store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, in.states.words[k], unit.valid, vector);
+    store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, in.states.words[k], unit.valid,
+                       vector);
   }
 }
 
 template <class Rule, StateCodec kCodec>
-__device__ __forceinline__ void load_headers(const TensorEntry& t, int64_t group, bool active, StoredStates<kCodec>& states) {
+__device__ __forceinline__ void load_headers(const TensorEntry& t, int64_t group, bool active,
+                                             StoredStates<kCodec>& states) {
   if constexpr (kCodec != StateCodec::kFloat32) {
 #pragma unroll
     for (int k = 0; k < Rule::kStateCount; ++k) states.header[k] = active ? t.scales[k][group] : 0u;
   }
 }
 template <class Rule, StateCodec kCodec>
-__device__ __forceinline__ void store_headers(const TensorEntry& t, int64_t group, bool writes, const StoredStates<kCodec>& states) {
+__device__ __forceinline__ void store_headers(const TensorEntry& t, int64_t group, bool writes,
+                                              const StoredStates<kCodec>& states) {
   if constexpr (kCodec != StateCodec::kFloat32) {
     if (writes) {
 #pragma unroll
@@ -111,8 +114,8 @@ __device__ __forceinline__ void store_headers(const TensorEntry& t, int64_t grou
 
 /// fp32 gradients, scaled; the ones that are not finite are counted if someone wants to know.
 template <class Types>
-__device__ __forceinline__ void scaled_gradients(const TensorContext& context, const Types& types, const Words<4>& words, int valid,
-                                                 F (&g)[kUnit]) {
+__device__ __forceinline__ void scaled_gradients(const TensorContext& context, const Types& types,
+                                                 const Words<4>& words, int valid, F (&g)[kUnit]) {
   widen(types.gradient(), words, g);
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) g[i] = g[i] * core::splat<F>(context.prepared.gradient_scale);
@@ -130,8 +133,8 @@ __device__ __forceinline__ DitherSource dither_source(const TensorContext& conte
 
 /// One unit by core's formulas: any values, any alignment, short groups.
 template <class Rule, StateCodec kCodec, class Types>
-__device__ __forceinline__ void exact_unit(const TensorContext& context, const Types& types, bool aligned, int64_t group, int lane,
-                                           bool active) {
+__device__ __forceinline__ void exact_unit(const TensorContext& context, const Types& types, bool aligned,
+                                           int64_t group, int lane, bool active) {
   const TensorEntry& t = context.tensor;
   Unit unit = locate_unit(t, group, lane);
   if (!active) unit.valid = 0;
@@ -187,7 +190,8 @@ __device__ __forceinline__ bool all_aligned(const TensorEntry& t) {
 
 /// Any values: a block per chunk.
 template <class Rule, StateCodec kCodec, class Types>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kernel(const __grid_constant__ StepArguments args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    step_kernel(const __grid_constant__ StepArguments args) {
   // In shared memory: registers are for the elements.
   __shared__ TensorEntry tensor;
   __shared__ PreparedHyper prepared;
@@ -208,11 +212,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) step_kerne
   }
 }
 
-/// The way out of the hot path, for `count` groups of a warp: a function of its own, so that its registers are not the hot
-/// path's.
+/// The way out of the hot path, for `count` groups of a warp: a function of its own, so that its registers are not the
+/// hot path's.
 template <class Rule, class Types>
-__device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const PreparedHyper& prepared, unsigned long long* nonfinite,
-                                               int64_t first_group, int count) {
+__device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const PreparedHyper& prepared,
+                                               unsigned long long* nonfinite, int64_t first_group, int count) {
   const TensorContext context{tensor, prepared, nonfinite};
   const Types types(tensor);
   const bool aligned = all_aligned(tensor);
@@ -220,7 +224,8 @@ __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const 
 #pragma unroll 1
   for (int done = 0; done < count; done += 32 / kThreadsPerGroup) {
     const int local = done + thread / kThreadsPerGroup;
-    exact_unit<Rule, StateCodec::kDefault>(context, types, aligned, first_group + local, thread % kThreadsPerGroup * kUnit, local < count);
+    exact_unit<Rule, StateCodec::kDefault>(context, types, aligned, first_group + local,
+                                           thread % kThreadsPerGroup * kUnit, local < count);
   }
 }
 
@@ -233,7 +238,8 @@ using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>, kMaster>;
 /// Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then as they come, so that all
 /// warps together sweep through memory.
 template <class Rule, class Narrow, MasterWeights kMaster>
-__global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_kernel(const __grid_constant__ StepArguments args) {
+__global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
+    hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
   __shared__ HotContext contexts[kWarps][2];
   __shared__ HotStage<Rule, kMaster> stages[kWarps][2];
@@ -272,7 +278,8 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
   HotHeaders next_headers;
   if (exists) {
     contexts[warp][0].template open<Rule, kMaster>(args, tile.tensor, tile.segment, thread);
-    if (contexts[warp][0].takes(tile.first, tile.groups)) next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
+    if (contexts[warp][0].takes(tile.first, tile.groups))
+      next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
 #pragma unroll 1
@@ -298,9 +305,12 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
     wait_for_copies();
     HotResult result = kHotFailed;
     if (context.takes(tile.first, tile.groups)) {
-      if (!zeros) result = hot_unit<Rule, Narrow, kMaster, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
+      if (!zeros)
+        result =
+            hot_unit<Rule, Narrow, kMaster, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
       if (result == kHotFailed) {
-        result = hot_unit<Rule, Narrow, kMaster, true>(tables, context, stages[warp][stage], headers, tile.first, thread);
+        result =
+            hot_unit<Rule, Narrow, kMaster, true>(tables, context, stages[warp][stage], headers, tile.first, thread);
         zeros = result == kHotWithZeros;
       }
     }
@@ -308,7 +318,8 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor) hot_
       if (context.active && tile.groups > 0) {
         const int64_t first_group = (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first;
         exact_units_apart<Rule, HotTypes<Narrow, kMaster>>(args.tensors[tile.tensor], context.prepared, args.nonfinite,
-                                                           first_group, tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
+                                                           first_group,
+                                                           tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
       }
     }
     tile = next;
@@ -356,9 +367,11 @@ StepLaunches make_step_launches() {
     out.kernel[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, MasterWeights::kCorrection8>;
     out.kernel[kHotBFloat16] = launch_hot<Rule, core::BFloat16, MasterWeights::kNone>;
     out.kernel[kHotBFloat16Stochastic] = launch_hot<Rule, core::BFloat16, MasterWeights::kNoneStochastic>;
-    out.kernel[kDefaultBFloat16Correction8] = launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kCorrection8>>;
+    out.kernel[kDefaultBFloat16Correction8] =
+        launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kCorrection8>>;
     out.kernel[kPaperBFloat16] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kNone>>;
-    out.kernel[kPaperBFloat16Nearest8] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kCorrection8Nearest>>;
+    out.kernel[kPaperBFloat16Nearest8] =
+        launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kCorrection8Nearest>>;
   } else {
     any[static_cast<int>(StateCodec::kPaper)] = any[static_cast<int>(StateCodec::kFloat32)];
     any[static_cast<int>(StateCodec::kDefault)] = any[static_cast<int>(StateCodec::kFloat32)];

@@ -54,7 +54,8 @@ __device__ __forceinline__ void set_first_words(Words<kMore>& words, const Words
 }
 
 /// Loads 8 elements of 2 or 4 bytes.
-__device__ __forceinline__ void load_2_or_4(const void* base, int64_t first, bool four, int valid, bool vector, Words<4>& out) {
+__device__ __forceinline__ void load_2_or_4(const void* base, int64_t first, bool four, int valid, bool vector,
+                                            Words<4>& out) {
   const unsigned char* p = static_cast<const unsigned char*>(base);
   if (four) {
     out = load_unit<4>(p + first * 4, valid, vector);
@@ -64,8 +65,8 @@ __device__ __forceinline__ void load_2_or_4(const void* base, int64_t first, boo
 }
 
 template <class Types>
-__device__ __forceinline__ void load_weights(const TensorEntry& t, const Types& types, int64_t first, int valid, bool vector,
-                                             StoredWeights& out) {
+__device__ __forceinline__ void load_weights(const TensorEntry& t, const Types& types, int64_t first, int valid,
+                                             bool vector, StoredWeights& out) {
   load_2_or_4(t.parameter, first, types.parameter() == DType::kFloat32, valid, vector, out.parameter);
   if (has_correction(types.master())) {
     const unsigned char* p = static_cast<const unsigned char*>(t.correction);
@@ -78,8 +79,8 @@ __device__ __forceinline__ void load_weights(const TensorEntry& t, const Types& 
 }
 
 template <class Types>
-__device__ __forceinline__ void store_weights(const TensorEntry& t, const Types& types, int64_t first, int valid, bool vector,
-                                              const StoredWeights& in) {
+__device__ __forceinline__ void store_weights(const TensorEntry& t, const Types& types, int64_t first, int valid,
+                                              bool vector, const StoredWeights& in) {
   unsigned char* p = static_cast<unsigned char*>(t.parameter);
   if (types.parameter() == DType::kFloat32) {
     store_unit<4>(p + first * 4, in.parameter, valid, vector);
@@ -172,7 +173,8 @@ __device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&del
     }
   }
   set_first_words(stored.parameter, pack<2>(narrow));
-  if constexpr (has_correction(kMaster)) set_first_words(stored.correction, pack<correction_bits(kMaster) / 8>(correction));
+  if constexpr (has_correction(kMaster))
+    set_first_words(stored.correction, pack<correction_bits(kMaster) / 8>(correction));
 }
 
 template <class Narrow>

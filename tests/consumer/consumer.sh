@@ -50,7 +50,7 @@ case $kind in
     "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$("$work/venv/bin/python" -c \
       'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_build.pth"
     "$PYTHON" -m pip --python "$work/venv/bin/python" install --disable-pip-version-check --no-deps --no-index \
-      --ignore-installed "$work"/wheels/flashoptim-*.whl
+      --ignore-installed "$work"/wheels/flashoptim_native-*.whl
     cd "$work"
     "$work/venv/bin/python" "$source/tests/consumer/one_step.py"
     "$work/venv/bin/python" "$source/examples/readme/train.py"

@@ -159,7 +159,8 @@ TEST(RootScale, MomentumFarAboveTheRootIsBoundedBeforeItIsInfinite) {
   EXPECT_EQ(core::relative_to_root<float>(0x1p62f, bits_of(0x1p-126f)), 0x1p125f);
   // So a group's largest is a number to the codec.
   const Scale<6> scale(0x1p126f);
-  for (uint32_t dither : {0u, 0xffffffffu}) EXPECT_NEAR(scale.decode(scale.encode(0x1p126f, dither)), 0x1p126f, 0x1p120f);
+  for (uint32_t dither : {0u, 0xffffffffu})
+    EXPECT_NEAR(scale.decode(scale.encode(0x1p126f, dither)), 0x1p126f, 0x1p120f);
 }
 
 }  // namespace

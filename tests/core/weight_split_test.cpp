@@ -185,9 +185,9 @@ bool is_last_of_binade_at_full_correction(const SplitFormat& format, uint32_t n,
 }
 
 /// The other exception, of 16 bits alone: weights 16,416 / 2^15 h away from their narrow value, where split's product,
-/// 16415.49902, lies between two floats and is rounded to 16415.5, a tie, which goes to the even 16416. That merges to one
-/// fp32 ULP more (where h is 2^15 of them, as bf16's always is), once. And 64 pairs below 2^-116, where the term of the
-/// correction is subnormal and so rounded to 2^-149.
+/// 16415.49902, lies between two floats and is rounded to 16415.5, a tie, which goes to the even 16416. That merges to
+/// one fp32 ULP more (where h is 2^15 of them, as bf16's always is), once. And 64 pairs below 2^-116, where the term of
+/// the correction is subnormal and so rounded to 2^-149.
 bool is_rounded_twice(const SplitFormat& format, uint32_t merged) {
   if (format.bits != 16) return false;
   const double w = static_cast<double>(float_of(merged));
@@ -268,8 +268,8 @@ void expect_pairs_hold(const cpu::KernelTable& table, const SplitFormat& format,
   EXPECT_EQ(listed, visible ? 2u * (format.narrow.largest_exponent() - 2u) : 0u);
   // The wider strides meet none of them.
   EXPECT_EQ(ties, format.bits == 8 || stride > 1 ? 0u : format.dtype == DType::kBFloat16 ? 126528u : 512u);
-  std::printf("  %s %s + %2d bits: %llu pairs, %llu and %llu of the listed exceptions moved\n", table.isa, format.narrow.name,
-              format.bits, static_cast<unsigned long long>(pairs.load()),
+  std::printf("  %s %s + %2d bits: %llu pairs, %llu and %llu of the listed exceptions moved\n", table.isa,
+              format.narrow.name, format.bits, static_cast<unsigned long long>(pairs.load()),
               static_cast<unsigned long long>(listed.load()), static_cast<unsigned long long>(ties.load()));
 }
 

@@ -1,5 +1,5 @@
-// Our divisions and square roots against CUDA's own correctly rounded ones: roots of every number, the hot path's division for a
-// sample of mantissas or, with FLASHOPTIM_TEST_ALL=1, for all 2^46 pairs (a minute on an H100).
+// Our divisions and square roots against CUDA's own correctly rounded ones: roots of every number, the hot path's
+// division for a sample of mantissas or, with FLASHOPTIM_TEST_ALL=1, for all 2^46 pairs (a minute on an H100).
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -14,7 +14,8 @@ namespace {
 __global__ void roots(unsigned long long* wrong) {
   const uint64_t threads = uint64_t{gridDim.x} * blockDim.x;
   unsigned long long count = 0;
-  for (uint64_t i = (uint64_t{127 - 101} << 23) + blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < 0x7f800000u; i += threads) {
+  for (uint64_t i = (uint64_t{127 - 101} << 23) + blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < 0x7f800000u;
+       i += threads) {
     const float x = __uint_as_float(static_cast<uint32_t>(i));
     count += sqrt_in_range(x) != __fsqrt_rn(x);
   }
@@ -43,8 +44,10 @@ __global__ void quotients_at_ends(unsigned long long* wrong) {
     state = core::mix32<float>(state + 0x9e3779b9u);
     const int a_exponent = i % 3 == 0 ? -80 : i % 3 == 1 ? 60 : static_cast<int>(state >> 24) % 140 - 80;
     const int b_exponent = i % 5 == 0 ? -62 : i % 5 == 1 ? 39 : static_cast<int>(state % 100u) - 62;
-    const float a = __uint_as_float((static_cast<uint32_t>(127 + a_exponent) << 23) | (state & 0x7fffffu) | (state & 0x80000000u));
-    const float b = __uint_as_float((static_cast<uint32_t>(127 + b_exponent) << 23) | (core::mix32<float>(state) & 0x7fffffu));
+    const float a =
+        __uint_as_float((static_cast<uint32_t>(127 + a_exponent) << 23) | (state & 0x7fffffu) | (state & 0x80000000u));
+    const float b =
+        __uint_as_float((static_cast<uint32_t>(127 + b_exponent) << 23) | (core::mix32<float>(state) & 0x7fffffu));
     count += divide_in_range(a, b) != __fdiv_rn(a, b);
   }
   if (count != 0) atomicAdd(wrong, count);
@@ -64,8 +67,18 @@ __global__ void roots_of_everything(unsigned long long* wrong) {
 
 /// Any patterns, and what lies about the bounds within which divide() is short.
 __global__ void quotients_of_everything(unsigned long long* wrong) {
-  constexpr uint32_t kEdges[] = {0u, 1u, 0x007fffffu, 0x00800000u, (127u - 80u) << 23, (127u - 62u) << 23, 0x3f800000u,
-                                 (127u + 40u) << 23, (127u + 60u) << 23, 0x7f7fffffu, 0x7f800000u, 0x7fc00000u};
+  constexpr uint32_t kEdges[] = {0u,
+                                 1u,
+                                 0x007fffffu,
+                                 0x00800000u,
+                                 (127u - 80u) << 23,
+                                 (127u - 62u) << 23,
+                                 0x3f800000u,
+                                 (127u + 40u) << 23,
+                                 (127u + 60u) << 23,
+                                 0x7f7fffffu,
+                                 0x7f800000u,
+                                 0x7fc00000u};
   uint32_t state = core::mix32<float>(blockIdx.x * blockDim.x + threadIdx.x + 77u);
   const auto draw = [&state, &kEdges] {
     state = core::mix32<float>(state + 0x9e3779b9u);

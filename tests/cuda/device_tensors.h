@@ -11,20 +11,20 @@
 
 #include "flashoptim/cuda.h"
 
-#define ASSERT_CUDA(call)                                                   \
-  do {                                                                      \
-    const cudaError_t error_ = (call);                                      \
+#define ASSERT_CUDA(call)                                                          \
+  do {                                                                             \
+    const cudaError_t error_ = (call);                                             \
     ASSERT_EQ(error_, cudaSuccess) << #call << ": " << cudaGetErrorString(error_); \
   } while (0)
-#define EXPECT_OK(call)                                  \
-  do {                                                   \
-    const ::flashoptim::Status status_ = (call);         \
-    EXPECT_TRUE(status_.is_ok()) << status_.message();   \
+#define EXPECT_OK(call)                                \
+  do {                                                 \
+    const ::flashoptim::Status status_ = (call);       \
+    EXPECT_TRUE(status_.is_ok()) << status_.message(); \
   } while (0)
-#define ASSERT_OK(call)                                  \
-  do {                                                   \
-    const ::flashoptim::Status status_ = (call);         \
-    ASSERT_TRUE(status_.is_ok()) << status_.message();   \
+#define ASSERT_OK(call)                                \
+  do {                                                 \
+    const ::flashoptim::Status status_ = (call);       \
+    ASSERT_TRUE(status_.is_ok()) << status_.message(); \
   } while (0)
 
 namespace flashoptim::cuda_test {
@@ -44,8 +44,8 @@ inline std::string name(const Config& c) {
   static const char* const kDTypes[] = {"f32", "bf16", "fp16"};
   static const char* const kMasters[] = {"none", "stochastic", "c8", "c16", "c8nearest", "c16nearest"};
   return std::string(kOptimizers[static_cast<int>(c.optimizer)]) + (c.has_momentum ? "_momentum" : "") + " " +
-         kCodecs[static_cast<int>(c.codec)] + " " + kDTypes[static_cast<int>(c.parameter_dtype)] + " g=" +
-         kDTypes[static_cast<int>(c.gradient_dtype)] + " " + kMasters[static_cast<int>(c.master)];
+         kCodecs[static_cast<int>(c.codec)] + " " + kDTypes[static_cast<int>(c.parameter_dtype)] +
+         " g=" + kDTypes[static_cast<int>(c.gradient_dtype)] + " " + kMasters[static_cast<int>(c.master)];
 }
 
 inline std::vector<Config> all_configs() {
@@ -106,7 +106,8 @@ class Mirror {
  public:
   static constexpr size_t kGuard = 64;
   Mirror() = default;
-  Mirror(size_t bytes, size_t offset) : bytes_(bytes), offset_(kGuard + offset), host_(bytes + offset + 2 * kGuard + 16, 0xa5) {
+  Mirror(size_t bytes, size_t offset)
+      : bytes_(bytes), offset_(kGuard + offset), host_(bytes + offset + 2 * kGuard + 16, 0xa5) {
     std::memset(data(), 0, bytes);
     if (cudaMalloc(reinterpret_cast<void**>(&device_), host_.size()) != cudaSuccess) device_ = nullptr;
     to_device();
@@ -143,8 +144,10 @@ class Mirror {
         ++count;
       }
     }
-    *difference = std::to_string(count) + " bytes differ, the first at " + std::to_string(static_cast<int64_t>(at) - static_cast<int64_t>(offset_)) +
-                  " of " + std::to_string(bytes_) + ": host " + std::to_string(aligned()[at]) + ", device " + std::to_string(copy[at]);
+    *difference = std::to_string(count) + " bytes differ, the first at " +
+                  std::to_string(static_cast<int64_t>(at) - static_cast<int64_t>(offset_)) + " of " +
+                  std::to_string(bytes_) + ": host " + std::to_string(aligned()[at]) + ", device " +
+                  std::to_string(copy[at]);
     return false;
   }
 
@@ -175,14 +178,17 @@ inline void narrow(DType dtype, const float* values, void* out, int64_t count) {
 class TensorPair {
  public:
   /// `offsets` misaligns every array by so many bytes.
-  TensorPair(const Config& config, GroupLayout layout, std::mt19937& random, size_t offset = 0, int64_t first_element = 0)
+  TensorPair(const Config& config, GroupLayout layout, std::mt19937& random, size_t offset = 0,
+             int64_t first_element = 0)
       : config_(config) {
     const int64_t n = layout.numel();
     const size_t parameter_bytes = config.parameter_dtype == DType::kFloat32 ? 4 : 2;
     const size_t gradient_bytes = config.gradient_dtype == DType::kFloat32 ? 4 : 2;
     size_t correction_bytes = 0;
-    if (config.master == MasterWeights::kCorrection8 || config.master == MasterWeights::kCorrection8Nearest) correction_bytes = 1;
-    if (config.master == MasterWeights::kCorrection16 || config.master == MasterWeights::kCorrection16Nearest) correction_bytes = 2;
+    if (config.master == MasterWeights::kCorrection8 || config.master == MasterWeights::kCorrection8Nearest)
+      correction_bytes = 1;
+    if (config.master == MasterWeights::kCorrection16 || config.master == MasterWeights::kCorrection16Nearest)
+      correction_bytes = 2;
     const size_t state_bytes = config.codec == StateCodec::kFloat32 ? 4 : 1;
     states_ = state_count(config.optimizer, config.has_momentum);
     const size_t count = static_cast<size_t>(n);
@@ -191,7 +197,8 @@ class TensorPair {
     if (correction_bytes != 0) correction_ = Mirror(count * correction_bytes, offset);
     for (int k = 0; k < states_; ++k) {
       state_[k] = Mirror(count * state_bytes, offset);
-      if (config.codec != StateCodec::kFloat32) scale_[k] = Mirror(static_cast<size_t>(layout.groups()) * 2, offset & ~size_t{1});
+      if (config.codec != StateCodec::kFloat32)
+        scale_[k] = Mirror(static_cast<size_t>(layout.groups()) * 2, offset & ~size_t{1});
     }
     host_.layout = layout;
     host_.first_element = first_element;
@@ -262,7 +269,8 @@ class TensorPair {
     if (!parameter_.same(&text)) return "parameter: " + text;
     if (host_.correction != nullptr && !correction_.same(&text)) return "correction: " + text;
     for (int k = 0; k < states_; ++k) {
-      if (config_.codec != StateCodec::kFloat32 && !scale_[k].same(&text)) return "scales[" + std::to_string(k) + "]: " + text;
+      if (config_.codec != StateCodec::kFloat32 && !scale_[k].same(&text))
+        return "scales[" + std::to_string(k) + "]: " + text;
       if (!state_[k].same(&text)) return "states[" + std::to_string(k) + "]: " + text;
     }
     if (!gradient_.same(&text)) return "gradient: " + text;
@@ -281,7 +289,9 @@ class PlanPair {
  public:
   explicit PlanPair(const Config& config) : config_(config), random_(42) {}
 
-  void add(GroupLayout layout, size_t offset = 0, int64_t first_element = 0) { add(config_, layout, offset, first_element); }
+  void add(GroupLayout layout, size_t offset = 0, int64_t first_element = 0) {
+    add(config_, layout, offset, first_element);
+  }
   void add(const Config& config, GroupLayout layout, size_t offset = 0, int64_t first_element = 0) {
     tensors_.emplace_back(config, layout, random_, offset, first_element);
   }
@@ -295,9 +305,11 @@ class PlanPair {
       host.push_back(t.host());
       device.push_back(t.device());
     }
-    Status status = Plan::make(config_.optimizer, config_.has_momentum, host.data(), static_cast<int64_t>(host.size()), &cpu_);
+    Status status =
+        Plan::make(config_.optimizer, config_.has_momentum, host.data(), static_cast<int64_t>(host.size()), &cpu_);
     if (!status.is_ok()) return status;
-    return cuda::Plan::make(config_.optimizer, config_.has_momentum, device.data(), static_cast<int64_t>(device.size()), 0, &cuda_);
+    return cuda::Plan::make(config_.optimizer, config_.has_momentum, device.data(), static_cast<int64_t>(device.size()),
+                            0, &cuda_);
   }
 
   void new_gradients(const Gradients& kind) {
@@ -310,7 +322,8 @@ class PlanPair {
       const std::string text = tensors_[i].difference();
       if (!text.empty()) {
         const GroupLayout& l = tensors_[i].host().layout;
-        return "tensor " + std::to_string(i) + " (" + std::to_string(l.rows) + " x " + std::to_string(l.row_size) + ") " + text;
+        return "tensor " + std::to_string(i) + " (" + std::to_string(l.rows) + " x " + std::to_string(l.row_size) +
+               ") " + text;
       }
     }
     return "";

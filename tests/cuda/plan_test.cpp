@@ -126,7 +126,8 @@ TEST(CudaPlan, ManyHyperparameterSetsAndTensors) {
 /// New gradient addresses for as many tensors as each way of uploading them takes, and one more.
 TEST(CudaPlan, GradientsThatMove) {
   const Config config;
-  for (const int tensors : {cuda::kGradientsPerLaunch, cuda::kGradientsPerLaunch + 1, cuda::kLargeGradientsPerLaunch + 1}) {
+  for (const int tensors :
+       {cuda::kGradientsPerLaunch, cuda::kGradientsPerLaunch + 1, cuda::kLargeGradientsPerLaunch + 1}) {
     SCOPED_TRACE(tensors);
     PlanPair pair(config);
     // Room for every gradient, in another place than the tensors' own.
@@ -373,7 +374,8 @@ TEST(CudaPlan, Errors) {
   ParameterTensors t = pair.tensor(0).device();
   t.scales[0] = static_cast<char*>(t.scales[0]) + 1;
   EXPECT_EQ(cuda::Plan::make(config.optimizer, false, &t, 1, 0, &plan).code(), StatusCode::kInvalidArgument);
-  EXPECT_EQ(cuda::Plan::make(config.optimizer, false, &pair.tensor(0).device(), 1, 99, &plan).code(), StatusCode::kDeviceError);
+  EXPECT_EQ(cuda::Plan::make(config.optimizer, false, &pair.tensor(0).device(), 1, 99, &plan).code(),
+            StatusCode::kDeviceError);
   cuda::Plan empty;
   ASSERT_OK(cuda::Plan::make(config.optimizer, false, nullptr, 0, 0, &empty));
   EXPECT_OK(empty.step(nullptr, 0));

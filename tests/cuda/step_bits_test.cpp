@@ -14,8 +14,8 @@ namespace {
 
 const std::vector<GroupLayout>& layouts() {
   static const std::vector<GroupLayout> kLayouts = {
-      {1, 1},  {1, 31},  {1, 32},  {1, 33},  {1, 63},   {1, 511},  {1, 513},  {1, 4097}, {1, 100007}, {0, 0},
-      {3, 32}, {7, 96},  {64, 33}, {5, 100}, {40, 147}, {129, 40}, {3, 2056}, {257, 64},
+      {1, 1}, {1, 31}, {1, 32}, {1, 33},  {1, 63},  {1, 511},  {1, 513},  {1, 4097}, {1, 100007},
+      {0, 0}, {3, 32}, {7, 96}, {64, 33}, {5, 100}, {40, 147}, {129, 40}, {3, 2056}, {257, 64},
   };
   return kLayouts;
 }
@@ -45,7 +45,9 @@ TEST(CudaSmall, EveryKernel) {
     if (!seen.emplace(config.optimizer, config.has_momentum, kernel).second && !usual) continue;
     SCOPED_TRACE(name(config));
     PlanPair pair(config);
-    for (const GroupLayout layout : {GroupLayout{1, 1}, GroupLayout{1, 33}, GroupLayout{1, 100007}, GroupLayout{5, 100}}) pair.add(layout);
+    for (const GroupLayout layout :
+         {GroupLayout{1, 1}, GroupLayout{1, 33}, GroupLayout{1, 100007}, GroupLayout{5, 100}})
+      pair.add(layout);
     pair.add({1, 100}, 2);
     ASSERT_OK(pair.make());
     pair.new_gradients({true, 1e-3f});
@@ -85,7 +87,8 @@ TEST(CudaStepBits, EveryConfigurationMisaligned) {
     static constexpr size_t kOffsets[] = {2, 4, 8, 1, 6};
     const size_t offset = kOffsets[turn++ % 5];
     SCOPED_TRACE(offset);
-    for (const GroupLayout layout : {GroupLayout{1, 4097}, GroupLayout{33, 100}, GroupLayout{9, 64}, GroupLayout{1, 7}}) pair.add(layout, offset);
+    for (const GroupLayout layout : {GroupLayout{1, 4097}, GroupLayout{33, 100}, GroupLayout{9, 64}, GroupLayout{1, 7}})
+      pair.add(layout, offset);
     ASSERT_OK(pair.make());
     for (int64_t step = 1; step <= 2; ++step) {
       pair.new_gradients({step == 2, 1e-3f});
@@ -129,7 +132,8 @@ TEST(CudaStepBits, ExtremeMagnitudes) {
     pair.add({1, 6000});
     ASSERT_OK(pair.make());
     int64_t step = 0;
-    for (const float magnitude : {1e-38f, 1e-44f, 1e-30f, 1e-20f, 1e-12f, 1.0f, 1e10f, 1e19f, 1e30f, 1e38f, 0.0f, 0.0f, 1e-12f}) {
+    for (const float magnitude :
+         {1e-38f, 1e-44f, 1e-30f, 1e-20f, 1e-12f, 1.0f, 1e10f, 1e19f, 1e30f, 1e38f, 0.0f, 0.0f, 1e-12f}) {
       pair.new_gradients({magnitude == 1e-20f, magnitude});
       Hyperparameters hyper = test_hyper(config, ++step);
       if (magnitude == 1e-12f) hyper.eps = 0.0;
@@ -143,8 +147,9 @@ TEST(CudaStepBits, ExtremeMagnitudes) {
 
 /// Formats that have a hot kernel, and those of fp16 that have none.
 bool may_be_hot(const Config& c) {
-  return state_count(c.optimizer, c.has_momentum) > 0 && c.codec == StateCodec::kDefault && c.parameter_dtype != DType::kFloat32 &&
-         c.gradient_dtype == c.parameter_dtype && c.master != MasterWeights::kCorrection8Nearest && c.master != MasterWeights::kCorrection16Nearest;
+  return state_count(c.optimizer, c.has_momentum) > 0 && c.codec == StateCodec::kDefault &&
+         c.parameter_dtype != DType::kFloat32 && c.gradient_dtype == c.parameter_dtype &&
+         c.master != MasterWeights::kCorrection8Nearest && c.master != MasterWeights::kCorrection16Nearest;
 }
 
 /// Whole tiles (16 groups) without a zero, a small or a large number: what the hot kernels take the shortest way for.
@@ -153,7 +158,8 @@ TEST(CudaStepBits, DenseGradients) {
     if (!may_be_hot(config)) continue;
     SCOPED_TRACE(name(config));
     PlanPair pair(config);
-    for (const GroupLayout layout : {GroupLayout{1, 65536}, GroupLayout{24, 4096}, GroupLayout{1, 100007}}) pair.add(layout);
+    for (const GroupLayout layout : {GroupLayout{1, 65536}, GroupLayout{24, 4096}, GroupLayout{1, 100007}})
+      pair.add(layout);
     ASSERT_OK(pair.make());
     std::normal_distribution<float> normal(0.0f, 1e-3f);
     for (int64_t step = 1; step <= 30; ++step) {
@@ -190,14 +196,29 @@ TEST(CudaStepBits, ZerosInEveryMixture) {
         const int64_t at = i % kTile;
         bool zero = false;
         switch (i / kTile % kPatterns) {
-          case 0: break;
-          case 1: zero = true; break;
-          case 2: zero = at % 32 == 5; break;                          // one of a group
-          case 3: zero = at % 32 != 5; break;                          // all but one
-          case 4: zero = step < 4; break;                              // late
-          case 5: zero = step > 3; break;                              // early
-          case 6: zero = (at + step) % 40 != 0; break;                 // now and then
-          case 7: zero = at / 32 % 2 == 0 && step % 20 != 0; break;    // half of the groups
+          case 0:
+            break;
+          case 1:
+            zero = true;
+            break;
+          case 2:
+            zero = at % 32 == 5;
+            break;  // one of a group
+          case 3:
+            zero = at % 32 != 5;
+            break;  // all but one
+          case 4:
+            zero = step < 4;
+            break;  // late
+          case 5:
+            zero = step > 3;
+            break;  // early
+          case 6:
+            zero = (at + step) % 40 != 0;
+            break;  // now and then
+          case 7:
+            zero = at / 32 % 2 == 0 && step % 20 != 0;
+            break;  // half of the groups
         }
         const float x = normal(pair.random());
         g[static_cast<size_t>(i)] = zero ? (x > 0.0f ? 0.0f : -0.0f) : x;
@@ -247,23 +268,47 @@ TEST(CudaStepBits, OneFlawInATile) {
           if (step > 3) poke(host.parameter, device.parameter, at, static_cast<uint16_t>(bits | sign));
         };
         const auto poke_header = [&](int slot, int header) {
-          if (step > 3 && slot < states) poke(host.scales[slot], device.scales[slot], group, static_cast<uint16_t>(header));
+          if (step > 3 && slot < states)
+            poke(host.scales[slot], device.scales[slot], group, static_cast<uint16_t>(header));
         };
         switch (tile % 12) {
-          case 0: poke_weight(infinity); break;
-          case 1: poke_weight(infinity + 1); break;      // NaN
-          case 2: poke_weight(infinity - 1); break;      // the largest
-          case 3: poke_weight(0); break;
-          case 4: poke_weight(1); break;                 // subnormal
-          case 5: g[static_cast<size_t>(at)] = sign != 0 ? -INFINITY : INFINITY; break;
-          case 6: g[static_cast<size_t>(at)] = step > 3 ? NAN : 1e-3f; break;
-          case 7: g[static_cast<size_t>(at)] = step > 3 ? 60000.0f : 1e-3f; break;
-          case 8:  // variances of a group below what the root is taken of without a look
-            for (int64_t i = group * kGroupSize; i < (group + 1) * kGroupSize; ++i) g[static_cast<size_t>(i)] *= 0x1p-45f;
+          case 0:
+            poke_weight(infinity);
             break;
-          case 9: poke_header(0, (127 - 51) << 8 | 0xff); break;   // momentum's scale just below 2^-50
-          case 10: poke_header(0, (127 - 50) << 8); break;         // and 2^-50
-          case 11: poke_header(1, 20 << 8 | 11); break;            // variances of 2^-107
+          case 1:
+            poke_weight(infinity + 1);
+            break;  // NaN
+          case 2:
+            poke_weight(infinity - 1);
+            break;  // the largest
+          case 3:
+            poke_weight(0);
+            break;
+          case 4:
+            poke_weight(1);
+            break;  // subnormal
+          case 5:
+            g[static_cast<size_t>(at)] = sign != 0 ? -INFINITY : INFINITY;
+            break;
+          case 6:
+            g[static_cast<size_t>(at)] = step > 3 ? NAN : 1e-3f;
+            break;
+          case 7:
+            g[static_cast<size_t>(at)] = step > 3 ? 60000.0f : 1e-3f;
+            break;
+          case 8:  // variances of a group below what the root is taken of without a look
+            for (int64_t i = group * kGroupSize; i < (group + 1) * kGroupSize; ++i)
+              g[static_cast<size_t>(i)] *= 0x1p-45f;
+            break;
+          case 9:
+            poke_header(0, (127 - 51) << 8 | 0xff);
+            break;  // momentum's scale just below 2^-50
+          case 10:
+            poke_header(0, (127 - 50) << 8);
+            break;  // and 2^-50
+          case 11:
+            poke_header(1, 20 << 8 | 11);
+            break;  // variances of 2^-107
         }
       }
       pair.tensor(0).set_gradient(g);
@@ -290,7 +335,8 @@ void step_any_stored_bytes(double beta2) {
     const ParameterTensors& device = pair.tensor(0).device();
     const auto scramble = [&pair](void* on_host, void* on_device, size_t bytes) {
       if (on_host == nullptr) return;
-      for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(on_host)[i] = static_cast<unsigned char>(pair.random()());
+      for (size_t i = 0; i < bytes; ++i)
+        static_cast<unsigned char*>(on_host)[i] = static_cast<unsigned char>(pair.random()());
       cudaMemcpy(on_device, on_host, bytes, cudaMemcpyHostToDevice);
     };
     const size_t count = 8195, groups = static_cast<size_t>(host.layout.groups());
@@ -304,8 +350,11 @@ void step_any_stored_bytes(double beta2) {
       }
     }
     scramble(host.parameter, device.parameter, count * (config.parameter_dtype == DType::kFloat32 ? 4 : 2));
-    scramble(host.correction, device.correction,
-             count * (config.master == MasterWeights::kCorrection8 || config.master == MasterWeights::kCorrection8Nearest ? 1 : 2));
+    scramble(
+        host.correction, device.correction,
+        count * (config.master == MasterWeights::kCorrection8 || config.master == MasterWeights::kCorrection8Nearest
+                     ? 1
+                     : 2));
     for (int64_t step = 7; step < 9; ++step) {
       Hyperparameters hyper = test_hyper(config, step);
       if (beta2 >= 0.0) hyper.beta2 = beta2;

@@ -26,8 +26,8 @@ torch::Tensor ramp(const std::vector<int64_t>& shape, double slope, double offse
 }
 
 template <class Optimizer, class Options>
-std::unique_ptr<FlashOptimizer> make(const std::vector<torch::Tensor>& params, Options options, const std::string& codec,
-                                     int64_t bits) {
+std::unique_ptr<FlashOptimizer> make(const std::vector<torch::Tensor>& params, Options options,
+                                     const std::string& codec, int64_t bits) {
   options.weight_decay(0.1).state_codec(codec).master_weight_bits(bits).seed(7);
   return std::make_unique<Optimizer>(params, options);
 }
@@ -35,10 +35,14 @@ std::unique_ptr<FlashOptimizer> make(const std::vector<torch::Tensor>& params, O
 std::unique_ptr<FlashOptimizer> make_optimizer(const std::string& name, const std::vector<torch::Tensor>& params,
                                                const std::string& codec, int64_t bits) {
   namespace ft = flashoptim::torch;
-  if (name == "adamw") return make<ft::FlashAdamW>(params, ft::FlashAdamWOptions(3e-3).betas({0.8, 0.95}).eps(1e-6), codec, bits);
-  if (name == "adam") return make<ft::FlashAdam>(params, ft::FlashAdamOptions(3e-3).betas({0.8, 0.95}).eps(1e-6), codec, bits);
-  if (name == "sgd") return make<ft::FlashSGD>(params, ft::FlashSGDOptions(3e-3).momentum(0.8).dampening(0.2), codec, bits);
-  if (name == "sgdw") return make<ft::FlashSGDW>(params, ft::FlashSGDWOptions(3e-3).momentum(0.8).nesterov(true), codec, bits);
+  if (name == "adamw")
+    return make<ft::FlashAdamW>(params, ft::FlashAdamWOptions(3e-3).betas({0.8, 0.95}).eps(1e-6), codec, bits);
+  if (name == "adam")
+    return make<ft::FlashAdam>(params, ft::FlashAdamOptions(3e-3).betas({0.8, 0.95}).eps(1e-6), codec, bits);
+  if (name == "sgd")
+    return make<ft::FlashSGD>(params, ft::FlashSGDOptions(3e-3).momentum(0.8).dampening(0.2), codec, bits);
+  if (name == "sgdw")
+    return make<ft::FlashSGDW>(params, ft::FlashSGDWOptions(3e-3).momentum(0.8).nesterov(true), codec, bits);
   return make<ft::FlashLion>(params, ft::FlashLionOptions(3e-3).betas({0.8, 0.95}), codec, bits);
 }
 
@@ -71,7 +75,9 @@ int main(int argc, char** argv) {
             opt->step();
           }
           const std::string name = optimizer + "-" + codec + "-" + std::to_string(bits) + "-" +
-                                   (dtype == torch::kBFloat16 ? "bfloat16" : dtype == torch::kFloat16 ? "float16" : "float32");
+                                   (dtype == torch::kBFloat16  ? "bfloat16"
+                                    : dtype == torch::kFloat16 ? "float16"
+                                                               : "float32");
           std::ofstream out(std::filesystem::path(argv[1]) / (name + ".bin"), std::ios::binary);
           for (const torch::Tensor& param : params) {
             write(out, param);

@@ -93,7 +93,8 @@ std::string locate(const std::vector<unsigned char>& bytes, size_t offset, const
 
 void expect_all_isas_agree(const Run& run) {
   const std::vector<std::string> isas = machine_isas();
-  for (size_t i = isas.size(); i < std::size(kIsas); ++i) std::printf("  NOTE: this machine lacks %s; it is not compared\n", kIsas[i]);
+  for (size_t i = isas.size(); i < std::size(kIsas); ++i)
+    std::printf("  NOTE: this machine lacks %s; it is not compared\n", kIsas[i]);
   std::vector<std::unique_ptr<Child>> children;
   for (const std::string& isa : isas) {
     children.push_back(
@@ -127,8 +128,9 @@ const std::vector<std::vector<int64_t>> kRows{{7, 33},    {3, 1000}, {100, 31}, 
                                               {2, 3, 40}, {1, 31},   {0, 64},   {64, 32}};
 
 TEST(IsaEquality, FlatTensorsOfEverySizeInEveryConfigurationOver100Steps) {
-  expect_all_isas_agree({flat({0, 1, 31, 32, 33, 63, 64, 511, 512, 513, 1000, 1023, 1024, 1025, kSanitized ? 65 : 4097}),
-                         kSanitized ? 3 : 100, Gradients::kOrdinary, Configurations::kAll});
+  expect_all_isas_agree(
+      {flat({0, 1, 31, 32, 33, 63, 64, 511, 512, 513, 1000, 1023, 1024, 1025, kSanitized ? 65 : 4097}),
+       kSanitized ? 3 : 100, Gradients::kOrdinary, Configurations::kAll});
 }
 
 TEST(IsaEquality, RowsOfEveryKindInEveryConfiguration) {
@@ -145,7 +147,8 @@ TEST(IsaEquality, RareHostileWeightsAndGradientsUnderSeveralHyperparameters) {
   const std::vector<std::vector<int64_t>> shapes{{1024}, {4096}, {3000}, {3, 2048}, {5, 1056}};
   const Configurations configurations = kSanitized ? Configurations::kFew : Configurations::kAll;
   expect_all_isas_agree({shapes, kSanitized ? 4 : 12, Gradients::kRarelyHostile, configurations});
-  expect_all_isas_agree({shapes, kSanitized ? 4 : 12, Gradients::kRarelyHostile, configurations, default_hyperparameters});
+  expect_all_isas_agree(
+      {shapes, kSanitized ? 4 : 12, Gradients::kRarelyHostile, configurations, default_hyperparameters});
   expect_all_isas_agree({shapes, 3, Gradients::kRarelyHostile, configurations, frozen_hyperparameters});
   expect_all_isas_agree({shapes, 4, Gradients::kRarelyHostile, configurations, default_hyperparameters, 0.37f});
   expect_all_isas_agree({shapes, 4, Gradients::kRarelyHostile, configurations, default_hyperparameters, 3e30f});

@@ -123,8 +123,8 @@ double window_bound(const TestTensor& t, int64_t i, double exact) {
 }
 
 /// Default, momentum: less than one step of the mu-law code, 2^-K of (2 + |x| / G) for every octave of it, times G S; S
-/// is the power of two below the root of the variance as stored, or 1; G the header's scale. Where a group chooses K, its
-/// header says so, and codes lie up to a first step 2^(1 - K) higher.
+/// is the power of two below the root of the variance as stored, or 1; G the header's scale. Where a group chooses K,
+/// its header says so, and codes lie up to a first step 2^(1 - K) higher.
 double mu_law_bound(const TestTensor& t, int64_t i, const OptimizerChoice& o, double exact, double stored_variance) {
   const uint32_t header = t.scale_at(0, group_of(t, i));
   const bool chosen = mantissa_bits(o.name) == 0;

@@ -133,11 +133,13 @@ class TestTensor {
     t_.state_codec = codec;
     const int64_t count = t_.layout.numel();
     parameter_ = GuardedArray(count, storage.dtype == DType::kFloat32 ? 4 : 2, shift);
-    const float hostile[] = {0.0f,  -0.0f,  0x1p-149f, -0x1p-130f, 0x1p-126f, 1e-30f,   0x1p-64f,  -0x1.ffp-64f, 0x1p-63f,
-                             1e30f, 0x1p65f, 0x1.fcp64f, 3.0e38f,   NAN,       INFINITY, -INFINITY, 65504.0f,    6e-8f};
+    const float hostile[] = {0.0f,     -0.0f,        0x1p-149f, -0x1p-130f, 0x1p-126f, 1e-30f,
+                             0x1p-64f, -0x1.ffp-64f, 0x1p-63f,  1e30f,      0x1p65f,   0x1.fcp64f,
+                             3.0e38f,  NAN,          INFINITY,  -INFINITY,  65504.0f,  6e-8f};
     for (int64_t i = 0; i < count; ++i) {
       float w = static_cast<float>(random.normal() * 0.3);
-      if (gradients == Gradients::kRarelyHostile && random.below(700) == 0) w = hostile[random.below(std::size(hostile))];
+      if (gradients == Gradients::kRarelyHostile && random.below(700) == 0)
+        w = hostile[random.below(std::size(hostile))];
       put(parameter_, storage.dtype, i, w);
     }
     t_.parameter = parameter_.data();
@@ -267,7 +269,8 @@ class TestTensor {
       if (what == 0) g = 0.0;
       if (what == 1) g *= std::pow(10.0, 4.0 - 10.0 * random.uniform());
       put(gradient_, t_.gradient_dtype, i, static_cast<float>(g));
-      if ((kind == Gradients::kHostile && random.below(24) == 0) || (kind == Gradients::kRarelyHostile && random.below(5000) == 0))
+      if ((kind == Gradients::kHostile && random.below(24) == 0) ||
+          (kind == Gradients::kRarelyHostile && random.below(5000) == 0))
         put(gradient_, t_.gradient_dtype, i, hostile[random.below(11)]);
     }
   }

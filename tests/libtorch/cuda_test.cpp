@@ -134,8 +134,8 @@ TEST_F(Cuda, DenseLayoutsAndOtherGradientLayouts) {
     if (i == 1) grad = grad.to(torch::kFloat);
     if (i == 2) grad = torch::full({1}, 0.25, torch::kBFloat16).expand_as(host);
     Tensor(host).mutable_grad() = grad;
-    Tensor(param).mutable_grad() = i == 2 ? torch::full({1}, 0.25, param.options().requires_grad(false)).expand_as(param)
-                                          : grad.to(torch::kCUDA);
+    Tensor(param).mutable_grad() =
+        i == 2 ? torch::full({1}, 0.25, param.options().requires_grad(false)).expand_as(param) : grad.to(torch::kCUDA);
     on_cpu.step();
     on_cuda.step();
     EXPECT_TRUE(on_host(on_cpu) == on_host(on_cuda)) << "step " << i;

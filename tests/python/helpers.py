@@ -7,14 +7,14 @@ import copy
 import numpy as np
 import torch
 
-import flashoptim
+import flashoptim_native
 
 CLASSES = {
-    "adamw": flashoptim.FlashAdamW,
-    "adam": flashoptim.FlashAdam,
-    "sgd": flashoptim.FlashSGD,
-    "sgdw": flashoptim.FlashSGDW,
-    "lion": flashoptim.FlashLion,
+    "adamw": flashoptim_native.FlashAdamW,
+    "adam": flashoptim_native.FlashAdam,
+    "sgd": flashoptim_native.FlashSGD,
+    "sgdw": flashoptim_native.FlashSGDW,
+    "lion": flashoptim_native.FlashLion,
 }
 
 # Hyperparameters that let no term vanish.
@@ -88,7 +88,7 @@ def master_weights(optimizer, param):
     """fp32 weights behind a parameter, as float64 NumPy."""
     state = optimizer.state.get(param, {})
     if "correction" in state:
-        return flashoptim.reconstruct_fp32_param(param, state["correction"]).double().numpy()
+        return flashoptim_native.reconstruct_fp32_param(param, state["correction"]).double().numpy()
     return param.detach().double().numpy()
 
 

@@ -10,9 +10,9 @@ import time
 
 import torch
 
-import flashoptim
-from flashoptim import _ops
-from flashoptim._prepared import Controls
+import flashoptim_native
+from flashoptim_native import _ops
+from flashoptim_native._prepared import Controls
 
 
 def cost(function, repeat=1000, before=lambda: None):
@@ -39,9 +39,9 @@ def make(count=300, numel=8, device=None):
 def main():
     torch.set_num_threads(1)
     makers = {
-        "FlashAdamW, all quantized": lambda p: flashoptim.FlashAdamW(p, min_quantized_numel=0),
-        "FlashAdamW, fp32 states": lambda p: flashoptim.FlashAdamW(p),
-        "FlashSGD": lambda p: flashoptim.FlashSGD(p),
+        "FlashAdamW, all quantized": lambda p: flashoptim_native.FlashAdamW(p, min_quantized_numel=0),
+        "FlashAdamW, fp32 states": lambda p: flashoptim_native.FlashAdamW(p),
+        "FlashSGD": lambda p: flashoptim_native.FlashSGD(p),
         "torch AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
         "torch AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
         "torch AdamW": lambda p: torch.optim.AdamW(p),
@@ -58,7 +58,7 @@ def main():
 
 
 def measure_parts(numel):
-    optimizer = flashoptim.FlashAdamW(make(numel=numel), min_quantized_numel=0)
+    optimizer = flashoptim_native.FlashAdamW(make(numel=numel), min_quantized_numel=0)
     for _ in range(3):
         optimizer.step()
     prepared = optimizer._prepared[0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import flashoptim
+import flashoptim_native
 from helpers import (
     CLASSES,
     HYPERS,
@@ -60,7 +60,7 @@ def test_resumed_equals_uninterrupted(kind, options, transport):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_resume_with_parameters_at_different_steps(dtype):
     params = make_params(dtype)
-    optimizer = flashoptim.FlashAdamW(params)
+    optimizer = flashoptim_native.FlashAdamW(params)
 
     def step(optimizer, params, number):
         set_grads(params, number)
@@ -73,7 +73,7 @@ def test_resume_with_parameters_at_different_steps(dtype):
         step(optimizer, params, number)
     assert len({optimizer.state[p]["step"] for p in params}) > 1
     resumed_params = copies_of(params)
-    resumed = flashoptim.FlashAdamW(resumed_params)
+    resumed = flashoptim_native.FlashAdamW(resumed_params)
     resumed.load_state_dict(through_file(optimizer.state_dict()))
     for number in range(5, 9):
         step(optimizer, params, number)
@@ -97,7 +97,7 @@ def test_the_seed_matters_and_is_saved():
     runs = []
     for seed in (0, 1):
         params = make_params()
-        optimizer = flashoptim.FlashAdamW(params, seed=seed)
+        optimizer = flashoptim_native.FlashAdamW(params, seed=seed)
         run(optimizer, params, 0, 3)
         runs.append([bits(p) for p in params] + [bits(optimizer.state[p]["correction"]) for p in params])
     assert runs[0] != runs[1]
@@ -119,7 +119,7 @@ def test_deepcopy_and_pickle(kind, make_copy):
 
 def test_a_loaded_optimizer_shares_nothing_with_its_source():
     params, other_params = make_params(), make_params()
-    optimizer, other = flashoptim.FlashAdamW(params), flashoptim.FlashAdamW(other_params)
+    optimizer, other = flashoptim_native.FlashAdamW(params), flashoptim_native.FlashAdamW(other_params)
     run(optimizer, params, 0, 2)
     other.load_state_dict(optimizer.state_dict())
     before = snapshot(optimizer)
@@ -129,7 +129,7 @@ def test_a_loaded_optimizer_shares_nothing_with_its_source():
 
 def test_states_keep_their_dtypes_on_load():
     params, other_params = make_params(), make_params()
-    optimizer, other = flashoptim.FlashAdamW(params), flashoptim.FlashAdamW(other_params)
+    optimizer, other = flashoptim_native.FlashAdamW(params), flashoptim_native.FlashAdamW(other_params)
     run(optimizer, params, 0, 1)
     other.load_state_dict(optimizer.state_dict())
     state = other.state[other_params[0]]
@@ -171,10 +171,13 @@ def test_uncompressed_state_dict_is_fp32_and_loads(kind, codec):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (flashoptim.FlashAdamW, torch.optim.AdamW),
-        (flashoptim.FlashAdam, torch.optim.Adam),
-        (lambda p, **k: flashoptim.FlashSGD(p, momentum=0.9, **k), lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)),
-        (flashoptim.FlashSGD, lambda p: torch.optim.SGD(p, lr=1e-3)),
+        (flashoptim_native.FlashAdamW, torch.optim.AdamW),
+        (flashoptim_native.FlashAdam, torch.optim.Adam),
+        (
+            lambda p, **k: flashoptim_native.FlashSGD(p, momentum=0.9, **k),
+            lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+        ),
+        (flashoptim_native.FlashSGD, lambda p: torch.optim.SGD(p, lr=1e-3)),
     ],
 )
 def test_plain_pytorch_checkpoints_both_ways(ours, theirs, dtype):
@@ -211,11 +214,11 @@ def test_plain_pytorch_checkpoints_both_ways(ours, theirs, dtype):
 )
 def test_other_formats_are_converted_to_the_optimizers_own(before, after):
     params = make_params()
-    optimizer = flashoptim.FlashAdamW(params, **before)
+    optimizer = flashoptim_native.FlashAdamW(params, **before)
     run(optimizer, params, 0, 3)
-    other = flashoptim.FlashAdamW(params, **after)
+    other = flashoptim_native.FlashAdamW(params, **after)
     other.load_state_dict(optimizer.state_dict())
-    expected = flashoptim.FlashAdamW(make_params(), **after)
+    expected = flashoptim_native.FlashAdamW(make_params(), **after)
     run(expected, expected.param_groups[0]["params"], 0, 1)
     for p, q in zip(params, expected.param_groups[0]["params"]):
         ours, theirs = other.state[p], expected.state[q]
@@ -230,18 +233,18 @@ def test_other_formats_are_converted_to_the_optimizers_own(before, after):
 
 def test_corrections_of_another_width_are_converted():
     params = make_params()
-    narrow = flashoptim.FlashAdamW(params, master_weight_bits=24)
+    narrow = flashoptim_native.FlashAdamW(params, master_weight_bits=24)
     run(narrow, params, 0, 3)
-    wide = flashoptim.FlashAdamW(params, master_weight_bits=32)
+    wide = flashoptim_native.FlashAdamW(params, master_weight_bits=32)
     wide.load_state_dict(narrow.state_dict())
     for p in params:
-        a = flashoptim.reconstruct_fp32_param(p, narrow.state[p]["correction"])
-        b = flashoptim.reconstruct_fp32_param(p, wide.state[p]["correction"])
+        a = flashoptim_native.reconstruct_fp32_param(p, narrow.state[p]["correction"])
+        b = flashoptim_native.reconstruct_fp32_param(p, wide.state[p]["correction"])
         torch.testing.assert_close(a, b, rtol=2.0**-22, atol=0)
-    back = flashoptim.FlashAdamW(params, master_weight_bits=24)
+    back = flashoptim_native.FlashAdamW(params, master_weight_bits=24)
     back.load_state_dict(wide.state_dict())
     assert_same_bits((params, narrow), (params, back))
-    none = flashoptim.FlashAdamW(params, master_weight_bits=None, stochastic_rounding=True)
+    none = flashoptim_native.FlashAdamW(params, master_weight_bits=None, stochastic_rounding=True)
     with pytest.warns(UserWarning, match="correction"):
         none.load_state_dict(wide.state_dict())
     assert "correction" not in none.state[params[0]]
@@ -250,7 +253,7 @@ def test_corrections_of_another_width_are_converted():
 def test_another_storage_order_is_converted():
     p = torch.nn.Parameter(torch.randn(64, 96).to(torch.bfloat16))
     q = torch.nn.Parameter(p.detach().t().contiguous().t())
-    a, b = flashoptim.FlashAdamW([p]), flashoptim.FlashAdamW([q])
+    a, b = flashoptim_native.FlashAdamW([p]), flashoptim_native.FlashAdamW([q])
     p.grad = torch.randn_like(p)
     a.step()
     b.load_state_dict(a.state_dict())
@@ -263,26 +266,26 @@ def test_another_storage_order_is_converted():
 def test_groups_of_a_checkpoint():
     params = make_params()
     groups = [{"params": params[:3], "lr": 0.1}, {"params": params[3:], "lr": 0.2, "betas": (0.5, 0.6)}]
-    optimizer = flashoptim.FlashAdamW(groups, decouple_lr=True, weight_decay=1e-4)
+    optimizer = flashoptim_native.FlashAdamW(groups, decouple_lr=True, weight_decay=1e-4)
     optimizer.param_groups[0]["lr"] = 0.05
     optimizer.param_groups[0]["my_own"] = "kept"
     saved = through_file(optimizer.state_dict())
-    other = flashoptim.FlashAdamW([{"params": params[:3]}, {"params": params[3:]}], decouple_lr=True)
+    other = flashoptim_native.FlashAdamW([{"params": params[:3]}, {"params": params[3:]}], decouple_lr=True)
     other.load_state_dict(saved)
     assert [g["lr"] for g in other.param_groups] == [0.05, 0.2]
     assert [g["decay_lr"] for g in other.param_groups] == [0.1, 0.2]
     assert other.param_groups[1]["betas"] == (0.5, 0.6) and other.param_groups[0]["my_own"] == "kept"
-    one = flashoptim.FlashAdamW(params)
+    one = flashoptim_native.FlashAdamW(params)
     with pytest.raises(ValueError, match="2 parameter groups"):
         one.load_state_dict(saved)
-    uneven = flashoptim.FlashAdamW([{"params": params[:2]}, {"params": params[2:]}])
+    uneven = flashoptim_native.FlashAdamW([{"params": params[:2]}, {"params": params[2:]}])
     with pytest.raises(ValueError, match="group 0 of the state dict has 3 parameters"):
         uneven.load_state_dict(saved)
 
 
 def test_load_hooks_and_state_dict_hooks():
     params = make_params()
-    optimizer = flashoptim.FlashAdamW(params)
+    optimizer = flashoptim_native.FlashAdamW(params)
     run(optimizer, params, 0, 1)
     seen = []
     optimizer.register_load_state_dict_pre_hook(lambda opt, state_dict: seen.append(sorted(state_dict)))
@@ -324,7 +327,7 @@ def _broken(change):
 )
 def test_a_bad_state_dict_changes_nothing(change, message):
     params = make_params()
-    optimizer = flashoptim.FlashAdamW(params)
+    optimizer = flashoptim_native.FlashAdamW(params)
     run(optimizer, params, 0, 2)
     bad = _broken(change)(optimizer.state_dict())
     before = snapshot(optimizer)
@@ -344,7 +347,7 @@ def test_distributed_checkpoint_helpers_in_one_process():
     def make():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(80, 64), torch.nn.Linear(64, 3)).to(torch.bfloat16)
-        return model, flashoptim.FlashAdamW(model.parameters(), lr=1e-2)
+        return model, flashoptim_native.FlashAdamW(model.parameters(), lr=1e-2)
 
     for options in (StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)):
         model, optimizer = make()
@@ -360,7 +363,7 @@ def test_distributed_checkpoint_helpers_in_one_process():
 
 def test_checkpoint_size_is_that_of_the_byte_budget():
     p = torch.nn.Parameter(torch.zeros(1024, 1024, dtype=torch.bfloat16))
-    optimizer = flashoptim.FlashAdamW([p])
+    optimizer = flashoptim_native.FlashAdamW([p])
     p.grad = torch.ones_like(p)
     optimizer.step()
     buffer = io.BytesIO()

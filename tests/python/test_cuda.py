@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import CLASSES, HYPERS, assert_same_bits, bits, make_params, set_grads
 
-import flashoptim
-from flashoptim import _ops, _states
+import flashoptim_native
+from flashoptim_native import _ops, _states
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and _ops.has_cuda()), reason="no CUDA device, or operators built without CUDA"
@@ -70,8 +70,11 @@ def test_several_groups_and_dtypes_share_the_step():
     device = to_cuda(host)
     both = []
     for params in (host, device):
-        groups = [{"params": params[: len(host) // 2], "lr": 1e-2}, {"params": params[len(host) // 2 :], "weight_decay": 0.0}]
-        both.append((params, flashoptim.FlashAdamW(groups, lr=1e-3, min_quantized_numel=64)))
+        groups = [
+            {"params": params[: len(host) // 2], "lr": 1e-2},
+            {"params": params[len(host) // 2 :], "weight_decay": 0.0},
+        ]
+        both.append((params, flashoptim_native.FlashAdamW(groups, lr=1e-3, min_quantized_numel=64)))
     run_both(*both, 0, 5)
     assert_same_bits(*both)
     assert len(both[1][1]._prepared) == 1
@@ -84,7 +87,7 @@ def test_sgd_groups_with_and_without_momentum():
     for params in (host, device):
         half = len(params) // 2
         groups = [{"params": params[:half], "momentum": 0.9}, {"params": params[half:]}]
-        both.append((params, flashoptim.FlashSGD(groups, lr=1e-2, min_quantized_numel=64)))
+        both.append((params, flashoptim_native.FlashSGD(groups, lr=1e-2, min_quantized_numel=64)))
     run_both(*both, 0, 5)
     assert_same_bits(*both)
 
@@ -108,7 +111,7 @@ def test_layouts(which):
     both = []
     for device in ("cpu", "cuda"):
         p = make(device)
-        both.append(([p], flashoptim.FlashAdamW([p], lr=1e-2, min_quantized_numel=64)))
+        both.append(([p], flashoptim_native.FlashAdamW([p], lr=1e-2, min_quantized_numel=64)))
     for step in range(4):
         for (p,), optimizer in both:
             grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
@@ -130,7 +133,11 @@ def test_replayed_graph_equals_eager_steps():
         for p in params:
             p.grad = torch.zeros_like(p)
         lr = torch.tensor(1e-2, device="cuda")
-        return params, flashoptim.FlashAdamW(params, lr=lr, capturable=True, min_quantized_numel=64, weight_decay=0.1), lr
+        return (
+            params,
+            flashoptim_native.FlashAdamW(params, lr=lr, capturable=True, min_quantized_numel=64, weight_decay=0.1),
+            lr,
+        )
 
     def fill(params, step):
         generator = torch.Generator().manual_seed(step)
@@ -156,7 +163,7 @@ def test_replayed_graph_equals_eager_steps():
     assert int(optimizer_g.state[graphed[0]]["step"]) == 8
     # A host-side learning rate and count give the same bytes.
     plain = to_cuda(make_params(torch.bfloat16))
-    optimizer = flashoptim.FlashAdamW(plain, lr=1e-2, min_quantized_numel=64, weight_decay=0.1)
+    optimizer = flashoptim_native.FlashAdamW(plain, lr=1e-2, min_quantized_numel=64, weight_decay=0.1)
     for step in range(8):
         for p in plain:
             p.grad = torch.zeros_like(p)
@@ -170,7 +177,7 @@ def test_replayed_graph_equals_eager_steps():
 def test_a_step_that_is_not_ready_cannot_be_captured():
     p = torch.nn.Parameter(torch.zeros(4096, device="cuda"))
     p.grad = torch.ones_like(p)
-    optimizer = flashoptim.FlashAdamW([p], lr=1e-2, capturable=True)
+    optimizer = flashoptim_native.FlashAdamW([p], lr=1e-2, capturable=True)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="capture"), torch.cuda.graph(graph):
         optimizer.step()
@@ -178,8 +185,8 @@ def test_a_step_that_is_not_ready_cannot_be_captured():
 
 def test_grad_scaler_skips_on_the_device():
     params, plain = to_cuda(make_params(torch.float32)), to_cuda(make_params(torch.float32))
-    scaled = flashoptim.FlashAdamW(params, lr=1e-2, min_quantized_numel=64)
-    unscaled = flashoptim.FlashAdamW(plain, lr=1e-2, min_quantized_numel=64)
+    scaled = flashoptim_native.FlashAdamW(params, lr=1e-2, min_quantized_numel=64)
+    unscaled = flashoptim_native.FlashAdamW(plain, lr=1e-2, min_quantized_numel=64)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=1000)
     for step in range(6):
         set_grads_on(params, step, 1024.0 if step != 3 else float("inf"))
@@ -196,7 +203,7 @@ def test_grad_scaler_skips_on_the_device():
     for p, q in zip(params, plain, strict=True):
         assert bits(p) == bits(q)
     # A checkpoint holds the count, and a plain run goes on from it.
-    again = flashoptim.FlashAdamW(params, lr=1e-2, min_quantized_numel=64)
+    again = flashoptim_native.FlashAdamW(params, lr=1e-2, min_quantized_numel=64)
     again.load_state_dict(copy.deepcopy(scaled.state_dict()))
     assert again.state[params[0]]["step"] == 5
     for optimizer, tensors in ((again, params), (unscaled, plain)):
@@ -272,14 +279,16 @@ def test_export_and_import_of_weights(dtype, width):
     device = copy.deepcopy(host).cuda()
     exported = []
     for model in (host, device):
-        optimizer = flashoptim.FlashAdamW(model.parameters(), lr=1e-2, min_quantized_numel=64, master_weight_bits=width)
+        optimizer = flashoptim_native.FlashAdamW(
+            model.parameters(), lr=1e-2, min_quantized_numel=64, master_weight_bits=width
+        )
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.25)
         optimizer.step()
-        exported.append(flashoptim.get_fp32_model_state_dict(model, optimizer))
+        exported.append(flashoptim_native.get_fp32_model_state_dict(model, optimizer))
         moved = {name: value * 1.0001 for name, value in exported[-1].items()}
-        flashoptim.set_fp32_model_state_dict(model, moved, optimizer)
-        exported.append(flashoptim.get_fp32_model_state_dict(model, optimizer))
+        flashoptim_native.set_fp32_model_state_dict(model, moved, optimizer)
+        exported.append(flashoptim_native.get_fp32_model_state_dict(model, optimizer))
     for name in exported[0]:
         assert bits(exported[0][name]) == bits(exported[2][name])
         assert bits(exported[1][name]) == bits(exported[3][name])
@@ -291,7 +300,7 @@ def test_a_run_moves_between_devices():
     host = make_params(shapes=SHAPES)
     for p, q in zip(host, b[0], strict=True):
         p.data.copy_(q.detach().cpu())
-    moved = flashoptim.FlashAdamW(host, **HYPERS["adamw"], min_quantized_numel=64)
+    moved = flashoptim_native.FlashAdamW(host, **HYPERS["adamw"], min_quantized_numel=64)
     moved.load_state_dict(b[1].state_dict())
     set_grads(a[0], 7)
     set_grads(host, 7)
@@ -327,13 +336,15 @@ def test_another_stream_and_parameters_that_move():
 def test_gradient_release():
     def model():
         torch.manual_seed(3)
-        return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)).bfloat16().cuda()
+        return (
+            torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)).bfloat16().cuda()
+        )
 
     results = []
     for release in (False, True):
         net = model()
-        optimizer = flashoptim.FlashAdamW(net.parameters(), lr=1e-2, min_quantized_numel=64)
-        handle = flashoptim.enable_gradient_release(net, optimizer) if release else None
+        optimizer = flashoptim_native.FlashAdamW(net.parameters(), lr=1e-2, min_quantized_numel=64)
+        handle = flashoptim_native.enable_gradient_release(net, optimizer) if release else None
         for step in range(3):
             x = torch.full((4, 64), 0.1 * (step + 1), device="cuda", dtype=torch.bfloat16)
             net(x).float().square().sum().backward()
@@ -379,7 +390,7 @@ def test_states_are_zeroed_in_one_launch(monkeypatch, chunk):
 
 def test_new_gradients_take_one_launch_more():
     params = [torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16, device="cuda")) for _ in range(300)]
-    optimizer = flashoptim.FlashAdamW(params, min_quantized_numel=0)
+    optimizer = flashoptim_native.FlashAdamW(params, min_quantized_numel=0)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -406,7 +417,7 @@ def test_states_on_a_device_that_is_not_current():
     params = [torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device="cuda:1")) for _ in range(3)]
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer = flashoptim.FlashAdamW(params, min_quantized_numel=64)
+    optimizer = flashoptim_native.FlashAdamW(params, min_quantized_numel=64)
     optimizer.step()
     assert torch.cuda.current_device() == 0
     assert {state["exp_avg"].device for state in optimizer.state.values()} == {torch.device("cuda:1")}
@@ -434,9 +445,11 @@ def test_more_than_two_to_the_31_elements():
         p.grad = torch.zeros_like(p)
         p.grad[-5000:] = 0.5
         p.grad[:5000] = -0.25
-        optimizer = flashoptim.FlashAdamW([p], lr=1e-3)
+        optimizer = flashoptim_native.FlashAdamW([p], lr=1e-3)
         optimizer.step()
         state = optimizer.state[p]
-        results.append([bits(t[-9000:]) + bits(t[:9000]) for t in (p, state["correction"], state["exp_avg"], state["exp_avg_sq"])])
+        results.append(
+            [bits(t[-9000:]) + bits(t[:9000]) for t in (p, state["correction"], state["exp_avg"], state["exp_avg_sq"])]
+        )
         del p, optimizer, state
     assert results[0] == results[1]

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-import flashoptim
+import flashoptim_native
 from helpers import CLASSES, assert_untouched, make_params, run, set_grads, snapshot
 
 NAN, INF = float("nan"), float("inf")
@@ -118,8 +118,8 @@ def test_wrong_options_of_a_group_leave_the_optimizer_as_it_was(kind, arguments,
 def test_parameters_that_cannot_be_stepped(make, error, message):
     good = make_params()
     with pytest.raises(error, match=message):
-        flashoptim.FlashAdamW([*good, make()])
-    optimizer = flashoptim.FlashAdamW(good)
+        flashoptim_native.FlashAdamW([*good, make()])
+    optimizer = flashoptim_native.FlashAdamW(good)
     with pytest.raises(error, match=message):
         optimizer.add_param_group({"params": [make()]})
     assert len(optimizer.param_groups) == 1
@@ -127,12 +127,12 @@ def test_parameters_that_cannot_be_stepped(make, error, message):
 
 def test_empty_and_duplicate_parameters():
     with pytest.raises(ValueError, match="empty parameter list"):
-        flashoptim.FlashAdamW([])
+        flashoptim_native.FlashAdamW([])
     p = make_params()[0]
     with pytest.raises(ValueError, match="more than one parameter group"):
-        flashoptim.FlashAdamW([{"params": [p]}, {"params": [p]}])
+        flashoptim_native.FlashAdamW([{"params": [p]}, {"params": [p]}])
     with pytest.warns(UserWarning, match="duplicate"):
-        twice = flashoptim.FlashAdamW([p, p])
+        twice = flashoptim_native.FlashAdamW([p, p])
     p.grad = torch.ones_like(p)
     before = snapshot(twice)
     with pytest.raises(RuntimeError, match="share memory"):
@@ -203,7 +203,7 @@ def test_wrong_gradients_change_nothing(kind, spoil, message, steps_before):
 )
 def test_broken_states_change_nothing(key, value, message):
     params = make_params()
-    optimizer = flashoptim.FlashAdamW(params)
+    optimizer = flashoptim_native.FlashAdamW(params)
     run(optimizer, params, 0, 2)
     optimizer.state[params[0]][key] = value(optimizer.state[params[0]][key])
     set_grads(params, 2)
@@ -215,7 +215,7 @@ def test_broken_states_change_nothing(key, value, message):
 
 def test_a_failing_step_makes_no_state():
     params = make_params()
-    optimizer = flashoptim.FlashAdamW(params)
+    optimizer = flashoptim_native.FlashAdamW(params)
     set_grads(params, 0)
     _sparse(params[3])
     with pytest.raises(RuntimeError):
@@ -225,11 +225,11 @@ def test_a_failing_step_makes_no_state():
 
 def test_low_precision_without_correction_is_warned_of():
     with pytest.warns(UserWarning, match="master_weight_bits=24, or stochastic_rounding=True"):
-        flashoptim.FlashAdamW(make_params(), master_weight_bits=None)
+        flashoptim_native.FlashAdamW(make_params(), master_weight_bits=None)
 
 
 def _import(tmp_path, environment):
-    code = "import flashoptim"
+    code = "import flashoptim_native"
     env = {k: v for k, v in os.environ.items() if k != "FLASHOPTIM_OPS_LIBRARY"} | environment
     return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
 
@@ -248,7 +248,7 @@ def test_a_missing_or_broken_library_is_said_clearly(tmp_path):
 def test_a_refusal_of_one_group_of_calls_comes_before_any_change():
     """Groups with and without momentum are two operator calls; the second's refusal must find the first undone."""
     params = make_params()
-    optimizer = flashoptim.FlashSGD([{"params": params[:4]}, {"params": params[4:], "momentum": 0.9}], lr=0.1)
+    optimizer = flashoptim_native.FlashSGD([{"params": params[:4]}, {"params": params[4:], "momentum": 0.9}], lr=0.1)
     run(optimizer, params, 0, 2)
     for broken in (params[0], params[5]):
         good = optimizer.state[broken]["correction"]

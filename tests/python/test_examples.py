@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import flashoptim
+import flashoptim_native
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples" / "python").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
-    package = str(Path(flashoptim.__file__).resolve().parents[1])
+    package = str(Path(flashoptim_native.__file__).resolve().parents[1])
     env = os.environ | {"PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(

@@ -10,18 +10,18 @@ import warnings
 import pytest
 import torch
 
-import flashoptim
+import flashoptim_native
 
 PROGRAM = os.environ.get("FLASHOPTIM_FRONT_END_BYTES")
 SHAPES = [(64, 100), (5000,), (33,), (3, 7), (8, 32, 3, 3)]
 STEPS = 7
 
 OPTIMIZERS = {
-    "adamw": (flashoptim.FlashAdamW, {"betas": (0.8, 0.95), "eps": 1e-6}, ["exp_avg", "exp_avg_sq"]),
-    "adam": (flashoptim.FlashAdam, {"betas": (0.8, 0.95), "eps": 1e-6}, ["exp_avg", "exp_avg_sq"]),
-    "sgd": (flashoptim.FlashSGD, {"momentum": 0.8, "dampening": 0.2}, ["momentum_buffer"]),
-    "sgdw": (flashoptim.FlashSGDW, {"momentum": 0.8, "nesterov": True}, ["momentum_buffer"]),
-    "lion": (flashoptim.FlashLion, {"betas": (0.8, 0.95)}, ["exp_avg"]),
+    "adamw": (flashoptim_native.FlashAdamW, {"betas": (0.8, 0.95), "eps": 1e-6}, ["exp_avg", "exp_avg_sq"]),
+    "adam": (flashoptim_native.FlashAdam, {"betas": (0.8, 0.95), "eps": 1e-6}, ["exp_avg", "exp_avg_sq"]),
+    "sgd": (flashoptim_native.FlashSGD, {"momentum": 0.8, "dampening": 0.2}, ["momentum_buffer"]),
+    "sgdw": (flashoptim_native.FlashSGDW, {"momentum": 0.8, "nesterov": True}, ["momentum_buffer"]),
+    "lion": (flashoptim_native.FlashLion, {"betas": (0.8, 0.95)}, ["exp_avg"]),
 }
 
 

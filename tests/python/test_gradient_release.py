@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
-import flashoptim
-from flashoptim import enable_gradient_release
+import flashoptim_native
+from flashoptim_native import enable_gradient_release
 from helpers import CLASSES, HYPERS, assert_same_bits, assert_untouched, bits, run, snapshot
 
 KINDS = list(CLASSES)
@@ -272,7 +272,7 @@ def test_one_gradient_is_alive_at_a_time(is_released):
 def peak_of_backward(is_released, layers=12, width=256):
     """The most bytes that the allocator gave out at a time during a backward(), as torch's profiler saw it."""
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).to(torch.bfloat16)
-    optimizer = flashoptim.FlashAdamW(model.parameters())
+    optimizer = flashoptim_native.FlashAdamW(model.parameters())
     if is_released:
         enable_gradient_release(model, optimizer)
     x = torch.randn(1, width, dtype=torch.bfloat16)
@@ -358,7 +358,7 @@ def test_shared_parameters_are_stepped_once_after_all_their_uses():
     layer = nn.Linear(96, 96).to(torch.bfloat16)
     other = copy.deepcopy(layer)
     x = torch.randn(8, 96, dtype=torch.bfloat16)
-    optimizers = [flashoptim.FlashAdamW(m.parameters(), lr=0.1) for m in (layer, other)]
+    optimizers = [flashoptim_native.FlashAdamW(m.parameters(), lr=0.1) for m in (layer, other)]
     enable_gradient_release(layer, optimizers[0])
     calls = []
     layer.weight.register_post_accumulate_grad_hook(lambda _: calls.append(1))
@@ -386,7 +386,7 @@ def test_activation_checkpointing(use_reentrant):
     x = torch.randn(4, 72, dtype=torch.bfloat16, requires_grad=True)
     for is_released in (False, True):
         model = make()
-        optimizer = flashoptim.FlashAdamW(model.parameters(), lr=0.1)
+        optimizer = flashoptim_native.FlashAdamW(model.parameters(), lr=0.1)
         if is_released:
             enable_gradient_release(model, optimizer)
         for _ in range(3):
@@ -396,7 +396,7 @@ def test_activation_checkpointing(use_reentrant):
         results.append((list(model.parameters()), optimizer))
     assert_same_bits(*results)
     shared = make()[0]
-    enable_gradient_release(shared, flashoptim.FlashAdamW(shared.parameters()))
+    enable_gradient_release(shared, flashoptim_native.FlashAdamW(shared.parameters()))
     if use_reentrant:  # two nested backward() each complete the gradient
         with pytest.raises(RuntimeError, match="use_reentrant=False"):
             loss([shared, shared], x).backward()
@@ -439,7 +439,7 @@ def test_groups_added_later_are_released_at_once():
     with pytest.raises(TypeError, match="float64"):
         released[1].add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=torch.float64))]})
     taken = nn.Parameter(torch.ones(3))
-    enable_gradient_release(taken, flashoptim.FlashSGD([taken]))
+    enable_gradient_release(taken, flashoptim_native.FlashSGD([taken]))
     with pytest.raises(RuntimeError, match="parameter 0 of group 2 is enabled already by another optimizer"):
         released[1].add_param_group({"params": [taken]})
     assert len(released[1].param_groups) == before
@@ -449,7 +449,7 @@ def test_groups_added_later_are_released_at_once():
 def test_replaced_parameters():
     """As densification and pruning do: the new one is released from the next backward() on, the old one is let go."""
     old, new = (nn.Parameter(torch.ones(40)) for _ in range(2))
-    optimizer = flashoptim.FlashSGD([old], lr=0.125)
+    optimizer = flashoptim_native.FlashSGD([old], lr=0.125)
     enable_gradient_release(old, optimizer)
     optimizer.param_groups[0]["params"][0] = new
     new.sum().backward()
@@ -478,9 +478,9 @@ def test_two_optimizers_of_one_model():
     released, plain = Model(), Model()
     results = []
     for model in (released, plain):
-        first = flashoptim.FlashLion(model.block.parameters(), lr=1e-3)
+        first = flashoptim_native.FlashLion(model.block.parameters(), lr=1e-3)
         rest = [p for p in model.parameters() if all(p is not q for q in model.block.parameters())]
-        second = flashoptim.FlashAdamW(rest, lr=1e-2)
+        second = flashoptim_native.FlashAdamW(rest, lr=1e-2)
         if model is released:
             enable_gradient_release(model.block, first)
             enable_gradient_release(rest, second)
@@ -516,7 +516,7 @@ def test_optimizers_that_are_dropped_leave_gradients_alone():
     assert alive() is None
     loss_of(model, 0).backward()
     assert model.conv.weight.grad is not None
-    new = flashoptim.FlashAdamW(model.parameters())
+    new = flashoptim_native.FlashAdamW(model.parameters())
     enable_gradient_release(model, new)
     new.zero_grad()
     loss_of(model, 0).backward()
@@ -576,7 +576,7 @@ def test_pre_step_gets_the_group_and_may_refuse(no):
 @pytest.mark.parametrize("answer", [0.5, "no", torch.tensor(0.0), torch.tensor([True, False])])
 def test_pre_step_must_answer_yes_or_no(answer):
     p = nn.Parameter(torch.ones(3))
-    optimizer = flashoptim.FlashSGD([p])
+    optimizer = flashoptim_native.FlashSGD([p])
     enable_gradient_release(p, optimizer, pre_step=lambda p, group: answer)
     with pytest.raises(TypeError, match=r"pre_step returned .* allowed are None and True"):
         p.sum().backward()
@@ -619,7 +619,7 @@ def test_enabling_twice():
     handle = enable_gradient_release(model, optimizer)
     with pytest.raises(RuntimeError, match="enabled for this optimizer already"):
         enable_gradient_release(model, optimizer)
-    second = flashoptim.FlashAdamW(model.named_parameters())
+    second = flashoptim_native.FlashAdamW(model.named_parameters())
     with pytest.raises(RuntimeError, match="'unused' is enabled already by another optimizer"):
         enable_gradient_release(model, second)
     assert handle.active
@@ -631,7 +631,7 @@ def test_enabling_twice():
 
 def test_an_error_half_way_leaves_no_hook():
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    optimizer = flashoptim.FlashSGD([a, b])
+    optimizer = flashoptim_native.FlashSGD([a, b])
     b.device_mesh = object()  # as a DTensor has
     with pytest.raises(TypeError, match="parameter 1 of group 0 is a DTensor"):
         enable_gradient_release([a, b], optimizer)
@@ -661,7 +661,7 @@ def test_distributed_data_parallel_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
-        optimizer = flashoptim.FlashSGD(wrapped.parameters())
+        optimizer = flashoptim_native.FlashSGD(wrapped.parameters())
         with pytest.raises(TypeError, match="wrapped in DistributedDataParallel"):
             enable_gradient_release(wrapped, optimizer)
         with pytest.raises(TypeError, match="wrapped in DistributedDataParallel"):
@@ -688,15 +688,15 @@ def test_grad_scaler_step_raises():
 
 def test_errors_of_a_step_come_out_of_backward():
     model = nn.Embedding(10, 4, sparse=True)
-    optimizer = flashoptim.FlashSGD(model.named_parameters())
+    optimizer = flashoptim_native.FlashSGD(model.named_parameters())
     enable_gradient_release(model, optimizer)
     with pytest.raises(RuntimeError, match=r"'weight' has layout torch.sparse_coo"):
         model(torch.arange(3)).sum().backward()
     assert model.weight.grad is not None and not optimizer.state
     p = nn.Parameter(torch.full((8,), 100.0, dtype=torch.bfloat16))
-    optimizer = flashoptim.FlashSGD([p], lr=1e-6, check_numerics=True, state_codec="paper")
+    optimizer = flashoptim_native.FlashSGD([p], lr=1e-6, check_numerics=True, state_codec="paper")
     enable_gradient_release(p, optimizer)
-    with pytest.raises(flashoptim.NumericsError):
+    with pytest.raises(flashoptim_native.NumericsError):
         p.sum().backward()
     optimizer.param_groups[0]["lr"] = 1.0
     optimizer.zero_grad()
@@ -706,7 +706,7 @@ def test_errors_of_a_step_come_out_of_backward():
 
 def test_learning_rates_are_read_when_the_gradient_is_complete():
     p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
-    a, b = flashoptim.FlashSGD([p], lr=0.5), flashoptim.FlashSGD([q], lr=0.5)
+    a, b = flashoptim_native.FlashSGD([p], lr=0.5), flashoptim_native.FlashSGD([q], lr=0.5)
     enable_gradient_release(p, a)
     run(a, [p], 0, 1)  # a gradient set by hand is step()'s
     run(b, [q], 0, 1)
@@ -721,7 +721,7 @@ def test_learning_rates_are_read_when_the_gradient_is_complete():
 def test_a_weight_that_is_used_after_its_gradient_is_complete_raises():
     first, second = nn.Linear(8, 8), nn.Linear(8, 8)
     params = [*first.parameters(), *second.parameters()]
-    enable_gradient_release(params, flashoptim.FlashAdamW(params))
+    enable_gradient_release(params, flashoptim_native.FlashAdamW(params))
     loss = second(nn.functional.linear(first(torch.randn(2, 8)), second.weight.detach())).sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import flashoptim
+import flashoptim_native
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "memory"
 
 
 def run(script, *options):
-    package = str(Path(flashoptim.__file__).resolve().parents[1])
+    package = str(Path(flashoptim_native.__file__).resolve().parents[1])
     env = os.environ | {"PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, str(FOLDER / script), *map(str, options)],

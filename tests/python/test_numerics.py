@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import flashoptim
+import flashoptim_native
 import oracle
 from helpers import CLASSES, HYPERS, make_params, master_weights, relative_error, run, set_grads, to_numpy
 
@@ -193,20 +193,22 @@ def test_a_quantized_run_stays_with_float64(kind):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (lambda p: flashoptim.FlashAdamW(p, lr=1e-2, quantize=False), lambda p: torch.optim.AdamW(p, lr=1e-2)),
+        (lambda p: flashoptim_native.FlashAdamW(p, lr=1e-2, quantize=False), lambda p: torch.optim.AdamW(p, lr=1e-2)),
         (
-            lambda p: flashoptim.FlashAdam(p, lr=1e-2, weight_decay=0.1, quantize=False),
+            lambda p: flashoptim_native.FlashAdam(p, lr=1e-2, weight_decay=0.1, quantize=False),
             lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
         ),
         (
-            lambda p: flashoptim.FlashSGD(p, lr=1e-2, momentum=0.9, dampening=0.5, weight_decay=0.1, quantize=False),
+            lambda p: flashoptim_native.FlashSGD(
+                p, lr=1e-2, momentum=0.9, dampening=0.5, weight_decay=0.1, quantize=False
+            ),
             lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.5, weight_decay=0.1),
         ),
         (
-            lambda p: flashoptim.FlashSGD(p, lr=1e-2, momentum=0.9, nesterov=True, quantize=False),
+            lambda p: flashoptim_native.FlashSGD(p, lr=1e-2, momentum=0.9, nesterov=True, quantize=False),
             lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
         ),
-        (lambda p: flashoptim.FlashSGD(p, lr=1e-2), lambda p: torch.optim.SGD(p, lr=1e-2)),
+        (lambda p: flashoptim_native.FlashSGD(p, lr=1e-2), lambda p: torch.optim.SGD(p, lr=1e-2)),
     ],
 )
 def test_fp32_runs_match_torch(ours, theirs):
@@ -223,7 +225,7 @@ def test_fp32_runs_match_torch(ours, theirs):
 
 def test_sgd_starts_a_new_buffer_when_momentum_is_turned_on():
     a, b = make_params(torch.float32), make_params(torch.float32)
-    ours = flashoptim.FlashSGD(a, lr=1e-2, dampening=0.5, quantize=False)
+    ours = flashoptim_native.FlashSGD(a, lr=1e-2, dampening=0.5, quantize=False)
     theirs = torch.optim.SGD(b, lr=1e-2, dampening=0.5)
     for step, momentum in enumerate((0.0, 0.0, 0.9, 0.9, 0.8)):
         ours.param_groups[0]["momentum"] = theirs.param_groups[0]["momentum"] = momentum

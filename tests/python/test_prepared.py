@@ -10,8 +10,8 @@ import torch
 from helpers import CLASSES, HYPERS, assert_same_bits, make_params, run, set_grads
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-import flashoptim
-from flashoptim import _ops, _states
+import flashoptim_native
+from flashoptim_native import _ops, _states
 
 
 @pytest.fixture(autouse=True, params=["C", "Python"])
@@ -61,7 +61,9 @@ def test_whatever_changes_is_seen(what):
         if what == "state tensor":
             optimizer.state[p]["exp_avg"] = torch.zeros_like(optimizer.state[p]["exp_avg"])
         elif what == "state dict":
-            optimizer.state[p] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[p].items()}
+            optimizer.state[p] = {
+                k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[p].items()
+            }
         elif what == "parameter data":
             p.data = p.data.clone() * 2
         elif what == "option":
@@ -119,7 +121,9 @@ def test_a_refused_gradient_changes_nothing_and_the_next_step_is_quick_again():
     assert optimizer._prepared
 
 
-@pytest.mark.parametrize("what", ["float32", "strides", "shape view", "sparse", "subclass", "none", "data", "inplace", "new"])
+@pytest.mark.parametrize(
+    "what", ["float32", "strides", "shape view", "sparse", "subclass", "none", "data", "inplace", "new"]
+)
 def test_whatever_gradient_there_is_is_taken_as_it_is(what):
     class Sub(torch.Tensor):
         pass
@@ -173,7 +177,7 @@ def test_no_gradient_outlives_its_step():
 
 def test_a_step_count_that_is_equal_is_unchanged_and_empty_parameters_are_current():
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (0,), (3, 0), ())]
-    optimizer = flashoptim.FlashAdamW(params, min_quantized_numel=64)
+    optimizer = flashoptim_native.FlashAdamW(params, min_quantized_numel=64)
     for _ in range(1000):
         set_grads(params, 0)
         optimizer.step()
@@ -231,7 +235,9 @@ def test_hooks_and_profilers_see_steps_as_those_of_torch():
     assert seen == []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step()
-    assert {"Optimizer.step#FlashAdamW.step", "flashoptim::plan_step_"} <= {event.key for event in profile.key_averages()}
+    assert {"Optimizer.step#FlashAdamW.step", "flashoptim::plan_step_"} <= {
+        event.key for event in profile.key_averages()
+    }
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -241,7 +247,7 @@ def test_hooks_and_profilers_see_steps_as_those_of_torch():
 
 def test_states_share_few_allocations_and_a_checkpoint_holds_them(tmp_path):
     params = make_params(shapes=[(64, 64)] * 30)
-    optimizer = flashoptim.FlashAdamW(params, lr=1e-2, min_quantized_numel=64)
+    optimizer = flashoptim_native.FlashAdamW(params, lr=1e-2, min_quantized_numel=64)
     run(optimizer, params, 0, 1)
     storages = {
         value.untyped_storage().data_ptr()
@@ -260,7 +266,7 @@ def test_states_share_few_allocations_and_a_checkpoint_holds_them(tmp_path):
     twin = make_params(shapes=[(64, 64)] * 30)
     for p, q in zip(twin, params, strict=True):
         p.data.copy_(q)
-    again = flashoptim.FlashAdamW(twin, lr=1e-2, min_quantized_numel=64)
+    again = flashoptim_native.FlashAdamW(twin, lr=1e-2, min_quantized_numel=64)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     run(optimizer, params, 1, 3)
     run(again, twin, 1, 3)
@@ -278,7 +284,7 @@ def test_states_that_fill_several_chunks(monkeypatch):
 
 def test_the_slower_way_makes_states_together_too():
     params = [torch.nn.Parameter(torch.randn(64, 64).bfloat16()) for _ in range(20)]
-    optimizer = slow(flashoptim.FlashAdamW(params, lr=1e-2, min_quantized_numel=64))
+    optimizer = slow(flashoptim_native.FlashAdamW(params, lr=1e-2, min_quantized_numel=64))
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
     assert list(optimizer.state) == params[:1]
@@ -366,7 +372,9 @@ def test_clipping_on_the_cpu_is_torchs():
 def test_telemetry_of_every_parameter_by_name():
     torch.manual_seed(1)
     model = torch.nn.Linear(64, 64).bfloat16()
-    optimizer = flashoptim.FlashAdamW(model.named_parameters(), lr=1e-2, check_numerics=True, min_quantized_numel=64)
+    optimizer = flashoptim_native.FlashAdamW(
+        model.named_parameters(), lr=1e-2, check_numerics=True, min_quantized_numel=64
+    )
     for step in range(3):
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.1 * (step + 1))
@@ -384,7 +392,7 @@ def test_telemetry_of_every_parameter_by_name():
 
 def test_an_error_right_behind_a_step_is_raised_and_nothing_is_stepped_twice(monkeypatch):
     param = torch.nn.Parameter(torch.zeros(64, dtype=torch.float32))
-    optimizer = flashoptim.FlashSGD([param], lr=1.0)
+    optimizer = flashoptim_native.FlashSGD([param], lr=1.0)
     param.grad = torch.ones_like(param)
     optimizer.step()
 
@@ -404,7 +412,9 @@ def test_an_error_behind_a_step_is_raised_and_nothing_is_stepped_twice(monkeypat
     def make():
         params = make_params(shapes=[(64, 64), (64, 64)])
         groups = [{"params": params[:1], "momentum": 0.9}, {"params": params[1:]}]
-        return params, flashoptim.FlashSGD(groups, lr=1e-2, min_quantized_numel=64)  # two numbers of slots: two plans
+        return params, flashoptim_native.FlashSGD(
+            groups, lr=1e-2, min_quantized_numel=64
+        )  # two numbers of slots: two plans
 
     (params, optimizer), (expected, once) = make(), make()
     for tensors, one in ((params, optimizer), (expected, once)):

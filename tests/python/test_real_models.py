@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import flashoptim
+import flashoptim_native
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "real_models"))
 digits, gpt, report, runs = (importlib.import_module(name) for name in ("digits", "gpt", "report", "runs"))
@@ -25,7 +25,7 @@ def test_reference_lion_is_lion():
     start = torch.randn(200)
     ours, reference = (torch.nn.Parameter(start.clone()) for _ in range(2))
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
-    optimizers = [flashoptim.FlashLion([ours], quantize=False, **options), digits.Lion([reference], **options)]
+    optimizers = [flashoptim_native.FlashLion([ours], quantize=False, **options), digits.Lion([reference], **options)]
     for _ in range(20):
         gradient = torch.randn(200)
         for parameter, optimizer in zip((ours, reference), optimizers):

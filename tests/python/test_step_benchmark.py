@@ -7,16 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flashoptim
+import flashoptim_native
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "step" / "beside_torch.py"
 
 
 def run(*options):
-    package = str(Path(flashoptim.__file__).resolve().parents[1])
+    package = str(Path(flashoptim_native.__file__).resolve().parents[1])
     path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *options], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+        [sys.executable, str(SCRIPT), *options],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -24,9 +28,15 @@ def test_a_row_for_every_step():
     done = run("--numel", "8192", "--threads", "1", "--turns", "2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "8192 elements, 1 threads" in lines[0] and flashoptim.cpu_isa() in lines[0] and "GB/s" in lines[0]
+    assert "8192 elements, 1 threads" in lines[0] and flashoptim_native.cpu_isa() in lines[0] and "GB/s" in lines[0]
     rows = {line[:28].strip(): [float(x) for x in line[28:].split()] for line in lines[2:]}
-    assert list(rows) == ["torch fused fp32", "torch fused bf16", "flashoptim default 24 bit", "flashoptim paper 24 bit", "copy"]
+    assert list(rows) == [
+        "torch fused fp32",
+        "torch fused bf16",
+        "flashoptim default 24 bit",
+        "flashoptim paper 24 bit",
+        "copy",
+    ]
     assert all(0 < least <= median for least, median, *_ in rows.values())
     assert rows["torch fused fp32"][2:] == [1.0, 1.0]
 

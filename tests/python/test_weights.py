@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import flashoptim
-from flashoptim import (
+import flashoptim_native
+from flashoptim_native import (
     cast_model,
     compute_ecc_bits,
     get_fp32_model_state_dict,
@@ -115,7 +115,7 @@ class Tied(nn.Module):
 def test_fp32_export_and_import(options):
     torch.manual_seed(1)
     model = cast_model(Tied())
-    optimizer = flashoptim.FlashAdamW(model.parameters(), lr=1e-2, **options)
+    optimizer = flashoptim_native.FlashAdamW(model.parameters(), lr=1e-2, **options)
     run(optimizer, list(model.parameters()), 0, 3)
     exported = optimizer.get_fp32_model_state_dict(model)
     assert exported.keys() == model.state_dict().keys()
@@ -125,7 +125,7 @@ def test_fp32_export_and_import(options):
     assert not torch.equal(exported["head.weight"], model.head.weight.float())  # more than the parameter holds
 
     other = cast_model(Tied())
-    fresh = flashoptim.FlashAdamW(other.parameters(), lr=1e-2, **options)
+    fresh = flashoptim_native.FlashAdamW(other.parameters(), lr=1e-2, **options)
     fresh.set_fp32_model_state_dict(other, exported)  # before its first step
     again = fresh.get_fp32_model_state_dict(other)
     # A weight halfway between two parameters may come back at the other one, a step of the correction away at most.
@@ -142,7 +142,7 @@ def test_fp32_export_and_import(options):
 
 def test_export_of_several_optimizers_and_of_none():
     model = cast_model(nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80)))
-    one, two = flashoptim.FlashAdamW(model[0].parameters()), flashoptim.FlashLion(model[1].parameters())
+    one, two = flashoptim_native.FlashAdamW(model[0].parameters()), flashoptim_native.FlashLion(model[1].parameters())
     run(one, list(model[0].parameters()), 0, 2)
     run(two, list(model[1].parameters()), 0, 2)
     exported = get_fp32_model_state_dict(model, one, two)
@@ -158,7 +158,7 @@ def test_export_of_several_optimizers_and_of_none():
 
 def test_import_refuses_what_does_not_fit_and_changes_nothing():
     model = cast_model(nn.Linear(8, 4))
-    optimizer = flashoptim.FlashAdamW(model.parameters())
+    optimizer = flashoptim_native.FlashAdamW(model.parameters())
     good = optimizer.get_fp32_model_state_dict(model)
     before = [bits(p) for p in model.parameters()]
     for bad, error, strict in [
@@ -177,7 +177,7 @@ def test_import_refuses_what_does_not_fit_and_changes_nothing():
 
 def test_import_into_permuted_parameters():
     model = nn.Conv2d(8, 16, 3).to(torch.bfloat16).to(memory_format=torch.channels_last)
-    optimizer = flashoptim.FlashAdamW(model.parameters())
+    optimizer = flashoptim_native.FlashAdamW(model.parameters())
     weights = {k: torch.randn_like(v, dtype=torch.float32) for k, v in model.state_dict().items()}
     optimizer.set_fp32_model_state_dict(model, weights)
     for key, value in optimizer.get_fp32_model_state_dict(model).items():
@@ -249,7 +249,7 @@ def test_cast_model_arguments():
 
 def test_a_cast_model_trains():
     model = cast_model(make_model(), full_precision_layers=["4"])
-    optimizer = flashoptim.FlashAdamW(model.parameters(), lr=1e-2)
+    optimizer = flashoptim_native.FlashAdamW(model.parameters(), lr=1e-2)
     x = torch.randn(64, 8)
     target = x[:, :2] * 2
     losses = []

@@ -135,9 +135,10 @@ struct MuLawCodec {
   static FLASHOPTIM_HD F scale(IntOf<F> header) {
     return from_bits(shift_left(header, 15));
   }
-  /// G as decoding takes it. Relative to a variance at most 2^30, so that a damaged header gives no infinity. (From zero
-  /// states, with beta2 > beta1^2, |m| over the root of v is at most (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)): 7.3
-  /// for 0.9 and 0.999. A smaller beta2 forgets v before m; an m that is then above the bound shrinks to it.)
+  /// G as decoding takes it. Relative to a variance at most 2^30, so that a damaged header gives no infinity. (From
+  /// zero states, with beta2 > beta1^2, |m| over the root of v is at most (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 /
+  /// beta2)): 7.3 for 0.9 and 0.999. A smaller beta2 forgets v before m; an m that is then above the bound shrinks to
+  /// it.)
   template <bool kRelative, class F>
   static FLASHOPTIM_HD F decoding_scale(IntOf<F> header) {
     if constexpr (!kRelative) return scale<F>(header);
@@ -243,8 +244,8 @@ struct MuLawGroupCodec {
   template <class F>
   static FLASHOPTIM_HD IntOf<F> encode(F x, F inverse_scale, const Group<F>& g, IntOf<F> dither) {
     const F ratio = abs(x) * inverse_scale;
-    const IntOf<F> y = select(greater(ratio, splat<F>(0.0f)), int_max(to_bits(ratio + g.offset), g.lowest),
-                              splat_bits<F>(0u));
+    const IntOf<F> y =
+        select(greater(ratio, splat<F>(0.0f)), int_max(to_bits(ratio + g.offset), g.lowest), splat_bits<F>(0u));
     const IntOf<F> cut = shift_right_each(y + shift_right_each(dither, g.dither_shift), g.shift);
     const IntOf<F> sign = shift_right(to_bits(x), 24);
     return (cut & splat_bits<F>(0x7fu)) | (sign & splat_bits<F>(0x80u));
@@ -277,9 +278,9 @@ FLASHOPTIM_HD F inverse_root_scale(IntOf<F> v_bits) {
   return from_bits((splat_bits<F>(kTop) - shift_right(v_bits, 1)) & splat_bits<F>(0x7f800000u));
 }
 
-/// Largest |m| / S that is encoded, far above what decoding gives back. States from elsewhere, or a beta2 that forgets far
-/// sooner than beta1, can bring a large m beside a tiny v: the quotient would be infinite, and the group's
-/// codes digits of a NaN, which are not the same on every device.
+/// Largest |m| / S that is encoded, far above what decoding gives back. States from elsewhere, or a beta2 that forgets
+/// far sooner than beta1, can bring a large m beside a tiny v: the quotient would be infinite, and the group's codes
+/// digits of a NaN, which are not the same on every device.
 inline constexpr float kLargestRelative = 0x1p126f;
 
 /// Momentum relative to the stored variance: m / S, and 0 where the variance is 0 (nothing was ever seen, or the state

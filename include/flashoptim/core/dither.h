@@ -19,8 +19,8 @@ struct DitherKey {
 };
 
 /// What one step adds to a stream: 2^32 / golden ratio (odd), which has the lowest discrepancy there is, and for
-/// momentum 2^32 * frac(sqrt 2), so that the two states of an element do not round together. Measured, other irrationals
-/// (the R3 sequence) lose 10 to 20 % (docs/numerics.md).
+/// momentum 2^32 * frac(sqrt 2), so that the two states of an element do not round together. Measured, other
+/// irrationals (the R3 sequence) lose 10 to 20 % (docs/numerics.md).
 template <DitherStream kStream>
 inline constexpr uint32_t kDitherTimeStep = kStream == DitherStream::kMomentum ? 0x6a09e667u : 0x9e3779b9u;
 

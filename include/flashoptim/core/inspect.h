@@ -244,8 +244,10 @@ struct InspectedStates<Rule, StateCodec::kDefault> {
   using Window = WindowCodec::Window<uint32_t>;
 
   static FLASHOPTIM_HD float scale(uint32_t header) {
-    if constexpr (kGroupChooses) return MuLaw::template scale<float>(header);
-    else return MuLaw::template decoding_scale<kHasVariance, float>(header);
+    if constexpr (kGroupChooses)
+      return MuLaw::template scale<float>(header);
+    else
+      return MuLaw::template decoding_scale<kHasVariance, float>(header);
   }
   static FLASHOPTIM_HD float decode_momentum(uint32_t code, uint32_t header, float variance) {
     if constexpr (kGroupChooses) {

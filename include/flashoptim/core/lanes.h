@@ -90,9 +90,7 @@ FLASHOPTIM_HD float sqrt(float a) {
 }
 
 /// Integer comparisons and max/min read the patterns as signed 32-bit numbers (AVX2 has no other kind).
-FLASHOPTIM_HD bool int_greater(uint32_t a, uint32_t b) {
-  return static_cast<int32_t>(a) > static_cast<int32_t>(b);
-}
+FLASHOPTIM_HD bool int_greater(uint32_t a, uint32_t b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
 FLASHOPTIM_HD bool int_equal(uint32_t a, uint32_t b) { return a == b; }
 FLASHOPTIM_HD uint32_t int_max(uint32_t a, uint32_t b) { return int_greater(a, b) ? a : b; }
 FLASHOPTIM_HD uint32_t int_min(uint32_t a, uint32_t b) { return int_greater(b, a) ? a : b; }

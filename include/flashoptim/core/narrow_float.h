@@ -28,7 +28,8 @@ struct BFloat16 {
   }
 };
 
-/// Scalar binary16 conversions. CUDA's and F16C's instructions (SIMD lanes overload these) agree with them on every input.
+/// Scalar binary16 conversions. CUDA's and F16C's instructions (SIMD lanes overload these) agree with them on every
+/// input.
 FLASHOPTIM_HD float half_to_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   float value;

@@ -6,10 +6,10 @@
 //              back: v = (fp16(a) * q / 255)^2
 //
 // As the reference does, a is at least 1e-12 and values are divided by the exact maximum, not by the stored scale.
-// Fractions are reduced before they are rounded, y = m / (a/2 + |m|/2) and x = q / (254 - |q|): the same numbers with one
-// rounding instead of three, and one division instead of two.
-// One deviation, where the reference makes NaN of finite gradients: a scale above fp16's range saturates at 65504.
-// A non-finite state is stored as 0; its weight is NaN already, and the rest of the group keeps its scale.
+// Fractions are reduced before they are rounded, y = m / (a/2 + |m|/2) and x = q / (254 - |q|): the same numbers with
+// one rounding instead of three, and one division instead of two. One deviation, where the reference makes NaN of
+// finite gradients: a scale above fp16's range saturates at 65504. A non-finite state is stored as 0; its weight is NaN
+// already, and the rest of the group keeps its scale.
 #pragma once
 
 #include "flashoptim/core/narrow_float.h"

@@ -8,9 +8,9 @@
 // Rounding to nearest leaves |w - n| <= h, so all N steps cover values that occur, and
 //   |merge(split(w)) - w| <= h / (2 N) + one fp32 rounding
 // for every finite w that does not overflow the narrow type (two roundings where n = 0: x and the sum).
-// merge(split(merge(n, c))) == merge(n, c) bit for bit, but for the last n of a binade with |c| = N, which merges to a tie
-// that rounds to the next binade, and for a few pairs of 16 bits, by one ULP (docs/numerics.md has the list). tests/core
-// checks both over all fp32 inputs and all pairs.
+// merge(split(merge(n, c))) == merge(n, c) bit for bit, but for the last n of a binade with |c| = N, which merges to a
+// tie that rounds to the next binade, and for a few pairs of 16 bits, by one ULP (docs/numerics.md has the list).
+// tests/core checks both over all fp32 inputs and all pairs.
 #pragma once
 
 #include "flashoptim/core/narrow_float.h"
@@ -36,7 +36,8 @@ struct Correction {
   static constexpr float kMax = kBits == 8 ? 127.0f : 32767.0f;
   /// 1 / N as a sum of two floats, the first short enough that c * kInverseHigh is exact: c / N then rounds once.
   static constexpr float kInverseHigh = kBits == 8 ? 0x1.0204p-7f : 0x1p-15f;
-  static constexpr float kInverseLow = static_cast<float>(1.0 / static_cast<double>(kMax) - static_cast<double>(kInverseHigh));
+  static constexpr float kInverseLow =
+      static_cast<float>(1.0 / static_cast<double>(kMax) - static_cast<double>(kInverseHigh));
 };
 
 /// c / N, correctly rounded for every integer |c| <= N.
@@ -54,7 +55,8 @@ FLASHOPTIM_HD IntOf<F> scale_bits(F narrow_value) {
   return int_max(to_bits(narrow_value) & splat_bits<F>(0x7f800000u), splat_bits<F>(kSmallest));
 }
 
-/// 2^(128 - e) for a scale 2^(e - 127), e = 1 ... 254: in range at both ends, unlike the reciprocal itself. 0 for e = 255.
+/// 2^(128 - e) for a scale 2^(e - 127), e = 1 ... 254: in range at both ends, unlike the reciprocal itself. 0 for e =
+/// 255.
 template <class F>
 FLASHOPTIM_HD F twice_inverse_scale(IntOf<F> scale) {
   return from_bits(splat_bits<F>(0x7f800000u) - scale);
@@ -108,8 +110,8 @@ FLASHOPTIM_HD SplitWeight<F> split(F w) {
   return out;
 }
 
-/// One optimizer update w -= delta on a split weight, rounded to nearest as in the paper; w = merge(narrow, correction).
-/// delta == 0 changes no bit (splitting w again could: see docs/numerics.md, the last value of a binade).
+/// One optimizer update w -= delta on a split weight, rounded to nearest as in the paper; w = merge(narrow,
+/// correction). delta == 0 changes no bit (splitting w again could: see docs/numerics.md, the last value of a binade).
 template <class Narrow, int kBits, class F>
 FLASHOPTIM_HD SplitWeight<F> split_update_nearest(IntOf<F> narrow_bits, IntOf<F> correction, F w, F delta) {
   SplitWeight<F> out = split<Narrow, kBits, F>(w - delta);

@@ -21,8 +21,8 @@ struct AdamRule {
                                                     {"exp_avg_sq", StateKind::kUnsigned, kNoSlot}};
 
   struct Hyper {
-    float step_size;           // lr / (1 - beta1^t)
-    float decay;               // AdamW: share of w taken off; Adam: L2 coefficient
+    float step_size;  // lr / (1 - beta1^t)
+    float decay;      // AdamW: share of w taken off; Adam: L2 coefficient
     float beta1, one_minus_beta1;
     float beta2, one_minus_beta2;
     float inverse_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
@@ -86,15 +86,16 @@ struct AdamRule {
     return min(splat<F>(0x1p60f), max(splat<F>(-0x1p60f), g));
   }
 
-  /// Where every v after update() lies between these patterns, 2^-124 and 2^54, and variance_bounds(h), the two bounds in
-  /// update() change nothing: (1 - beta2) g^2 <= v keeps |g| below 2^40, and sqrt(v) / sqrt(1 - beta2^t) + eps is at least
-  /// 2^-62, and at most 2^27 2^12 + 2^38. v before was bounded as well, and so m; with m at most 2^33 times the root of v
-  /// before, as the default codec decodes it, m over the root of v is below 2^46. (A decay of at most 1 bounds what a tiny weight
-  /// adds to delta.)
+  /// Where every v after update() lies between these patterns, 2^-124 and 2^54, and variance_bounds(h), the two bounds
+  /// in update() change nothing: (1 - beta2) g^2 <= v keeps |g| below 2^40, and sqrt(v) / sqrt(1 - beta2^t) + eps is at
+  /// least 2^-62, and at most 2^27 2^12 + 2^38. v before was bounded as well, and so m; with m at most 2^33 times the
+  /// root of v before, as the default codec decodes it, m over the root of v is below 2^46. (A decay of at most 1
+  /// bounds what a tiny weight adds to delta.)
   static constexpr uint32_t kSmallestBoundingVariance = (127u - 124u) << 23;
   static constexpr uint32_t kLargestBoundingVariance = (127u + 54u) << 23;
   static FLASHOPTIM_HD bool variance_bounds(const Hyper& h) {
-    return h.beta2 >= 0x1p-20f && h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f && h.decay <= 1.0f;
+    return h.beta2 >= 0x1p-20f && h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f &&
+           h.decay <= 1.0f;
   }
 
   /// Only reached with eps below it and |g| below about 1e-18, where g^2 underflows and v no longer bounds m.

@@ -11,16 +11,17 @@
 //     static double largest_update(const Hyperparameters&);  // bound of |delta| without that decay; 0: none
 //   };
 //
-// A rule with a variance may have its update() in three parts, and say where its own bounds change nothing. Hot paths use that:
+// A rule with a variance may have its update() in three parts, and say where its own bounds change nothing. Hot paths
+// use that:
 //
 //     template <class F> static void advance(F w, F g, F (&s)[kMaxStates], const Hyper&);  // the states
-//     template <class F> static F step(const F (&s)[kMaxStates], const Hyper&);            // delta without decoupled decay
-//     template <class F> static F decayed(F w, F step, const Hyper&);                      // delta
-//     static constexpr uint32_t kSmallestBoundingVariance, kLargestBoundingVariance;       // patterns
-//     static bool variance_bounds(const Hyper&);
+//     template <class F> static F step(const F (&s)[kMaxStates], const Hyper&);            // delta without decoupled
+//     decay template <class F> static F decayed(F w, F step, const Hyper&);                      // delta static
+//     constexpr uint32_t kSmallestBoundingVariance, kLargestBoundingVariance;       // patterns static bool
+//     variance_bounds(const Hyper&);
 //
-// variance_bounds() also says that update() takes no root but that of the new s[1], and that s[0] over that root stays below
-// kLargestRelative (default_codec.h) whatever was stored.
+// variance_bounds() also says that update() takes no root but that of the new s[1], and that s[0] over that root stays
+// below kLargestRelative (default_codec.h) whatever was stored.
 //
 // update() changes the states in place and returns delta; the weight becomes w - delta (the caller subtracts, because
 // a split weight can take off less than one fp32 ULP). largest_update() is what an exact update is held against
@@ -45,9 +46,9 @@ struct StateSlot {
   StateKind kind = StateKind::kSigned;
   /// The default codec stores a signed slot relative to the square root of this unsigned slot (kNoSlot: to its group).
   int relative_to = kNoSlot;
-  /// Bits of mantissa in the default codec's codes of a signed slot: 127 / 2^K octaves of range. 6 relative to a variance,
-  /// where the range is narrow; alone, fewer, to cover the spread of magnitudes in a group; 0, and only alone: each group
-  /// chooses 3 to 6 (docs/numerics.md).
+  /// Bits of mantissa in the default codec's codes of a signed slot: 127 / 2^K octaves of range. 6 relative to a
+  /// variance, where the range is narrow; alone, fewer, to cover the spread of magnitudes in a group; 0, and only
+  /// alone: each group chooses 3 to 6 (docs/numerics.md).
   int mantissa_bits = 0;
 };
 

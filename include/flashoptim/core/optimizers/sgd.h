@@ -20,9 +20,9 @@ struct SgdRule {
 
   struct Hyper {
     float lr;
-    float decay;          // SGDW: share of w taken off; SGD: L2 coefficient
+    float decay;  // SGDW: share of w taken off; SGD: L2 coefficient
     float momentum;
-    float gradient_share; // 1 at step 1, then 1 - dampening
+    float gradient_share;              // 1 at step 1, then 1 - dampening
     float from_gradient, from_buffer;  // direction = from_gradient * g + from_buffer * b
   };
 

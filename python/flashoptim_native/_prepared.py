@@ -203,7 +203,9 @@ class Prepared:
         telemetry = None
         if telemetry_stride:
             if self.telemetry is None:
-                self.telemetry = torch.zeros((len(self.params), TELEMETRY_NUMBERS), dtype=torch.int64, device=self.device)
+                self.telemetry = torch.zeros(
+                    (len(self.params), TELEMETRY_NUMBERS), dtype=torch.int64, device=self.device
+                )
             telemetry = self.telemetry
         is_plain = not (grads or on_device or telemetry_stride or controls.has_tensors())
         if not (is_plain and self._step_in_c(sent, values, controls.grad_scale, counter)):

@@ -5,6 +5,7 @@ Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/p
 
 from __future__ import annotations
 
+from ._alias import install_as_flashoptim
 from ._ops import cpu_isa
 from .casting import cast_model
 from .gradient_release import GradientReleaseHandle, enable_gradient_release
@@ -36,6 +37,7 @@ __all__ = [
     "cpu_isa",
     "enable_gradient_release",
     "get_fp32_model_state_dict",
+    "install_as_flashoptim",
     "reconstruct_fp32_param",
     "set_fp32_model_state_dict",
 ]
