@@ -67,6 +67,8 @@ void* current_stream(Device device) {
 }
 
 void parallel_for_erased(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  // torch's pool is OpenMP's, whose threads a child of fork() does not have: it would wait for them for ever.
+  if (is_forked_child()) return body(context, 0, count);
   struct Call {
     void (*body)(void*, int64_t, int64_t);
     void* context;
