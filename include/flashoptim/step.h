@@ -25,6 +25,7 @@ namespace flashoptim {
 struct GroupLayout {
   int64_t rows = 0;
   int64_t row_size = 0;
+  bool operator==(const GroupLayout&) const = default;
   int64_t groups_per_row() const { return (row_size + kGroupSize - 1) / kGroupSize; }
   int64_t groups() const { return rows * groups_per_row(); }
   int64_t numel() const { return rows * row_size; }
@@ -38,6 +39,14 @@ GroupLayout group_layout(const int64_t* sizes, int64_t dimensions);
 /// Hyperparameter sets of a plan: ParameterTensors::hyper_index is less than this.
 inline constexpr int32_t kMaxHyperparameterSets = 1 << 20;
 
+//TEMP-BEGIN
+struct Place {
+  int64_t first_element = 0, run = 0, stride = 0;
+  GroupLayout whole;
+  bool operator==(const Place&) const = default;
+};
+inline GroupLayout shard_layout(const Place&, int64_t numel) { return {1, numel}; }
+//TEMP-END
 /// One parameter and everything that is stored for it. All arrays are contiguous in element order. Any alignment is
 /// right; arrays that do not start at a multiple of their element's size are stepped through aligned copies (on CUDA
 /// byte by byte, but for scales, which must be even there), which is slower.
@@ -53,6 +62,7 @@ struct ParameterTensors {
   /// Flat index of the first element in the whole tensor, where this is a shard of it (dither depends on it). The last
   /// element's must be below 2^63.
   int64_t first_element = 0;
+  Place place; //TEMP
   DType parameter_dtype = DType::kFloat32;
   DType gradient_dtype = DType::kFloat32;
   MasterWeights master_weights = MasterWeights::kNone;
@@ -168,6 +178,11 @@ Status merge_weights(DType dtype, MasterWeights master_weights, const void* para
 /// Nearest parameter and correction for fp32 weights.
 Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter, void* correction,
                      int64_t count);
+
+/// Corrections of the same narrow weights in another width, each the nearest: kInvalidArgument where either has none.
+/// Host memory.
+Status rescale_corrections(MasterWeights from, const void* corrections, MasterWeights to, void* rescaled,
+                           int64_t count);
 
 /// fp32 values of every slot of one tensor, from its codes and scales; values[k] has numel floats.
 Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values);
