@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 import torch
-from helpers import CLASSES, HYPERS, assert_same_bits, make_params, run, set_grads
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import flashoptim_native
 from flashoptim_native import _ops, _states
+from helpers import CLASSES, HYPERS, assert_same_bits, make_params, run, set_grads
 
 
 @pytest.fixture(autouse=True, params=["C", "Python"])
@@ -356,7 +356,7 @@ def test_plans_end_with_their_optimizer():
 
 def test_clipping_on_the_cpu_is_torchs():
     a, b = pair()
-    for params, optimizer in (a, b):
+    for params, _ in (a, b):
         set_grads(params, 0, scale=5.0)
     norm = a[1].clip_grad_norm_(1.0)
     assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(b[0], 1.0))
