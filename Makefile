@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all that a reader of the README needs; both install what they lack.
-.PHONY: help demo test test-all setup build bench format clean
+.PHONY: help demo test test-all setup build bench format style clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,8 +22,11 @@ build:  ## build everything into build/dev
 bench:  ## time the CPU step beside torch's AdamW; writes benchmarks/results/<machine>.md
 	tools/bench_cpu.sh
 
-format:  ## clang-format over the C++ sources
-	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
+format: setup  ## clang-format, ruff format, sorted imports, wrapped Markdown: what the style checks can mend
+	.venv/bin/python tools/style.py --mend
+
+style: setup  ## the style checks alone: formatting, ruff, mypy, 120 columns (seconds)
+	.venv/bin/python tools/style.py
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build demo_out

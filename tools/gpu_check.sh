@@ -21,7 +21,8 @@ build() {
   cmake -S "$root" -B "$directory-cmake" \
     -DFLASHOPTIM_CUDA=ON -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_LIBTORCH_FRONTEND=OFF \
     -DCMAKE_PREFIX_PATH="$(${PYTHON:-python3} -c 'import torch; print(torch.utils.cmake_prefix_path)')" \
-    -DFLASHOPTIM_BUILD_TESTS=OFF -DFLASHOPTIM_BUILD_EXAMPLES=OFF -DFLASHOPTIM_CUDA_CHECKS=ON -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON \
+    -DFLASHOPTIM_BUILD_TESTS=OFF -DFLASHOPTIM_BUILD_EXAMPLES=OFF -DFLASHOPTIM_CUDA_CHECKS=ON \
+    -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON \
     -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" >/dev/null || exit 1
   cmake --build "$directory-cmake" -j"${GPU_CHECK_JOBS:-2}" \
     --target flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda flashoptim_ops || exit 1

@@ -49,8 +49,8 @@ INTRODUCTIONS = {
     "rate, decay, clipping and batches are the same; the loss of a model that knows byte frequencies only is "
     "{unigram_loss:.3f}.",
     "digits": "A residual network ({parameters:,} parameters, batch norms in fp32) on scikit-learn's digits, {epochs} "
-    "epochs, a third of the pictures held out. fp32: `torch.optim`, for Lion 15 lines of torch. flashoptim: parameters and "
-    "gradients in bf16 with 8-bit corrections, bf16 arithmetic; its third row has fp32 states and shows what bf16 "
+    "epochs, a third of the pictures held out. fp32: `torch.optim`, for Lion 15 lines of torch. flashoptim: parameters "
+    "and gradients in bf16 with 8-bit corrections, bf16 arithmetic; its third row has fp32 states and shows what bf16 "
     "alone changes.",
 }
 
