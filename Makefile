@@ -7,10 +7,10 @@ help:  ## this list
 demo:  ## train a GPT on real text with FlashAdamW and with torch's fp32 AdamW, and compare (7 minutes)
 	tools/demo.sh
 
-test:  ## build everything and run the tests (12 minutes)
+test:  ## check style, build everything and run the tests (under 20 minutes on 2 cores)
 	tools/test.sh
 
-test-all:  ## the tests with the long sweeps (25 minutes)
+test-all:  ## the tests with the long sweeps too
 	tools/test.sh --all
 
 setup:  ## install what is missing: apt packages, .venv
