@@ -39,14 +39,6 @@ GroupLayout group_layout(const int64_t* sizes, int64_t dimensions);
 /// Hyperparameter sets of a plan: ParameterTensors::hyper_index is less than this.
 inline constexpr int32_t kMaxHyperparameterSets = 1 << 20;
 
-//TEMP-BEGIN
-struct Place {
-  int64_t first_element = 0, run = 0, stride = 0;
-  GroupLayout whole;
-  bool operator==(const Place&) const = default;
-};
-inline GroupLayout shard_layout(const Place&, int64_t numel) { return {1, numel}; }
-//TEMP-END
 /// One parameter and everything that is stored for it. All arrays are contiguous in element order. Any alignment is
 /// right; arrays that do not start at a multiple of their element's size are stepped through aligned copies (on CUDA
 /// byte by byte, but for scales, which must be even there), which is slower.
@@ -62,7 +54,6 @@ struct ParameterTensors {
   /// Flat index of the first element in the whole tensor, where this is a shard of it (dither depends on it). The last
   /// element's must be below 2^63.
   int64_t first_element = 0;
-  Place place; //TEMP
   DType parameter_dtype = DType::kFloat32;
   DType gradient_dtype = DType::kFloat32;
   MasterWeights master_weights = MasterWeights::kNone;
