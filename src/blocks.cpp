@@ -77,7 +77,7 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
   block.groups = groups_;
   const auto set_first = [&](auto in_tensor) {
     for (int g = 0; g < kBlockGroups; ++g) {
-      const uint64_t first = static_cast<uint64_t>(tensor_.first_element + in_tensor(g));
+      const uint64_t first = static_cast<uint64_t>(tensor_.place.first_element + in_tensor(g));
       block.group_first_low[g] = static_cast<uint32_t>(first);
       block.group_first_high[g] = static_cast<uint32_t>(first >> 32);
     }

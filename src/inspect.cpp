@@ -140,7 +140,7 @@ void inspect_groups(const TensorInspection& in, int64_t begin, int64_t end, Step
     const int64_t first = group / per_row * layout.row_size + column;
     Elements e;
     load_elements(t, sizes, group, first, static_cast<int>(std::min(kGroupSize, layout.row_size - column)), e);
-    const uint64_t in_whole = static_cast<uint64_t>(t.first_element + first);
+    const uint64_t in_whole = static_cast<uint64_t>(t.place.first_element + first);
     const uint32_t hash = core::dither_group_hash<float>(in.dither, static_cast<uint32_t>(in_whole),
                                                          static_cast<uint32_t>(in_whole >> 32));
     inspect(in, e, hash, sum);

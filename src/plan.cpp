@@ -26,13 +26,6 @@ using cpu::BlockAccess;
 using cpu::BlockWalker;
 using cpu::KernelTable;
 
-GroupLayout group_layout(const int64_t* sizes, int64_t dimensions) {
-  int64_t numel = 1;
-  for (int64_t d = 0; d < dimensions; ++d) numel *= sizes[d];
-  if (dimensions >= 2 && numel > 0 && numel / sizes[0] >= kGroupSize) return {sizes[0], numel / sizes[0]};
-  return {numel > 0 ? 1 : 0, numel};
-}
-
 namespace {
 
 const char* dtype_name(DType dtype) {
@@ -79,8 +72,8 @@ Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
   if (t.layout.row_size > 0 && t.layout.rows > std::numeric_limits<int64_t>::max() / 64 / t.layout.row_size) {
     return invalid(".layout has more elements than 2^57");
   }
-  if (t.first_element < 0) {
-    return invalid(".first_element = " + std::to_string(t.first_element) + "; must be at least 0");
+  if (t.place.first_element < 0) {
+    return invalid(".place.first_element = " + std::to_string(t.place.first_element) + "; must be at least 0");
   }
   if (t.hyper_index < 0) return invalid(".hyper_index = " + std::to_string(t.hyper_index) + "; must be at least 0");
   if (t.parameter_dtype == DType::kFloat32 && t.master_weights != MasterWeights::kNone) {
