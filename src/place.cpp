@@ -1,7 +1,9 @@
 // Shards: their rows, and where they lie in the whole.
-#include <string>
+#include "src/place.h"
 
-#include "flashoptim/step.h"
+#include <algorithm>
+#include <limits>
+#include <string>
 
 namespace flashoptim {
 namespace {
@@ -77,6 +79,122 @@ GroupLayout shard_layout(const Place& place, int64_t numel) {
   const int64_t run = place.run > 0 ? place.run : numel;
   if (place.first_element % row == 0 && run % row == 0) return {numel / row, row};
   return {numel / run, run};
+}
+
+namespace {
+
+/// Whether the groups of `layout` are groups of the whole, each all of it.
+bool groups_agree(const GroupLayout& layout, const Place& place) {
+  const int64_t numel = layout.numel(), row = place.whole.row_size;
+  const bool is_cut = place.run > 0 && place.run < numel;
+  const int64_t run = is_cut ? place.run : numel, column = place.first_element % row;
+  // Whether groups are at multiples of 32, in the whole and here; only the last may be short then.
+  const bool whole_by_32 = row % kGroupSize == 0 || place.whole.rows <= 1;
+  const bool by_32 = layout.row_size % kGroupSize == 0 || layout.rows <= 1;
+  const auto is_edge = [row](int64_t in_row) { return in_row == row || in_row % kGroupSize == 0; };
+  if (column % kGroupSize != 0) return false;
+  if (layout.row_size == row && column == 0 && run % row == 0 && (!is_cut || place.stride % row == 0)) return true;
+  if (is_cut) {
+    if (whole_by_32 && by_32 && place.stride % kGroupSize == 0 && run % kGroupSize == 0) return true;
+    // Rows are the same part of rows.
+    const bool has_rows = layout.row_size == run || (by_32 && run % kGroupSize == 0);
+    return has_rows && place.stride % row == 0 && column + run <= row && is_edge(column + run);
+  }
+  if (whole_by_32 && by_32) return is_edge((place.first_element + run - 1) % row + 1);
+  return layout.rows == 1 && column + run <= row && is_edge(column + run);
+}
+
+core::PlacedGroups placed_groups(const Place& place, int64_t numel) {
+  const bool is_cut = place.run > 0 && place.run < numel;
+  const int64_t row = place.whole.row_size, column = place.first_element % row;
+  core::PlacedGroups out{};
+  out.first_element = place.first_element;
+  out.run = is_cut ? place.run : numel;
+  out.stride = is_cut ? place.stride : 0;
+  out.runs = numel / out.run;
+  out.row_size = row;
+  out.groups_per_row = place.whole.groups_per_row();
+  const bool whole_by_32 = row % kGroupSize == 0 || place.whole.rows <= 1;
+  const bool same_column = out.stride % row == 0;
+  const bool has_lane =
+      whole_by_32 ? same_column || out.stride % kGroupSize == 0 : same_column && column + out.run <= row;
+  if (has_lane) {
+    out.lane = static_cast<int32_t>(column % kGroupSize);
+    out.groups_per_run = (out.lane + out.run + kGroupSize - 1) / kGroupSize;
+    return out;
+  }
+  out.lane = -1;
+  if (same_column) {
+    out.groups_per_run = out.group_of(place.first_element + out.run - 1) - out.group_of(place.first_element) + 1;
+  } else {
+    // Of the run with the most: one that begins in a group's last lane, and at the end of a row.
+    out.groups_per_run = (out.run + kGroupSize - 2) / kGroupSize + 1 + (out.run + row - 2) / row;
+  }
+  return out;
+}
+
+}  // namespace
+
+TensorGroups tensor_groups(const ParameterTensors& t) {
+  TensorGroups out;
+  out.count = t.layout.groups();
+  if (out.count == 0 || t.place.whole.numel() == 0) return out;
+  const bool is_cut = t.place.run > 0 && t.place.run < t.layout.numel();
+  out.pieces = placed_groups(t.place, t.layout.numel());
+  out.in_pieces = is_cut || !groups_agree(t.layout, t.place);
+  if (out.in_pieces) {
+    out.count = out.pieces.groups();
+  } else {
+    out.first_group = out.pieces.group_of(t.place.first_element);
+  }
+  return out;
+}
+
+Status check_place(const ParameterTensors& t, const std::string& name, bool is_quantized) {
+  const Place& place = t.place;
+  const auto field = [](const char* field_name, int64_t value) {
+    return std::string(field_name) + " = " + std::to_string(value);
+  };
+  const auto invalid = [&name](const std::string& rest) { return Status::invalid_argument(name + ".place" + rest); };
+  if (place.first_element < 0) return invalid(field(".first_element", place.first_element) + "; must be at least 0");
+  if (place.run < 0) return invalid(field(".run", place.run) + "; must be at least 0");
+  const GroupLayout& whole = place.whole;
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 64;
+  if (whole.rows < 0 || whole.row_size < 0 || (whole.row_size > 0 && whole.rows > kMost / whole.row_size)) {
+    return invalid(".whole has " + field("rows", whole.rows) + ", " + field("row_size", whole.row_size) +
+                   "; both must be at least 0, and elements at most 2^57");
+  }
+  const int64_t numel = t.layout.numel();
+  if (numel == 0) return Status::ok();
+  const bool is_cut = place.run > 0 && place.run < numel;
+  if (is_cut && numel % place.run != 0) {
+    return invalid(field(".run", place.run) + " does not divide the " + std::to_string(numel) + " elements of .layout");
+  }
+  if (is_cut && place.stride < place.run) {
+    return invalid(field(".stride", place.stride) + "; must be at least .run, " + std::to_string(place.run));
+  }
+  if (whole.numel() == 0) {
+    if (is_cut) return invalid(field(".run", place.run) + " without .whole, which says where rows and groups begin");
+    return Status::ok();
+  }
+  const int64_t run = is_cut ? place.run : numel, runs = numel / run;
+  const int64_t last_start = whole.numel() - run;  // the last run must begin here or before
+  if (place.first_element > last_start ||
+      (runs > 1 && place.stride > (last_start - place.first_element) / (runs - 1))) {
+    return invalid(field(".first_element", place.first_element) + ", " + field("run", place.run) + ", " +
+                   field("stride", place.stride) + " with " + std::to_string(numel) +
+                   " elements goes past the end of .whole, which has " + std::to_string(whole.numel()));
+  }
+  if (is_quantized && !groups_agree(t.layout, place)) {
+    return invalid(field(".first_element", place.first_element) + ", " + field("run", place.run) + ", " +
+                   field("stride", place.stride) + " with .layout " + std::to_string(t.layout.rows) + " x " +
+                   std::to_string(t.layout.row_size) + " cuts groups of " + std::to_string(kGroupSize) +
+                   " of the whole, " + std::to_string(whole.rows) + " x " + std::to_string(whole.row_size) +
+                   ", which quantized states do not allow: cut between rows or at multiples of " +
+                   std::to_string(kGroupSize) +
+                   " within them (with .layout by shard_layout), or keep this tensor's states in StateCodec::kFloat32");
+  }
+  return Status::ok();
 }
 
 }  // namespace flashoptim

@@ -12,6 +12,7 @@
 #include "src/conversions.h"
 #include "src/cpu/run_block.h"
 #include "src/inspect.h"
+#include "src/place.h"
 #include "src/rules.h"
 #include "src/shares.h"
 
@@ -72,9 +73,8 @@ Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
   if (t.layout.row_size > 0 && t.layout.rows > std::numeric_limits<int64_t>::max() / 64 / t.layout.row_size) {
     return invalid(".layout has more elements than 2^57");
   }
-  if (t.place.first_element < 0) {
-    return invalid(".place.first_element = " + std::to_string(t.place.first_element) + "; must be at least 0");
-  }
+  Status status = check_place(t, name, states > 0 && t.state_codec != StateCodec::kFloat32);
+  if (!status.is_ok()) return status;
   if (t.hyper_index < 0) return invalid(".hyper_index = " + std::to_string(t.hyper_index) + "; must be at least 0");
   if (t.parameter_dtype == DType::kFloat32 && t.master_weights != MasterWeights::kNone) {
     return Status::unsupported(name +
@@ -155,22 +155,24 @@ struct Plan::Impl {
   cpu::RuleKind rule;
   const KernelTable* kernels;
   std::vector<ParameterTensors> tensors;
+  std::vector<TensorGroups> groups;  // of each tensor
   std::vector<int64_t> first_block;  // prefix sums over tensors, one longer
   std::vector<PreparedHyper> hypers;
   std::atomic<int64_t> nonfinite{0};
   Shares shares;
 
-  /// Block `index` of tensor t, which has a next one or not.
-  void step_block(Block& block, const ParameterTensors& t, int64_t index, bool has_next) const {
+  /// Block `index` of tensor t, whose `pieces` may be null, which has a next one or not.
+  void step_block(Block& block, const ParameterTensors& t, const core::PlacedGroups* pieces, int64_t index,
+                  bool has_next) const {
     const PreparedHyper& hyper = hypers[static_cast<size_t>(t.hyper_index)];
     block.hyper = &hyper.rule;
     block.dither = hyper.dither;
     block.gradient_scale = hyper.gradient_scale;
     const BlockAccess access{true, true, true};
-    BlockWalker walker(t, index);
+    BlockWalker walker(t, index, pieces);
     walker.open(block, access);
     block.ahead = has_next && walker.is_contiguous() ? cpu::block_groups(t) * kGroupSize : 0;
-    if (has_next && !walker.is_contiguous()) cpu::prefetch_block(t, index + 1);
+    if (has_next && !walker.is_contiguous() && pieces == nullptr) cpu::prefetch_block(t, index + 1);
     kernels->hash_groups(block);
     cpu::run_block(*kernels, {rule, t.state_codec, t.parameter_dtype, t.gradient_dtype, t.master_weights}, block);
     walker.close(access);
@@ -185,8 +187,9 @@ struct Plan::Impl {
     for (int64_t b = begin; b < end;) {
       const int64_t last = std::min(end, first_block[t + 1]), all_last = std::min(all_end, first_block[t + 1]);
       if (tensors[t].gradient != nullptr) {
+        const core::PlacedGroups* const pieces = groups[t].placed();
         for (; b < last; ++b) {
-          step_block(block, tensors[t], b - first_block[t], b + 1 < all_last);
+          step_block(block, tensors[t], pieces, b - first_block[t], b + 1 < all_last);
         }
       }
       b = last;
@@ -211,9 +214,9 @@ struct Plan::Impl {
         const PreparedHyper& hyper = hypers[static_cast<size_t>(tensors[t].hyper_index)];
         const int64_t per_block = cpu::block_groups(tensors[t]);
         const int64_t first_group = (b - first_block[t]) * per_block;
-        const int64_t end_group = std::min(tensors[t].layout.groups(), (last - first_block[t]) * per_block);
-        inspect_groups({tensors[t], static_cast<int64_t>(t), rule, hyper.rule, hyper.dither, hyper.gradient_scale,
-                        hyper.largest_update, stride},
+        const int64_t end_group = std::min(groups[t].count, (last - first_block[t]) * per_block);
+        inspect_groups({tensors[t], groups[t], static_cast<int64_t>(t), rule, hyper.rule, hyper.dither,
+                        hyper.gradient_scale, hyper.largest_update, stride},
                        first_group, end_group, telemetry + t);
       }
       b = last;
@@ -268,7 +271,8 @@ Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTen
   for (ParameterTensors& t : impl->tensors) {
     for (int k = states; k < kMaxStates; ++k) t.states[k] = t.scales[k] = nullptr;
     if (cpu::element_sizes(t).correction == 0) t.correction = nullptr;
-    impl->first_block.push_back(impl->first_block.back() + cpu::block_count(t));
+    impl->groups.push_back(tensor_groups(t));
+    impl->first_block.push_back(impl->first_block.back() + cpu::block_count(t, impl->groups.back().count));
     hypers = std::max(hypers, t.hyper_index + 1);
   }
   // Room for one set per tensor, so that set_hyper_index never needs more.
@@ -375,7 +379,7 @@ namespace {
 template <class Before, class After>
 void for_each_block(const ParameterTensors& tensor, const BlockAccess& access, Before before, After after) {
   Block block{};
-  for (int64_t b = 0; b < cpu::block_count(tensor); ++b) {
+  for (int64_t b = 0; b < cpu::block_count(tensor, tensor.layout.groups()); ++b) {
     BlockWalker walker(tensor, b);
     walker.open(block, access);
     before(block, walker);
