@@ -282,9 +282,10 @@ void unpack_step(Op op, const StepArguments& a, StepInput* input) {
           unpack_slot(op, input->optimizer, k, state_name, a.states[at], scale_name, a.scales[at], is_meta, &t);
       check_like(op, state_name, state, param_name, param);
     }
-    t.first_element = a.first_elements[i];
-    if (t.first_element < 0) {
-      op.fail(Name{"first_elements", index}.str() + " = " + std::to_string(t.first_element) + "; must be at least 0");
+    t.place.first_element = a.first_elements[i];
+    if (t.place.first_element < 0) {
+      op.fail(Name{"first_elements", index}.str() + " = " + std::to_string(t.place.first_element) +
+              "; must be at least 0");
     }
     check_hyper_index(op, i, a.hyper_index[i], input->hypers.size());
     t.hyper_index = static_cast<int32_t>(a.hyper_index[i]);

@@ -23,7 +23,7 @@ TensorEntry make_entry(const ParameterTensors& t) {
   e.row_size = t.layout.row_size;
   e.groups_per_row = t.layout.groups_per_row();
   e.numel = t.layout.numel();
-  e.first_element = t.first_element;
+  e.first_element = t.place.first_element;
   e.hyper_index = t.hyper_index;
   e.parameter_dtype = static_cast<uint8_t>(t.parameter_dtype);
   e.gradient_dtype = static_cast<uint8_t>(t.gradient_dtype);
