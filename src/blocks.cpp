@@ -26,6 +26,17 @@ ElementSizes element_sizes(const ParameterTensors& t) {
   return sizes;
 }
 
+bool is_element_aligned(const ParameterTensors& t) {
+  const ElementSizes sizes = element_sizes(t);
+  const auto off = [](const void* base, int64_t size) {
+    return reinterpret_cast<uintptr_t>(base) & static_cast<uintptr_t>(size - 1);
+  };
+  uintptr_t any = off(t.parameter, sizes.parameter) | off(t.gradient, sizes.gradient);
+  if (sizes.correction != 0) any |= off(t.correction, sizes.correction);
+  for (int k = 0; k < kMaxStates; ++k) any |= off(t.states[k], sizes.state) | off(t.scales[k], sizeof(uint16_t));
+  return any == 0;
+}
+
 void prefetch_block(const ParameterTensors& t, int64_t index) {
   constexpr int64_t kLine = 64;
   const ElementSizes sizes = element_sizes(t);
@@ -44,14 +55,41 @@ void prefetch_block(const ParameterTensors& t, int64_t index) {
   for (int k = 0; k < kMaxStates; ++k) prefetch(t.states[k], sizes.state);
 }
 
-BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
-    : tensor_(tensor), sizes_(element_sizes(tensor)), first_group_(index * block_groups(tensor)) {
+/// Neither a division for each piece nor a copy where full groups follow each other, as in a matrix that is cut into
+/// columns at multiples of 32.
+void BlockWalker::find_pieces() {
+  groups_ = static_cast<int>(std::min<int64_t>(block_groups(tensor_), pieces_->groups() - first_group_));
+  int64_t run = first_group_ / pieces_->groups_per_run;
+  int64_t in_run = first_group_ - run * pieces_->groups_per_run;
+  contiguous_ = true;
+  for (int g = 0; g < groups_; ++g) {
+    const core::GroupPiece piece = pieces_->piece(run, in_run);
+    runs_[g] = {piece.first, g * static_cast<int>(kGroupSize) + piece.lane, piece.count};
+    whole_first_[g] = piece.whole_first;
+    contiguous_ = contiguous_ && piece.count == kGroupSize && piece.first == runs_[0].first + g * kGroupSize;
+    if (++in_run == pieces_->groups_per_run) {
+      in_run = 0;
+      ++run;
+    }
+  }
+  copied_ = !contiguous_ || !is_element_aligned(tensor_);
+  first_element_ = runs_[0].first;
+  run_count_ = groups_;
+}
+
+BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index, const core::PlacedGroups* pieces)
+    : tensor_(tensor), pieces_(pieces), sizes_(element_sizes(tensor)), first_group_(index * block_groups(tensor)) {
+  if (pieces != nullptr) {
+    find_pieces();
+    return;
+  }
   const GroupLayout& layout = tensor.layout;
   const int64_t per_row = layout.groups_per_row();
   groups_ = static_cast<int>(std::min<int64_t>(block_groups(tensor), layout.groups() - first_group_));
   // Without short groups in the block, group g starts at element 32 g: no walk over rows.
   const bool full_rows = layout.row_size % kGroupSize == 0;
   contiguous_ = full_rows || (layout.rows == 1 && (first_group_ + groups_) * kGroupSize <= layout.row_size);
+  copied_ = !contiguous_ || !is_element_aligned(tensor);
   if (contiguous_) {
     first_element_ = first_group_ * kGroupSize;
     runs_[0] = {first_element_, 0, groups_ * static_cast<int>(kGroupSize)};
@@ -75,27 +113,35 @@ BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
 
 void BlockWalker::open(Block& block, const BlockAccess& access) {
   block.groups = groups_;
-  const auto set_first = [&](auto in_tensor) {
+  const auto set_first = [&block](auto in_whole) {
     for (int g = 0; g < kBlockGroups; ++g) {
-      const uint64_t first = static_cast<uint64_t>(tensor_.first_element + in_tensor(g));
+      const uint64_t first = static_cast<uint64_t>(in_whole(g));
       block.group_first_low[g] = static_cast<uint32_t>(first);
       block.group_first_high[g] = static_cast<uint32_t>(first >> 32);
     }
   };
-  if (contiguous_) {
-    set_first([this](int g) { return first_element_ + g * kGroupSize; });
+  // Groups behind the last are counted too, past 2^63 in a tensor that ends there.
+  const uint64_t origin = static_cast<uint64_t>(tensor_.place.first_element);
+  if (pieces_ != nullptr) {
+    set_first([this](int g) { return whole_first_[std::min(g, groups_ - 1)]; });
+  } else if (contiguous_) {
+    set_first([this, origin](int g) { return origin + static_cast<uint64_t>(first_element_ + g * kGroupSize); });
   } else {
-    set_first([this](int g) { return runs_[std::min(g, groups_ - 1)].first; });
+    set_first([this, origin](int g) { return origin + static_cast<uint64_t>(runs_[std::min(g, groups_ - 1)].first); });
   }
   for (int k = 0; k < kMaxStates; ++k) {
-    block.scales[k] = tensor_.scales[k] == nullptr ? nullptr : static_cast<uint16_t*>(tensor_.scales[k]) + first_group_;
+    // Counted in bytes: an odd address is no uint16_t's.
+    block.scales[k] =
+        tensor_.scales[k] == nullptr
+            ? nullptr
+            : reinterpret_cast<uint16_t*>(static_cast<unsigned char*>(tensor_.scales[k]) + first_group_ * 2);
   }
   const int64_t first = first_element_;
   const auto at = [first](const void* base, int64_t size) -> void* {
     return base == nullptr ? nullptr
                            : const_cast<unsigned char*>(static_cast<const unsigned char*>(base)) + first * size;
   };
-  if (contiguous_) {
+  if (!copied_) {
     block.parameter = at(tensor_.parameter, sizes_.parameter);
     block.gradient = access.gradient ? at(tensor_.gradient, sizes_.gradient) : nullptr;
     block.correction = at(tensor_.correction, sizes_.correction);
@@ -118,11 +164,14 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
   for (int k = 0; k < kMaxStates; ++k) {
     if (tensor_.states[k] != nullptr) copy_in(states_[k], tensor_.states[k], sizes_.state);
     block.states[k] = states_[k];
+    if (tensor_.scales[k] == nullptr) continue;
+    std::memcpy(scales_[k], block.scales[k], static_cast<size_t>(groups_) * sizeof(uint16_t));
+    block.scales[k] = scales_[k];
   }
 }
 
 void BlockWalker::close(const BlockAccess& access) {
-  if (contiguous_) return;
+  if (!copied_) return;
   const auto copy_out = [this](void* to, const unsigned char* from, int64_t size) {
     for (int r = 0; r < run_count_; ++r) {
       std::memcpy(static_cast<unsigned char*>(to) + runs_[r].first * size, from + runs_[r].offset * size,
@@ -136,6 +185,10 @@ void BlockWalker::close(const BlockAccess& access) {
   if (access.write_states) {
     for (int k = 0; k < kMaxStates; ++k) {
       if (tensor_.states[k] != nullptr) copy_out(tensor_.states[k], states_[k], sizes_.state);
+      if (tensor_.scales[k] != nullptr) {
+        std::memcpy(static_cast<unsigned char*>(tensor_.scales[k]) + first_group_ * 2, scales_[k],
+                    static_cast<size_t>(groups_) * sizeof(uint16_t));
+      }
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "flashoptim/types.h"
+#include "src/checks.h"
 #include "src/cuda/arguments.h"
 
 namespace flashoptim::cuda {
@@ -14,6 +15,9 @@ inline Status device_status(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return Status::ok();
   return Status::device_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
+
+/// Of a launch function.
+inline Status launched(int error, const char* what) { return device_status(static_cast<cudaError_t>(error), what); }
 
 /// Makes a device current for a scope.
 class DeviceGuard {
@@ -39,6 +43,9 @@ class DeviceGuard {
   int previous_ = 0;
   bool changed_ = false;
 };
+
+/// Whether scales are where the kernels can read them as 16-bit numbers.
+Status check_scales(const ParameterTensors& tensor, const TensorName& name);
 
 TensorEntry make_entry(const ParameterTensors& tensor);
 

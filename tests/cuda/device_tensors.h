@@ -201,7 +201,7 @@ class TensorPair {
         scale_[k] = Mirror(static_cast<size_t>(layout.groups()) * 2, offset & ~size_t{1});
     }
     host_.layout = layout;
-    host_.first_element = first_element;
+    host_.place.first_element = first_element;
     host_.parameter_dtype = config.parameter_dtype;
     host_.gradient_dtype = config.gradient_dtype;
     host_.master_weights = config.master;
