@@ -58,6 +58,8 @@ struct ArraySpec {
 std::vector<ArraySpec> arrays_of(OptimizerKind optimizer, bool has_momentum, Format format,
                                  const std::vector<int64_t>& sizes, const StorageOrder& order, const Place& place = {});
 
+/// How many slots a parameter of the optimizer has.
+int slot_count(OptimizerKind optimizer, bool has_momentum);
 /// Name in `state[p]`: "exp_avg", "exp_avg_scale", "correction".
 std::string array_name(OptimizerKind optimizer, Role role, int slot);
 

@@ -17,7 +17,7 @@ using flashoptim::StateCodec;
 struct Call {
   std::string optimizer = "adamw";
   std::vector<Tensor> params, grads, corrections, states, scales;
-  std::vector<int64_t> master_weights, state_codecs, rows, first_elements, hyper_index;
+  std::vector<int64_t> master_weights, state_codecs, first_elements, hyper_index;
   std::vector<double> hypers{1e-2, 0.9, 0.95, 1e-8, 0.1, 0, 0, 0, 0, 0, 1, 7};
   double grad_scale = 1.0;
   std::optional<Tensor> found_inf, nonfinite;
@@ -34,19 +34,17 @@ struct Call {
     }
     master_weights.push_back(static_cast<int64_t>(MasterWeights::kCorrection8));
     state_codecs.push_back(static_cast<int64_t>(StateCodec::kDefault));
-    rows.push_back(layout.rows);
     first_elements.push_back(0);
     hyper_index.push_back(0);
   }
 
   void run() const {
-    using Signature =
-        void(std::string_view, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-             at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::ArrayRef<double>,
-             double, const std::optional<Tensor>&, const std::optional<Tensor>&);
+    using Signature = void(std::string_view, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
+                           at::TensorList, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+                           at::ArrayRef<double>, double, const std::optional<Tensor>&, const std::optional<Tensor>&);
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("flashoptim::step_", "").typed<Signature>();
     const torch::NoGradGuard no_grad;
-    op.call(optimizer, params, grads, corrections, states, scales, master_weights, state_codecs, rows, first_elements,
+    op.call(optimizer, params, grads, corrections, states, scales, master_weights, state_codecs, first_elements,
             hyper_index, hypers, grad_scale, found_inf, nonfinite);
   }
 
@@ -87,7 +85,7 @@ TEST(StepOp, EqualsPlanBitwise) {
       t.states[k] = twin.states[2 * i + k].mutable_data_ptr();
       t.scales[k] = twin.scales[2 * i + k].mutable_data_ptr();
     }
-    t.layout = {twin.rows[i], twin.params[i].numel() / twin.rows[i]};
+    t.layout = flashoptim::group_layout(twin.params[i].sizes().data(), twin.params[i].dim());
     t.parameter_dtype = t.gradient_dtype = flashoptim::DType::kBFloat16;
     t.master_weights = MasterWeights::kCorrection8;
     t.state_codec = StateCodec::kDefault;
@@ -106,8 +104,8 @@ TEST(StepOp, EqualsPlanBitwise) {
   EXPECT_TRUE(all_same_bytes(call.written(), twin.written()));
 }
 
-TEST(StepOp, CachedPlansFollowWhatChanges) {
-  // Same parameters: first other gradients and hyperparameters, then other states, must not meet a stale plan.
+TEST(StepOp, NothingIsKeptFromCallToCall) {
+  // Same parameters: first other gradients and hyperparameters, then other states.
   Call call = make_call(), fresh = make_call();
   call.run();
   fresh.run();
@@ -117,7 +115,7 @@ TEST(StepOp, CachedPlansFollowWhatChanges) {
     c->hypers[0] = 3e-2;
     c->hypers[10] = 2;
   }
-  for (Tensor& param : fresh.params) param = param.clone();  // a new address: no plan is cached for it
+  for (Tensor& param : fresh.params) param = param.clone();
   call.run();
   fresh.run();
   EXPECT_TRUE(all_same_bytes(call.written(), fresh.written()));
@@ -128,10 +126,9 @@ TEST(StepOp, CachedPlansFollowWhatChanges) {
   EXPECT_TRUE(all_same_bytes(call.written(), fresh.written()));
 }
 
-TEST(StepOp, ManyPlansAndThreads) {
-  // More distinct plans than the cache holds, from two threads at once.
+TEST(StepOp, TwoThreadsAtOnce) {
   const auto work = [](int64_t seed) {
-    for (int64_t i = 0; i < 700; ++i) {
+    for (int64_t i = 0; i < 200; ++i) {
       Call call;
       call.add({32}, seed + i);
       call.run();
@@ -183,7 +180,6 @@ TEST(StepOp, BadArgumentsNameThemselvesAndChangeNothing) {
       {"corrections count", [](Call& c) { c.corrections.pop_back(); }, {"corrections has 2"}},
       {"states count", [](Call& c) { c.states.pop_back(); }, {"states has 5", "6"}},
       {"scales count", [](Call& c) { c.scales.pop_back(); }, {"scales has 5", "6"}},
-      {"rows count", [](Call& c) { c.rows.pop_back(); }, {"rows has 2"}},
       {"hypers size", [](Call& c) { c.hypers.pop_back(); }, {"hypers has 11", "12"}},
       {"lr", [](Call& c) { c.hypers[0] = NAN; }, {"hypers[0]", "lr", "nan", "finite"}},
       {"beta1", [](Call& c) { c.hypers[1] = 1.0; }, {"hypers[1]", "beta1", "= 1;", "below 1"}},
@@ -220,8 +216,6 @@ TEST(StepOp, BadArgumentsNameThemselvesAndChangeNothing) {
        [](Call& c) { c.corrections[1] = torch::zeros({99}, torch::kChar); },
        {"corrections[1]", "[99]"}},
       {"codec", [](Call& c) { c.state_codecs[0] = -1; }, {"state_codecs[0] = -1"}},
-      {"rows zero", [](Call& c) { c.rows[0] = 0; }, {"rows[0] = 0", "2000"}},
-      {"rows indivisible", [](Call& c) { c.rows[0] = 3; }, {"rows[0] = 3", "divide"}},
       {"state dtype", [](Call& c) { c.states[3] = c.states[3].to(torch::kChar); }, {"states[3]", "int8", "uint8"}},
       {"state shape",
        [](Call& c) { c.states[3] = torch::zeros({101}, torch::kByte); },
@@ -239,12 +233,11 @@ TEST(StepOp, BadArgumentsNameThemselvesAndChangeNothing) {
       {"nonfinite", [](Call& c) { c.nonfinite = torch::zeros({2}, torch::kLong); }, {"nonfinite", "[2]"}},
       {"twice",
        [](Call& c) {
-         c.params[2] = c.params[0], c.grads[2] = c.grads[0], c.corrections[2] = torch::zeros_like(c.corrections[0]),
-         c.rows[2] = c.rows[0];
+         c.params[2] = c.params[0], c.grads[2] = c.grads[0], c.corrections[2] = torch::zeros_like(c.corrections[0]);
          for (size_t k = 4; k < 6; ++k)
            c.states[k] = torch::zeros_like(c.states[0]), c.scales[k] = torch::zeros_like(c.scales[0]);
        },
-       {"params of tensor", "share memory"}},
+       {"the parameter of tensor", "share memory"}},
       {"meta among cpu",
        [](Call& c) { c.params[1] = c.params[1].to(torch::kMeta); },
        {"params[1] is on meta", "params[0] on cpu"}},
