@@ -134,10 +134,10 @@ void FlashOptimizer::reset_corrections(const std::vector<at::Tensor>& params) {
 
 void FlashOptimizer::reset_correction(const at::Tensor& param) {
   FlashParamState* state = find_state(param);
-  if (state == nullptr || !has_correction(*state)) return;
+  if (state == nullptr) return;
   const at::NoGradGuard no_grad;
-  state->correction.zero_();
-  // Zeros are a correction of whatever the parameter has become; one that needs none has none.
+  if (has_correction(*state)) state->correction.zero_();
+  // Zeros, or none, are a correction of whatever the parameter has become; one that needs none has none.
   state->param_dtype = param.scalar_type();
   if (state->param_dtype == at::kFloat) state->master_weights = MasterWeights::kNone;
 }

@@ -163,6 +163,13 @@ void ParamStore::describe(Taken* taken, Made* made) {
   const std::string name = this->name(taken->record);
   const size_t group = position(taken->record).group;
   const Form form = form_of(groups_[group].values, groups_[group].has_momentum, param);
+  const bool has_bits = store::correction_bits(form.format.master_weights) != 0;
+  TORCH_CHECK(!has_bits || taken->state->param_dtype != at::kFloat || has_correction(*taken->state), name,
+              " has dtype ", param.scalar_type(), ", but it was Float at its last step: what it had beyond ",
+              param.scalar_type(),
+              " is lost, and a correction cannot begin with it. Cast with cast_model(module, optimizer), or give "
+              "set_fp32_model_state() what get_fp32_model_state() gave before the cast; or call reset_corrections(), "
+              "and weights are what the parameter holds now");
   if (fit_of(kind_, *taken->state, param, form) == store::Fit::kNo) {
     Conversion converted = convert_state(kind_, name, *taken->state, param, form);
     warn_of(converted.fate, name, *taken->state, param);

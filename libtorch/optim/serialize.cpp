@@ -82,8 +82,14 @@ FlashParamState checked_state(const std::string& name, const at::Tensor& param, 
 
   FlashParamState state = saved;
   const at::Device device = param.device();
-  bool is_corrected = false;
-  for (const store::ArraySpec& spec : store::arrays_of(kind, has_momentum, form.format, param.sizes().vec(), order)) {
+  const std::vector<store::ArraySpec> specs =
+      store::arrays_of(kind, has_momentum, form.format, param.sizes().vec(), order);
+  if (has_correction(saved)) {
+    state.correction = checked(name + ": correction", saved.correction, specs.back(), device);
+  } else {
+    state.correction = saved.correction.to(device);
+  }
+  for (const store::ArraySpec& spec : specs) {
     const auto slot = static_cast<size_t>(spec.slot);
     const std::string number = std::to_string(slot) + "]";
     if (spec.role == store::Role::kState) {
@@ -91,12 +97,8 @@ FlashParamState checked_state(const std::string& name, const at::Tensor& param, 
       state.scales[slot] = saved.scales[slot].to(device);
     } else if (spec.role == store::Role::kScale) {
       state.scales[slot] = checked(name + ": scales[" + number, saved.scales[slot], spec, device);
-    } else {
-      state.correction = checked(name + ": correction", saved.correction, spec, device);
-      is_corrected = true;
     }
   }
-  if (!is_corrected) state.correction = saved.correction.to(device);
   return state;
 }
 
