@@ -12,6 +12,7 @@
 #include "src/cuda/arguments.h"
 #include "src/cuda/device.h"
 #include "src/inspect.h"
+#include "src/place.h"
 #include "src/rules.h"
 
 namespace flashoptim::cuda {
@@ -169,11 +170,19 @@ Status Plan::Impl::upload() {
   const int64_t count = tensors.size();
   std::vector<TensorEntry> entry_table;
   std::vector<Chunk> chunk_table, inspect_table, norm_table;
+  std::vector<TensorGroups> groups;
+  std::vector<core::PlacedGroups> pieces_table;
   int64_t tiles = 0;
   for (int64_t i = 0; i < count; ++i) {
     entry_table.push_back(make_entry(tensors.tensor(i)));
-    tiles += (tensors.tensor(i).layout.groups() + kTileGroups - 1) / kTileGroups;
-    add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), kInspectChunkGroups, &inspect_table);
+    groups.push_back(tensor_groups(tensors.tensor(i)));
+    entry_table.back().first_group = groups.back().first_group;
+    if (groups.back().in_pieces) {
+      entry_table.back().flags |= kInPieces;
+      pieces_table.push_back(groups.back().pieces);
+    }
+    tiles += (groups.back().count + kTileGroups - 1) / kTileGroups;
+    add_chunks(static_cast<int32_t>(i), groups.back().count, kInspectChunkGroups, &inspect_table);
     add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups,
                &norm_table);
   }
@@ -186,9 +195,9 @@ Status Plan::Impl::upload() {
     const bool hot = kernel < kHotKernels;
     const int64_t first = static_cast<int64_t>(chunk_table.size());
     for (int64_t i = 0; i < count; ++i) {
-      if (step_kernel_of(tensors.tensor(i), states) != kernel) continue;
-      add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(),
-                 hot ? int64_t{kHotChunkGroups} : chunk_groups, &chunk_table);
+      const TensorGroups& of_tensor = groups[static_cast<size_t>(i)];
+      if (step_kernel_of(tensors.tensor(i), states, of_tensor) != kernel) continue;
+      add_chunks(static_cast<int32_t>(i), of_tensor.count, hot ? int64_t{kHotChunkGroups} : chunk_groups, &chunk_table);
     }
     const int64_t end = static_cast<int64_t>(chunk_table.size());
     if (hot) make_hot(chunk_table.data() + first, chunk_table.data() + end);
@@ -207,6 +216,7 @@ Status Plan::Impl::upload() {
   const int64_t chunks_at = arena.add<Chunk>(static_cast<int64_t>(chunk_table.size()));
   const int64_t inspect_chunks_at = arena.add<Chunk>(inspect_chunk_count);
   const int64_t norm_chunks_at = arena.add<Chunk>(norm_chunk_count);
+  const int64_t pieces_at = arena.add<core::PlacedGroups>(static_cast<int64_t>(pieces_table.size()));
   const int64_t uploaded = arena.size();
   const int64_t hypers_at = arena.add<PreparedHyper>(hyper_capacity);
   const int64_t largest_updates_at = arena.add<float>(hyper_capacity);
@@ -216,14 +226,14 @@ Status Plan::Impl::upload() {
   const int64_t work_at = arena.add<WorkCounter>(static_cast<int64_t>(launches.size()));
 
   std::vector<unsigned char> image(static_cast<size_t>(uploaded));
-  std::copy_n(reinterpret_cast<const unsigned char*>(entry_table.data()), entry_table.size() * sizeof(TensorEntry),
-              image.data() + entries_at);
   std::copy_n(reinterpret_cast<const unsigned char*>(chunk_table.data()), chunk_table.size() * sizeof(Chunk),
               image.data() + chunks_at);
   std::copy_n(reinterpret_cast<const unsigned char*>(inspect_table.data()), inspect_table.size() * sizeof(Chunk),
               image.data() + inspect_chunks_at);
   std::copy_n(reinterpret_cast<const unsigned char*>(norm_table.data()), norm_table.size() * sizeof(Chunk),
               image.data() + norm_chunks_at);
+  std::copy_n(reinterpret_cast<const unsigned char*>(pieces_table.data()),
+              pieces_table.size() * sizeof(core::PlacedGroups), image.data() + pieces_at);
 
   DeviceGuard guard(device);
   Status status = device_status(guard.error(), "cannot use the device of the plan");
@@ -247,6 +257,12 @@ Status Plan::Impl::upload() {
   partial = reinterpret_cast<double*>(memory + partial_at);
   finished = reinterpret_cast<unsigned int*>(memory + finished_at);
   work = reinterpret_cast<WorkCounter*>(memory + work_at);
+  const auto* pieces = reinterpret_cast<const core::PlacedGroups*>(memory + pieces_at);
+  for (TensorEntry& entry : entry_table) {
+    if (entry.flags & kInPieces) entry.pieces = pieces++;
+  }
+  std::copy_n(reinterpret_cast<const unsigned char*>(entry_table.data()), entry_table.size() * sizeof(TensorEntry),
+              image.data() + entries_at);
   status = device_status(cudaMemcpy(memory, image.data(), image.size(), cudaMemcpyHostToDevice), "uploading the plan");
   if (status.is_ok())
     status =
