@@ -156,6 +156,7 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
   Unit unit = locate_unit(t, group, lane);
   if (!active) unit.valid = 0;
   const bool vector = aligned && unit.valid == kUnit && unit.first % kUnit == 0;
+  const DitherSource dither = dither_source(context, unit);  // here, for the group's index takes two registers
 
   // One branch around all loads and one around all stores: they are then in flight together.
   StoredUnit<kCodec> stored;
@@ -178,7 +179,6 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
     delta[i] = Rule::update(ExactLane(w[i]), ExactLane(g[i]), state, hyper).v;
     for (int k = 0; k < Rule::kStateCount; ++k) s[i][k] = state[k].v;
   }
-  const DitherSource dither = dither_source(context, unit);
   update_weights(types, w, delta, dither, stored.weights);
   Codec<Rule, kCodec>::encode(s, dither, stored.states);
 
