@@ -26,6 +26,17 @@ ElementSizes element_sizes(const ParameterTensors& t) {
   return sizes;
 }
 
+bool is_element_aligned(const ParameterTensors& t) {
+  const ElementSizes sizes = element_sizes(t);
+  const auto off = [](const void* base, int64_t size) {
+    return reinterpret_cast<uintptr_t>(base) & static_cast<uintptr_t>(size - 1);
+  };
+  uintptr_t any = off(t.parameter, sizes.parameter) | off(t.gradient, sizes.gradient);
+  if (sizes.correction != 0) any |= off(t.correction, sizes.correction);
+  for (int k = 0; k < kMaxStates; ++k) any |= off(t.states[k], sizes.state) | off(t.scales[k], sizeof(uint16_t));
+  return any == 0;
+}
+
 void prefetch_block(const ParameterTensors& t, int64_t index) {
   constexpr int64_t kLine = 64;
   const ElementSizes sizes = element_sizes(t);
@@ -61,6 +72,7 @@ void BlockWalker::find_pieces() {
       ++run;
     }
   }
+  copied_ = !contiguous_ || !is_element_aligned(tensor_);
   first_element_ = runs_[0].first;
   run_count_ = groups_;
 }
@@ -77,6 +89,7 @@ BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index, const co
   // Without short groups in the block, group g starts at element 32 g: no walk over rows.
   const bool full_rows = layout.row_size % kGroupSize == 0;
   contiguous_ = full_rows || (layout.rows == 1 && (first_group_ + groups_) * kGroupSize <= layout.row_size);
+  copied_ = !contiguous_ || !is_element_aligned(tensor);
   if (contiguous_) {
     first_element_ = first_group_ * kGroupSize;
     runs_[0] = {first_element_, 0, groups_ * static_cast<int>(kGroupSize)};
@@ -116,14 +129,18 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
     set_first([this, origin](int g) { return origin + runs_[std::min(g, groups_ - 1)].first; });
   }
   for (int k = 0; k < kMaxStates; ++k) {
-    block.scales[k] = tensor_.scales[k] == nullptr ? nullptr : static_cast<uint16_t*>(tensor_.scales[k]) + first_group_;
+    // Counted in bytes: an odd address is no uint16_t's.
+    block.scales[k] =
+        tensor_.scales[k] == nullptr
+            ? nullptr
+            : reinterpret_cast<uint16_t*>(static_cast<unsigned char*>(tensor_.scales[k]) + first_group_ * 2);
   }
   const int64_t first = first_element_;
   const auto at = [first](const void* base, int64_t size) -> void* {
     return base == nullptr ? nullptr
                            : const_cast<unsigned char*>(static_cast<const unsigned char*>(base)) + first * size;
   };
-  if (contiguous_) {
+  if (!copied_) {
     block.parameter = at(tensor_.parameter, sizes_.parameter);
     block.gradient = access.gradient ? at(tensor_.gradient, sizes_.gradient) : nullptr;
     block.correction = at(tensor_.correction, sizes_.correction);
@@ -146,11 +163,14 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
   for (int k = 0; k < kMaxStates; ++k) {
     if (tensor_.states[k] != nullptr) copy_in(states_[k], tensor_.states[k], sizes_.state);
     block.states[k] = states_[k];
+    if (tensor_.scales[k] == nullptr) continue;
+    std::memcpy(scales_[k], block.scales[k], static_cast<size_t>(groups_) * sizeof(uint16_t));
+    block.scales[k] = scales_[k];
   }
 }
 
 void BlockWalker::close(const BlockAccess& access) {
-  if (contiguous_) return;
+  if (!copied_) return;
   const auto copy_out = [this](void* to, const unsigned char* from, int64_t size) {
     for (int r = 0; r < run_count_; ++r) {
       std::memcpy(static_cast<unsigned char*>(to) + runs_[r].first * size, from + runs_[r].offset * size,
@@ -164,6 +184,10 @@ void BlockWalker::close(const BlockAccess& access) {
   if (access.write_states) {
     for (int k = 0; k < kMaxStates; ++k) {
       if (tensor_.states[k] != nullptr) copy_out(tensor_.states[k], states_[k], sizes_.state);
+      if (tensor_.scales[k] != nullptr) {
+        std::memcpy(static_cast<unsigned char*>(tensor_.scales[k]) + first_group_ * 2, scales_[k],
+                    static_cast<size_t>(groups_) * sizeof(uint16_t));
+      }
     }
   }
 }

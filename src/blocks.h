@@ -34,6 +34,9 @@ struct BlockAccess {
   bool write_states;
 };
 
+/// Whether each array starts at a multiple of its element's size.
+bool is_element_aligned(const ParameterTensors& tensor);
+
 /// Asks for the memory of block `index` of `tensor`, which must lie within it, ahead of its use: for blocks whose
 /// memory the passes do not see, because it is copied.
 void prefetch_block(const ParameterTensors& tensor, int64_t index);
@@ -45,9 +48,10 @@ struct ElementRun {
   int count;      ///< 0 ... kBlockElements
 };
 
-/// The memory of one block of a tensor. Where every group of the block is full, open() points at the tensor's own
-/// memory; otherwise at copies in which short groups are padded with zeros (a zero weight, gradient and state stays
-/// zero under every rule), and close() copies the results back. Pieces of groups stand at their lanes.
+/// The memory of one block of a tensor. Where every group of the block is full and every array starts at a multiple of
+/// its element's size, open() points at the tensor's own memory; otherwise at aligned copies in which short groups are
+/// padded with zeros (a zero weight, gradient and state stays zero under every rule), and close() copies the results
+/// back. Pieces of groups stand at their lanes.
 class BlockWalker {
  public:
   /// `pieces`: of a tensor that is walked through in pieces, else null. It must live as long as the walker.
@@ -55,7 +59,7 @@ class BlockWalker {
 
   int run_count() const { return run_count_; }
   const ElementRun& run(int i) const { return runs_[i]; }
-  bool is_contiguous() const { return contiguous_; }
+  bool is_copied() const { return copied_; }
 
   /// Sets the block's pointers, group count and where its groups start.
   void open(Block& block, const BlockAccess& access);
@@ -68,7 +72,8 @@ class BlockWalker {
   const ParameterTensors& tensor_;
   const core::PlacedGroups* pieces_;
   ElementSizes sizes_;
-  bool contiguous_;
+  bool contiguous_;  ///< every group is full: one run
+  bool copied_;
   int run_count_ = 0;
   int groups_;
   int64_t first_group_;
@@ -79,6 +84,7 @@ class BlockWalker {
   alignas(64) unsigned char gradient_[kBlockElements * 4];
   alignas(64) unsigned char correction_[kBlockElements * 2];
   alignas(64) unsigned char states_[kMaxStates][kBlockElements * 4];
+  alignas(64) uint16_t scales_[kMaxStates][kBlockGroups];
 };
 
 }  // namespace flashoptim::cpu

@@ -21,55 +21,72 @@ GroupLayout group_layout(const int64_t* sizes, int64_t dimensions) {
 }
 
 GroupLayout group_layout(const int64_t* sizes, int64_t dimensions, RowRule rule) {
-  const int64_t numel = product(sizes, 0, dimensions);
-  if (numel == 0) return {0, 0};
-  int64_t row = 1;
-  for (int64_t d = dimensions - 1; d >= 1; --d) {
-    row *= sizes[d];
-    if (rule == RowRule::kShortest && row >= kGroupSize) break;
+  constexpr GroupLayout kNone{-1, -1};
+  if (dimensions < 0 || (dimensions > 0 && sizes == nullptr)) return kNone;
+  // A 0 anywhere makes no elements, whatever would overflow beside it.
+  bool is_empty = false, overflows = false, has_row = false;
+  int64_t numel = 1, row = 1;  // row: of the last dimensions, as soon as they make one
+  for (int64_t d = dimensions - 1; d >= 0; --d) {
+    if (sizes[d] < 0) return kNone;
+    is_empty = is_empty || sizes[d] == 0;
+    overflows = overflows || __builtin_mul_overflow(numel, sizes[d], &numel);
+    if (d > 0 && !has_row) row = numel;
+    has_row = has_row || (rule == RowRule::kShortest && numel >= kGroupSize);
   }
-  if (dimensions >= 2 && row >= kGroupSize) return {numel / row, row};
+  if (is_empty) return {0, 0};
+  if (overflows) return kNone;
+  if (row >= kGroupSize) return {numel / row, row};
   return {1, numel};
 }
 
 Status place_of_box(const int64_t* whole_sizes, const int64_t* offsets, const int64_t* sizes, int64_t dimensions,
                     RowRule rule, Place* place) {
-  const auto at = [](const char* name, int64_t d, int64_t value) {
-    return std::string(name) + "[" + std::to_string(d) + "] = " + std::to_string(value);
-  };
-  int64_t innermost = -1, outer = -1;  // dimensions that are cut: the last, and the last but one
-  for (int64_t d = 0; d < dimensions; ++d) {
-    if (whole_sizes[d] < 0) {
-      return Status::invalid_argument(at("whole_sizes", d, whole_sizes[d]) + "; must be at least 0");
+  return guarded([&] {
+    const auto at = [](const char* name, int64_t d, int64_t value) {
+      return std::string(name) + "[" + std::to_string(d) + "] = " + std::to_string(value);
+    };
+    if (place == nullptr) return Status::invalid_argument("place is null");
+    if (dimensions < 0 || (dimensions > 0 && (whole_sizes == nullptr || offsets == nullptr || sizes == nullptr))) {
+      return Status::invalid_argument("dimensions = " + std::to_string(dimensions) +
+                                      "; must be the number of entries of whole_sizes, offsets and sizes, none null");
     }
-    if (offsets[d] < 0 || sizes[d] < 0 || offsets[d] > whole_sizes[d] || sizes[d] > whole_sizes[d] - offsets[d]) {
-      return Status::invalid_argument(at("offsets", d, offsets[d]) + " and " + at("sizes", d, sizes[d]) +
-                                      " do not lie within " + at("whole_sizes", d, whole_sizes[d]));
+    Place out;
+    out.whole = group_layout(whole_sizes, dimensions, rule);
+    int64_t innermost = -1, outer = -1;  // dimensions that are cut: the last, and the last but one
+    for (int64_t d = 0; d < dimensions; ++d) {
+      if (whole_sizes[d] < 0) {
+        return Status::invalid_argument(at("whole_sizes", d, whole_sizes[d]) + "; must be at least 0");
+      }
+      if (offsets[d] < 0 || sizes[d] < 0 || offsets[d] > whole_sizes[d] || sizes[d] > whole_sizes[d] - offsets[d]) {
+        return Status::invalid_argument(at("offsets", d, offsets[d]) + " and " + at("sizes", d, sizes[d]) +
+                                        " do not lie within " + at("whole_sizes", d, whole_sizes[d]));
+      }
+      if (sizes[d] != whole_sizes[d]) {
+        outer = innermost;
+        innermost = d;
+      }
     }
-    if (sizes[d] != whole_sizes[d]) {
-      outer = innermost;
-      innermost = d;
+    if (out.whole.rows < 0) return Status::invalid_argument("whole_sizes have more elements than 2^63");
+    // Without elements nothing is anywhere, and sizes beside a 0 may overflow.
+    if (out.whole.numel() == 0 || product(sizes, 0, dimensions) == 0) {
+      *place = out;
+      return Status::ok();
     }
-  }
-  Place out;
-  out.whole = group_layout(whole_sizes, dimensions, rule);
-  const bool is_empty = product(sizes, 0, dimensions) == 0;
-  for (int64_t d = 0; d < dimensions && !is_empty; ++d) {
-    out.first_element = out.first_element * whole_sizes[d] + offsets[d];
-  }
-  if (!is_empty && outer >= 0 && product(sizes, 0, outer) > 1) {
-    return Status::unsupported(at("sizes", outer, sizes[outer]) + " of " + std::to_string(whole_sizes[outer]) +
-                               " and " + at("sizes", innermost, sizes[innermost]) + " of " +
-                               std::to_string(whole_sizes[innermost]) +
-                               " cut two dimensions behind several indices of one; cut the first dimension and one "
-                               "other");
-  }
-  if (!is_empty && innermost > 0 && product(sizes, 0, innermost) > 1) {
-    out.run = product(sizes, innermost, dimensions);
-    out.stride = product(whole_sizes, innermost, dimensions);
-  }
-  *place = out;
-  return Status::ok();
+    for (int64_t d = 0; d < dimensions; ++d) out.first_element = out.first_element * whole_sizes[d] + offsets[d];
+    if (outer >= 0 && product(sizes, 0, outer) > 1) {
+      return Status::unsupported(at("sizes", outer, sizes[outer]) + " of " + std::to_string(whole_sizes[outer]) +
+                                 " and " + at("sizes", innermost, sizes[innermost]) + " of " +
+                                 std::to_string(whole_sizes[innermost]) +
+                                 " cut two dimensions behind several indices of one; cut the first dimension and one "
+                                 "other");
+    }
+    if (innermost > 0 && product(sizes, 0, innermost) > 1) {
+      out.run = product(sizes, innermost, dimensions);
+      out.stride = product(whole_sizes, innermost, dimensions);
+    }
+    *place = out;
+    return Status::ok();
+  });
 }
 
 GroupLayout shard_layout(const Place& place, int64_t numel) {
@@ -154,50 +171,59 @@ TensorGroups tensor_groups(const ParameterTensors& t) {
   return out;
 }
 
-Status check_place(const ParameterTensors& t, const std::string& name, bool is_quantized) {
+Status check_place(const ParameterTensors& t, const TensorName& name, bool is_quantized) {
   const Place& place = t.place;
-  const auto field = [](const char* field_name, int64_t value) {
-    return std::string(field_name) + " = " + std::to_string(value);
-  };
-  const auto invalid = [&name](const std::string& rest) { return Status::invalid_argument(name + ".place" + rest); };
-  if (place.first_element < 0) return invalid(field(".first_element", place.first_element) + "; must be at least 0");
-  if (place.run < 0) return invalid(field(".run", place.run) + "; must be at least 0");
   const GroupLayout& whole = place.whole;
-  constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 64;
-  if (whole.rows < 0 || whole.row_size < 0 || (whole.row_size > 0 && whole.rows > kMost / whole.row_size)) {
-    return invalid(".whole has " + field("rows", whole.rows) + ", " + field("row_size", whole.row_size) +
-                   "; both must be at least 0, and elements at most 2^57");
-  }
   const int64_t numel = t.layout.numel();
+  const auto is = [](const char* field, int64_t value) { return std::string(field) + " = " + std::to_string(value); };
+  const auto invalid = [&name](const char* field, const std::string& rest) {
+    return Status::invalid_argument(name.field(field) + rest);
+  };
+  if (place.first_element < 0 || place.first_element > std::numeric_limits<int64_t>::max() - numel) {
+    return invalid("place.first_element", " = " + std::to_string(place.first_element) +
+                                              "; must be at least 0, and with numel = " + std::to_string(numel) +
+                                              " below 2^63");
+  }
+  if (place.run < 0) return invalid("place.run", " = " + std::to_string(place.run) + "; must be at least 0");
+  if (whole.rows < 0 || whole.row_size < 0 || whole.rows > kMostElements || whole.row_size > kMostElements ||
+      (whole.row_size > 0 && whole.rows > kMostElements / whole.row_size)) {
+    return invalid("place.whole", " has " + is("rows", whole.rows) + ", " + is("row_size", whole.row_size) +
+                                      "; both must be at least 0, and their product at most 2^57");
+  }
   if (numel == 0) return Status::ok();
   const bool has_runs = place.run > 0 && place.run < numel;
   if (has_runs && numel % place.run != 0) {
-    return invalid(field(".run", place.run) + " does not divide the " + std::to_string(numel) + " elements of .layout");
+    return invalid("place.run", " = " + std::to_string(place.run) + " does not divide the " + std::to_string(numel) +
+                                    " elements of layout");
   }
   if (has_runs && place.stride < place.run) {
-    return invalid(field(".stride", place.stride) + "; must be at least .run, " + std::to_string(place.run));
+    return invalid("place.stride",
+                   " = " + std::to_string(place.stride) + "; must be at least run, " + std::to_string(place.run));
   }
   if (whole.numel() == 0) {
-    if (has_inner_cut(place, numel))
-      return invalid(field(".run", place.run) + " without .whole, which says where rows and groups begin");
-    return Status::ok();
+    if (!has_inner_cut(place, numel)) return Status::ok();
+    return invalid("place.run",
+                   " = " + std::to_string(place.run) + " without whole, which says where rows and groups begin");
   }
-  const int64_t run = has_runs ? place.run : numel, runs = numel / run;
-  const int64_t last_start = whole.numel() - run;  // the last run must begin here or before
+  const auto text = [&] {
+    return ".first_element = " + std::to_string(place.first_element) + ", " + is("run", place.run) + ", " +
+           is("stride", place.stride);
+  };
+  // The last run must begin at last_start or before.
+  const int64_t run = has_runs ? place.run : numel, runs = numel / run, last_start = whole.numel() - run;
   if (place.first_element > last_start ||
       (runs > 1 && place.stride > (last_start - place.first_element) / (runs - 1))) {
-    return invalid(field(".first_element", place.first_element) + ", " + field("run", place.run) + ", " +
-                   field("stride", place.stride) + " with " + std::to_string(numel) +
-                   " elements goes past the end of .whole, which has " + std::to_string(whole.numel()));
+    return invalid("place", text() + " with " + std::to_string(numel) +
+                                " elements goes past the end of whole, which has " + std::to_string(whole.numel()));
   }
   if (is_quantized && !groups_agree(t.layout, place)) {
-    return invalid(field(".first_element", place.first_element) + ", " + field("run", place.run) + ", " +
-                   field("stride", place.stride) + " with .layout " + std::to_string(t.layout.rows) + " x " +
-                   std::to_string(t.layout.row_size) + " cuts groups of " + std::to_string(kGroupSize) +
-                   " of the whole, " + std::to_string(whole.rows) + " x " + std::to_string(whole.row_size) +
-                   ", which quantized states do not allow: cut between rows or at multiples of " +
-                   std::to_string(kGroupSize) +
-                   " within them (with .layout by shard_layout), or keep this tensor's states in StateCodec::kFloat32");
+    const std::string size = std::to_string(kGroupSize);
+    return invalid("place", text() + " with layout " + std::to_string(t.layout.rows) + " x " +
+                                std::to_string(t.layout.row_size) + " cuts groups of " + size + " of the whole, " +
+                                std::to_string(whole.rows) + " x " + std::to_string(whole.row_size) +
+                                ", which quantized states do not allow: cut between rows or at multiples of " + size +
+                                " within them (with layout by shard_layout), or keep this tensor's states in "
+                                "StateCodec::kFloat32");
   }
   return Status::ok();
 }

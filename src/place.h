@@ -1,10 +1,9 @@
 // A shard's place as a plan sees it: what is allowed, and which pieces of the whole's groups it has.
 #pragma once
 
-#include <string>
-
 #include "flashoptim/core/place.h"
 #include "flashoptim/step.h"
+#include "src/checks.h"
 
 namespace flashoptim {
 
@@ -22,7 +21,7 @@ struct TensorGroups {
 /// Of a tensor that passed check_place.
 TensorGroups tensor_groups(const ParameterTensors& tensor);
 
-/// `name` is the tensor's in messages. `is_quantized`: it has states in a quantized codec.
-Status check_place(const ParameterTensors& tensor, const std::string& name, bool is_quantized);
+/// `is_quantized`: it has states in a quantized codec.
+Status check_place(const ParameterTensors& tensor, const TensorName& name, bool is_quantized);
 
 }  // namespace flashoptim

@@ -1,7 +1,5 @@
 #include <algorithm>
 #include <atomic>
-#include <charconv>
-#include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
@@ -9,16 +7,13 @@
 #include "flashoptim/core/optimizers/rule.h"
 #include "flashoptim/step.h"
 #include "src/blocks.h"
-#include "src/conversions.h"
+#include "src/checks.h"
 #include "src/cpu/run_block.h"
 #include "src/inspect.h"
 #include "src/place.h"
 #include "src/rules.h"
 #include "src/shares.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "src/threads.h"
 
 namespace flashoptim {
 
@@ -29,118 +24,6 @@ using cpu::KernelTable;
 
 namespace {
 
-const char* dtype_name(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return "float32";
-    case DType::kBFloat16:
-      return "bfloat16";
-    case DType::kFloat16:
-      return "float16";
-  }
-  return "?";
-}
-
-std::string tensor_name(int64_t index) { return "tensors[" + std::to_string(index) + "]"; }
-
-/// Shortest text that reads back as the same number.
-std::string number(double value) {
-  char text[32];
-  const auto end = std::to_chars(text, text + sizeof text, value);
-  return std::string(text, end.ptr);
-}
-
-bool in_enum(int value, int count) { return value >= 0 && value < count; }
-
-Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
-  const std::string name = tensor_name(index);
-  const auto invalid = [&name](const std::string& rest) { return Status::invalid_argument(name + rest); };
-  if (!in_enum(static_cast<int>(t.parameter_dtype), cpu::kDTypes) ||
-      !in_enum(static_cast<int>(t.gradient_dtype), cpu::kDTypes)) {
-    return invalid(".parameter_dtype or .gradient_dtype is no DType; allowed are kFloat32, kBFloat16, kFloat16");
-  }
-  if (!in_enum(static_cast<int>(t.master_weights), cpu::kMasterKinds)) {
-    return invalid(".master_weights = " + std::to_string(static_cast<int>(t.master_weights)) + " is no MasterWeights");
-  }
-  if (!in_enum(static_cast<int>(t.state_codec), cpu::kCodecs)) {
-    return invalid(".state_codec = " + std::to_string(static_cast<int>(t.state_codec)) +
-                   " is no StateCodec; allowed are kFloat32, kPaper, kDefault");
-  }
-  if (t.layout.rows < 0 || t.layout.row_size < 0) {
-    return invalid(".layout has rows = " + std::to_string(t.layout.rows) +
-                   ", row_size = " + std::to_string(t.layout.row_size) + "; both must be at least 0");
-  }
-  if (t.layout.row_size > 0 && t.layout.rows > std::numeric_limits<int64_t>::max() / 64 / t.layout.row_size) {
-    return invalid(".layout has more elements than 2^57");
-  }
-  Status status = check_place(t, name, states > 0 && t.state_codec != StateCodec::kFloat32);
-  if (!status.is_ok()) return status;
-  if (t.hyper_index < 0) return invalid(".hyper_index = " + std::to_string(t.hyper_index) + "; must be at least 0");
-  if (t.parameter_dtype == DType::kFloat32 && t.master_weights != MasterWeights::kNone) {
-    return Status::unsupported(name +
-                               ".master_weights must be kNone for a float32 parameter, which has no bits to correct");
-  }
-  if (t.gradient_dtype != t.parameter_dtype && t.gradient_dtype != DType::kFloat32) {
-    return Status::unsupported(name + ".gradient_dtype = " + dtype_name(t.gradient_dtype) + " with a " +
-                               dtype_name(t.parameter_dtype) +
-                               " parameter; allowed are the parameter's dtype and float32");
-  }
-  if (t.layout.numel() == 0) return Status::ok();
-  if (t.parameter == nullptr) return invalid(".parameter is null");
-  if (cpu::element_sizes(t).correction != 0 && t.correction == nullptr) {
-    return invalid(".correction is null, but .master_weights asks for one");
-  }
-  for (int k = 0; k < states; ++k) {
-    if (t.states[k] == nullptr) return invalid(".states[" + std::to_string(k) + "] is null");
-    if (t.state_codec != StateCodec::kFloat32 && t.scales[k] == nullptr) {
-      return invalid(".scales[" + std::to_string(k) + "] is null, but .state_codec is quantized");
-    }
-  }
-  return Status::ok();
-}
-
-/// Which of a rule's numbers are wrong, by name and value.
-Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, int32_t index) {
-  const std::string name = "hypers[" + std::to_string(index) + "].";
-  const auto out_of_range = [&name](const char* field, double value, const char* allowed) {
-    return Status::invalid_argument(name + field + " = " + number(value) + "; allowed is " + allowed);
-  };
-  const auto finite_not_negative = [](double x) { return x >= 0.0 && x <= std::numeric_limits<double>::max(); };
-  if (!finite_not_negative(p.lr)) return out_of_range("lr", p.lr, "a finite number of at least 0");
-  if (!finite_not_negative(p.weight_decay))
-    return out_of_range("weight_decay", p.weight_decay, "a finite number of at least 0");
-  if (!finite_not_negative(p.decay_lr)) return out_of_range("decay_lr", p.decay_lr, "a finite number of at least 0");
-  const bool adam = optimizer == OptimizerKind::kAdamW || optimizer == OptimizerKind::kAdam;
-  if (adam || optimizer == OptimizerKind::kLion) {
-    if (!(p.beta1 >= 0.0 && p.beta1 < 1.0)) return out_of_range("beta1", p.beta1, "0 <= beta1 < 1");
-    if (!(p.beta2 >= 0.0 && p.beta2 < 1.0)) return out_of_range("beta2", p.beta2, "0 <= beta2 < 1");
-  } else {
-    if (!finite_not_negative(p.momentum)) return out_of_range("momentum", p.momentum, "a finite number of at least 0");
-    if (!(std::abs(p.dampening) <= std::numeric_limits<double>::max()))
-      return out_of_range("dampening", p.dampening, "a finite number");
-  }
-  if (adam && !finite_not_negative(p.eps)) return out_of_range("eps", p.eps, "a finite number of at least 0");
-  if (p.step < 1) return Status::invalid_argument(name + "step = " + std::to_string(p.step) + "; steps count from 1");
-  return Status::ok();
-}
-
-/// Threads are worth their start only for work of some 100 us.
-constexpr int64_t kSmallestParallelBlocks = 64;
-
-void default_parallel_for(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-#if defined(_OPENMP)
-  if (count >= kSmallestParallelBlocks && omp_get_max_threads() > 1 && !omp_in_parallel()) {
-#pragma omp parallel
-    {
-      const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-      body(context, count * me / threads, count * (me + 1) / threads);
-    }
-    return;
-  }
-#endif
-  body(context, 0, count);
-}
-
 struct PreparedHyper {
   cpu::HyperStorage rule;
   core::DitherKey dither;
@@ -148,10 +31,25 @@ struct PreparedHyper {
   float largest_update;  // for inspect()
 };
 
+/// What a step goes over: tensors by index, or all of them.
+struct Selection {
+  const int64_t* tensors = nullptr;      ///< null: tensor i is the plan's i-th
+  const int64_t* first_block = nullptr;  ///< sums of blocks, count + 1 of them
+  int64_t count = 0;
+
+  int64_t blocks() const { return first_block[count]; }
+  size_t tensor(size_t i) const { return tensors == nullptr ? i : static_cast<size_t>(tensors[i]); }
+  /// Where block `block` is: the last entry that begins there or before.
+  size_t find(int64_t block) const {
+    return static_cast<size_t>(std::upper_bound(first_block, first_block + count + 1, block) - first_block) - 1;
+  }
+};
+
 }  // namespace
 
 struct Plan::Impl {
   OptimizerKind optimizer;
+  bool has_momentum;
   cpu::RuleKind rule;
   const KernelTable* kernels;
   std::vector<ParameterTensors> tensors;
@@ -160,6 +58,12 @@ struct Plan::Impl {
   std::vector<PreparedHyper> hypers;
   std::atomic<int64_t> nonfinite{0};
   Shares shares;
+  Selection selection;  // of the step that runs
+
+  // For step_some(): sums of blocks as above, and in which call a tensor was named and a hyperparameter set made ready.
+  std::vector<int64_t> some_first_block;
+  std::vector<uint64_t> named_in, prepared_in;
+  uint64_t calls = 0;
 
   /// Block `index` of tensor t, whose `pieces` may be null, which has a next one or not.
   void step_block(Block& block, const ParameterTensors& t, const core::PlacedGroups* pieces, int64_t index,
@@ -171,8 +75,8 @@ struct Plan::Impl {
     const BlockAccess access{true, true, true};
     BlockWalker walker(t, index, pieces);
     walker.open(block, access);
-    block.ahead = has_next && walker.is_contiguous() ? cpu::block_groups(t) * kGroupSize : 0;
-    if (has_next && !walker.is_contiguous() && pieces == nullptr) cpu::prefetch_block(t, index + 1);
+    block.ahead = has_next && !walker.is_copied() ? cpu::block_groups(t) * kGroupSize : 0;
+    if (has_next && walker.is_copied() && pieces == nullptr) cpu::prefetch_block(t, index + 1);
     kernels->hash_groups(block);
     cpu::run_block(*kernels, {rule, t.state_codec, t.parameter_dtype, t.gradient_dtype, t.master_weights}, block);
     walker.close(access);
@@ -182,18 +86,16 @@ struct Plan::Impl {
   void step_range(int64_t begin, int64_t end, int64_t all_end) {
     Block block;
     block.nonfinite = 0;
-    size_t t =
-        static_cast<size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin()) - 1;
-    for (int64_t b = begin; b < end;) {
-      const int64_t last = std::min(end, first_block[t + 1]), all_last = std::min(all_end, first_block[t + 1]);
-      if (tensors[t].gradient != nullptr) {
-        const core::PlacedGroups* const pieces = groups[t].placed();
-        for (; b < last; ++b) {
-          step_block(block, tensors[t], pieces, b - first_block[t], b + 1 < all_last);
-        }
+    size_t i = selection.find(begin);
+    for (int64_t b = begin; b < end; ++i) {
+      const int64_t first = selection.first_block[i], behind = selection.first_block[i + 1];
+      const int64_t last = std::min(end, behind), all_last = std::min(all_end, behind);
+      const ParameterTensors& t = tensors[selection.tensor(i)];
+      if (t.gradient != nullptr) {
+        const core::PlacedGroups* const pieces = groups[selection.tensor(i)].placed();
+        for (; b < last; ++b) step_block(block, t, pieces, b - first, b + 1 < all_last);
       }
       b = last;
-      ++t;
     }
     if (block.nonfinite != 0) nonfinite.fetch_add(block.nonfinite, std::memory_order_relaxed);
   }
@@ -201,13 +103,12 @@ struct Plan::Impl {
   /// A thread's part of a step; it helps with others' parts when it has done its own.
   void step_shared(int64_t begin, int64_t end) {
     if (begin >= end) return;
-    if (end - begin == first_block.back()) return step_range(begin, end, end);
+    if (end - begin == selection.blocks()) return step_range(begin, end, end);
     shares.work(begin, [this](int64_t from, int64_t to, int64_t share_end) { step_range(from, to, share_end); });
   }
 
   void inspect_range(int64_t begin, int64_t end, int64_t stride, StepTelemetry* telemetry) const {
-    size_t t =
-        static_cast<size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin()) - 1;
+    size_t t = selection.find(begin);
     for (int64_t b = begin; b < end; ++t) {
       const int64_t last = std::min(end, first_block[t + 1]);
       if (tensors[t].gradient != nullptr) {
@@ -223,12 +124,22 @@ struct Plan::Impl {
     }
   }
 
-  /// Checks a step's arguments and prepares the hyperparameters that it uses.
-  Status prepare(const Hyperparameters* given, int64_t count, const StepOptions& options);
+  Selection all() const { return {nullptr, first_block.data(), static_cast<int64_t>(tensors.size())}; }
 
-  /// Runs body(context, begin, end) over the plan's blocks.
+  /// Checks a step's arguments; sets 0 ... *used - 1 of the hyperparameters are its.
+  Status check(const Hyperparameters* given, int64_t count, const StepOptions& options, int32_t* used) const;
+  void prepare(const Hyperparameters& given, const StepOptions& options, PreparedHyper* out) const;
+  /// check() and prepare() for a step over everything.
+  Status begin(const Hyperparameters* given, int64_t count, const StepOptions& options);
+  /// And for one over some, which become the selection.
+  Status begin_some(const int64_t* indices, int64_t count, const Hyperparameters* given, int64_t hyper_count,
+                    const StepOptions& options);
+  /// Steps the selection, whose hyperparameters are ready.
+  void run(const StepOptions& options);
+
+  /// Runs body(context, begin, end) over the selection's blocks.
   void for_each_block(const StepOptions& options, void (*body)(void*, int64_t, int64_t), void* context) const {
-    const int64_t blocks = first_block.back();
+    const int64_t blocks = selection.blocks();
     if (blocks == 0) return;
     if (options.parallel_for != nullptr) {
       options.parallel_for(options.parallel_for_user, blocks, body, context);
@@ -236,6 +147,13 @@ struct Plan::Impl {
       default_parallel_for(blocks, body, context);
     }
   }
+
+  /// Drops what the optimizer does not have, so that nothing looks at it.
+  void normalize(ParameterTensors* t) const {
+    for (int k = states(); k < kMaxStates; ++k) t->states[k] = t->scales[k] = nullptr;
+    if (cpu::element_sizes(*t).correction == 0) t->correction = nullptr;
+  }
+  int states() const { return state_count(optimizer, has_momentum); }
 };
 
 Plan::Plan() = default;
@@ -245,119 +163,208 @@ Plan& Plan::operator=(Plan&&) noexcept = default;
 
 Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count,
                   Plan* plan) {
-  if (!in_enum(static_cast<int>(optimizer), 5)) {
-    return Status::invalid_argument("optimizer = " + std::to_string(static_cast<int>(optimizer)) +
-                                    " is no OptimizerKind; allowed are kAdamW, kAdam, kSgd, kSgdw, kLion");
-  }
-  if (count < 0 || (count > 0 && tensors == nullptr)) {
-    return Status::invalid_argument("count = " + std::to_string(count) + " with tensors " +
-                                    (tensors == nullptr ? "null" : "set") + "; count must be the number of tensors");
-  }
-  Status status;
-  const KernelTable* kernels = cpu::select_kernels(&status);
-  if (kernels == nullptr) return status;
-  const int states = state_count(optimizer, has_momentum);
-  for (int64_t i = 0; i < count; ++i) {
-    status = check_tensor(tensors[i], i, states);
+  return guarded([&] {
+    if (plan == nullptr) return Status::invalid_argument("plan is null");
+    Status status = check_optimizer(optimizer);
+    if (status.is_ok()) status = check_tensor_list(tensors, count);
+    const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
     if (!status.is_ok()) return status;
-  }
-  auto impl = std::make_unique<Impl>();
-  impl->optimizer = optimizer;
-  impl->rule = rule_kind(optimizer, has_momentum);
-  impl->kernels = kernels;
-  impl->tensors.assign(tensors, tensors + count);
-  impl->first_block.assign(1, 0);
-  int32_t hypers = 0;
-  for (ParameterTensors& t : impl->tensors) {
-    for (int k = states; k < kMaxStates; ++k) t.states[k] = t.scales[k] = nullptr;
-    if (cpu::element_sizes(t).correction == 0) t.correction = nullptr;
-    impl->groups.push_back(tensor_groups(t));
-    impl->first_block.push_back(impl->first_block.back() + cpu::block_count(t, impl->groups.back().count));
-    hypers = std::max(hypers, t.hyper_index + 1);
-  }
-  // Room for one set per tensor, so that set_hyper_index never needs more.
-  impl->hypers.resize(static_cast<size_t>(std::max<int64_t>(hypers, count)));
-  plan->impl_ = std::move(impl);
-  return Status::ok();
+    auto impl = std::make_unique<Impl>();
+    impl->optimizer = optimizer;
+    impl->has_momentum = has_momentum;
+    impl->rule = rule_kind(optimizer, has_momentum);
+    impl->kernels = kernels;
+    // Room for one hyperparameter set per tensor, so that set_hyper_index() rarely needs more than there are.
+    int64_t hypers = std::min<int64_t>(count, kMaxHyperparameterSets), blocks = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      status = check_tensor(tensors[i], {"tensors", i}, impl->states());
+      if (!status.is_ok()) return status;
+      const int64_t groups = tensor_groups(tensors[i]).count;
+      if (__builtin_add_overflow(blocks, cpu::block_count(tensors[i], groups), &blocks)) {
+        return Status::invalid_argument("tensors[0] to tensors[" + std::to_string(i) +
+                                        "] have more elements than a plan counts");
+      }
+      hypers = std::max<int64_t>(hypers, tensors[i].hyper_index + 1);
+    }
+    const auto size = static_cast<size_t>(count);
+    impl->tensors.assign(tensors, tensors + count);
+    impl->groups.reserve(size);
+    impl->first_block.reserve(size + 1);
+    impl->first_block.assign(1, 0);
+    for (ParameterTensors& t : impl->tensors) {
+      impl->normalize(&t);
+      impl->groups.push_back(tensor_groups(t));
+      impl->first_block.push_back(impl->first_block.back() + cpu::block_count(t, impl->groups.back().count));
+    }
+    impl->hypers.resize(static_cast<size_t>(hypers));
+    impl->prepared_in.resize(static_cast<size_t>(hypers));
+    impl->named_in.resize(size);
+    impl->some_first_block.resize(size + 1);
+    plan->impl_ = std::move(impl);
+    return status;
+  });
 }
 
 int64_t Plan::size() const { return impl_ == nullptr ? 0 : static_cast<int64_t>(impl_->tensors.size()); }
 
-const ParameterTensors& Plan::tensor(int64_t index) const { return impl_->tensors[static_cast<size_t>(index)]; }
+const ParameterTensors& Plan::tensor(int64_t index) const {
+  static constexpr ParameterTensors kNone;
+  return index >= 0 && index < size() ? impl_->tensors[static_cast<size_t>(index)] : kNone;
+}
 
 Status Plan::set_gradient(int64_t index, const void* gradient) {
-  if (index < 0 || index >= size()) {
-    return Status::invalid_argument("index = " + std::to_string(index) + "; the plan has " + std::to_string(size()) +
-                                    " tensors");
-  }
-  impl_->tensors[static_cast<size_t>(index)].gradient = gradient;
-  return Status::ok();
+  return guarded([&] {
+    const Status status = check_index(index, size());
+    if (status.is_ok()) impl_->tensors[static_cast<size_t>(index)].gradient = gradient;
+    return status;
+  });
+}
+
+Status Plan::set_gradients(const void* const* gradients) {
+  return guarded([&] {
+    if (gradients == nullptr && size() > 0) {
+      return Status::invalid_argument("gradients is null; it must have " + std::to_string(size()) + " entries");
+    }
+    for (int64_t i = 0; i < size(); ++i) impl_->tensors[static_cast<size_t>(i)].gradient = gradients[i];
+    return Status::ok();
+  });
 }
 
 Status Plan::set_hyper_index(int64_t index, int32_t hyper_index) {
-  if (index < 0 || index >= size()) {
-    return Status::invalid_argument("index = " + std::to_string(index) + "; the plan has " + std::to_string(size()) +
-                                    " tensors");
-  }
-  if (hyper_index < 0 || static_cast<size_t>(hyper_index) >= impl_->hypers.size()) {
-    return Status::invalid_argument("hyper_index = " + std::to_string(hyper_index) + "; allowed are 0 to " +
-                                    std::to_string(impl_->hypers.size() - 1));
-  }
-  impl_->tensors[static_cast<size_t>(index)].hyper_index = hyper_index;
-  return Status::ok();
+  return guarded([&] {
+    const Status status = check_index(index, size());
+    if (!status.is_ok()) return status;
+    if (hyper_index < 0 || static_cast<size_t>(hyper_index) >= impl_->hypers.size()) {
+      return Status::invalid_argument("hyper_index = " + std::to_string(hyper_index) + "; allowed are 0 to " +
+                                      std::to_string(impl_->hypers.size() - 1));
+    }
+    impl_->tensors[static_cast<size_t>(index)].hyper_index = hyper_index;
+    return status;
+  });
 }
 
-Status Plan::Impl::prepare(const Hyperparameters* given, int64_t count, const StepOptions& options) {
-  int32_t used = 0;
-  for (const ParameterTensors& t : tensors) {
-    if (t.gradient != nullptr) used = std::max(used, t.hyper_index + 1);
-  }
-  if (used > count) {
-    return Status::invalid_argument("hypers has " + std::to_string(count) + " entries, but a tensor's hyper_index is " +
-                                    std::to_string(used - 1));
-  }
-  if (options.gradient_scale - options.gradient_scale != 0.0f) {
-    return Status::invalid_argument("options.gradient_scale = " + number(static_cast<double>(options.gradient_scale)) +
-                                    "; must be finite");
-  }
-  for (int32_t i = 0; i < used; ++i) {
-    const Status status = check_hyperparameters(optimizer, given[i], i);
+Status Plan::set_tensor(int64_t index, const ParameterTensors& tensor) {
+  return guarded([&] {
+    Status status = check_index(index, size());
     if (!status.is_ok()) return status;
-  }
-  for (int32_t i = 0; i < used; ++i) {
-    PreparedHyper& prepared = hypers[static_cast<size_t>(i)];
-    make_hyper(rule, given[i], &prepared.rule);
-    prepared.dither = core::make_dither_key(given[i].seed, static_cast<uint64_t>(given[i].step));
-    prepared.gradient_scale = core::directed_factor(options.gradient_scale, given[i]);
-    prepared.largest_update = largest_update(rule, given[i]);
-  }
-  return Status::ok();
+    ParameterTensors& kept = impl_->tensors[static_cast<size_t>(index)];
+    status = check_same_format(kept, tensor, {"tensor"});
+    if (status.is_ok()) status = check_tensor(tensor, {"tensor"}, impl_->states());
+    if (status.is_ok()) status = set_hyper_index(index, tensor.hyper_index);
+    if (!status.is_ok()) return status;
+    kept = tensor;
+    impl_->normalize(&kept);
+    return status;
+  });
 }
+
+Status Plan::Impl::check(const Hyperparameters* given, int64_t count, const StepOptions& options, int32_t* used) const {
+  *used = 0;
+  for (const ParameterTensors& t : tensors) {
+    if (t.gradient != nullptr) *used = std::max(*used, t.hyper_index + 1);
+  }
+  Status status = check_hyper_count(given, count, *used);
+  if (status.is_ok()) status = check_gradient_scale(options.gradient_scale);
+  for (int32_t i = 0; status.is_ok() && i < *used; ++i) status = check_hyperparameters(optimizer, given[i], i);
+  return status;
+}
+
+void Plan::Impl::prepare(const Hyperparameters& given, const StepOptions& options, PreparedHyper* out) const {
+  make_hyper(rule, given, &out->rule);
+  out->dither = core::make_dither_key(given.seed, static_cast<uint64_t>(given.step));
+  out->gradient_scale = core::directed_factor(options.gradient_scale, given);
+  out->largest_update = largest_update(rule, given);
+}
+
+Status Plan::Impl::begin(const Hyperparameters* given, int64_t count, const StepOptions& options) {
+  int32_t used = 0;
+  const Status status = check(given, count, options, &used);
+  if (!status.is_ok()) return status;
+  for (int32_t i = 0; i < used; ++i) prepare(given[i], options, &hypers[static_cast<size_t>(i)]);
+  selection = all();
+  return status;
+}
+
+Status Plan::Impl::begin_some(const int64_t* indices, int64_t count, const Hyperparameters* given, int64_t hyper_count,
+                              const StepOptions& options) {
+  Status status = check_selection(indices, count, static_cast<int64_t>(tensors.size()));
+  if (status.is_ok()) status = check_hyper_count(given, hyper_count, 0);
+  if (status.is_ok()) status = check_gradient_scale(options.gradient_scale);
+  if (!status.is_ok()) return status;
+  ++calls;
+  some_first_block[0] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    status = check_named(indices, i, static_cast<int64_t>(tensors.size()), calls, named_in.data());
+    if (!status.is_ok()) return status;
+    const ParameterTensors& t = tensors[static_cast<size_t>(indices[i])];
+    const int64_t blocks = cpu::block_count(t, groups[static_cast<size_t>(indices[i])].count);
+    const bool is_stepped = t.gradient != nullptr;
+    const int64_t so_far = some_first_block[static_cast<size_t>(i)];
+    some_first_block[static_cast<size_t>(i) + 1] = so_far + (is_stepped ? blocks : 0);
+    const auto hyper = static_cast<size_t>(t.hyper_index);
+    if (!is_stepped || prepared_in[hyper] == calls) continue;
+    status = check_hyper_count(given, hyper_count, t.hyper_index + 1);
+    if (status.is_ok()) status = check_hyperparameters(optimizer, given[hyper], t.hyper_index);
+    if (!status.is_ok()) return status;
+    prepare(given[hyper], options, &hypers[hyper]);
+    prepared_in[hyper] = calls;
+  }
+  selection = {indices, some_first_block.data(), count};
+  return status;
+}
+
+void Plan::Impl::run(const StepOptions& options) {
+  nonfinite.store(0, std::memory_order_relaxed);
+  shares.reset(selection.blocks());
+  for_each_block(
+      options, [](void* impl, int64_t begin, int64_t end) { static_cast<Impl*>(impl)->step_shared(begin, end); }, this);
+  if (options.nonfinite_gradients != nullptr) {
+    *options.nonfinite_gradients += nonfinite.load(std::memory_order_relaxed);
+  }
+}
+
+namespace {
+
+Status empty_plan() { return Status::invalid_argument("plan is empty: call Plan::make first"); }
+bool is_skipped(const StepOptions& options) { return options.found_inf != nullptr && *options.found_inf != 0.0f; }
+
+}  // namespace
 
 Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) {
-  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
-  if (options.found_inf != nullptr && *options.found_inf != 0.0f) return Status::ok();
-  const Status status = impl_->prepare(hypers, count, options);
-  if (!status.is_ok()) return status;
-  impl_->nonfinite.store(0, std::memory_order_relaxed);
-  impl_->shares.reset(impl_->first_block.back());
-  impl_->for_each_block(
-      options, [](void* impl, int64_t begin, int64_t end) { static_cast<Impl*>(impl)->step_shared(begin, end); },
-      impl_.get());
-  if (options.nonfinite_gradients != nullptr) {
-    *options.nonfinite_gradients += impl_->nonfinite.load(std::memory_order_relaxed);
-  }
-  return Status::ok();
+  const Status status = guarded([&] {
+    if (impl_ == nullptr) return empty_plan();
+    return is_skipped(options) ? Status::ok() : impl_->begin(hypers, count, options);
+  });
+  if (status.is_ok() && !is_skipped(options)) impl_->run(options);
+  return status;
+}
+
+Status Plan::step_some(const int64_t* indices, int64_t count, const Hyperparameters* hypers, int64_t hyper_count,
+                       const StepOptions& options) {
+  const Status status = guarded([&] {
+    if (impl_ == nullptr) return empty_plan();
+    return is_skipped(options) ? Status::ok() : impl_->begin_some(indices, count, hypers, hyper_count, options);
+  });
+  if (status.is_ok() && !is_skipped(options)) impl_->run(options);
+  return status;
+}
+
+Status Plan::check_step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) const {
+  return guarded([&] {
+    int32_t used = 0;
+    return impl_ == nullptr ? empty_plan() : impl_->check(hypers, count, options, &used);
+  });
 }
 
 Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOptions& options,
                      const InspectOptions& inspect_options, StepTelemetry* telemetry) {
-  if (impl_ == nullptr) return Status::invalid_argument("plan is empty: call Plan::make first");
-  Status status = check_inspection(inspect_options, telemetry, size());
-  if (!status.is_ok()) return status;
-  if (options.found_inf != nullptr && *options.found_inf != 0.0f) return Status::ok();
-  status = impl_->prepare(hypers, count, options);
-  if (!status.is_ok()) return status;
+  const Status status = guarded([&] {
+    if (impl_ == nullptr) return empty_plan();
+    const Status checked = check_inspection(inspect_options, telemetry, size());
+    if (!checked.is_ok() || is_skipped(options)) return checked;
+    return impl_->begin(hypers, count, options);
+  });
+  if (!status.is_ok() || is_skipped(options)) return status;
   struct Work {
     const Impl* impl;
     int64_t stride;
@@ -368,130 +375,6 @@ Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOpt
     w.impl->inspect_range(begin, end, w.stride, w.telemetry);
   };
   impl_->for_each_block(options, body, &work);
-  return Status::ok();
-}
-
-// ---- element-wise conversions ---------------------------------------------------------------------------------------
-
-namespace {
-
-/// Runs the stages over every block of `tensor`; `before` fills and `after` reads the block's fp32 arrays.
-template <class Before, class After>
-void for_each_block(const ParameterTensors& tensor, const BlockAccess& access, Before before, After after) {
-  Block block{};
-  for (int64_t b = 0; b < cpu::block_count(tensor, tensor.layout.groups()); ++b) {
-    BlockWalker walker(tensor, b);
-    walker.open(block, access);
-    before(block, walker);
-    walker.close(access);
-    after(block, walker);
-  }
-}
-
-void gather(const BlockWalker& walker, const float* from, float* to) {
-  for (int r = 0; r < walker.run_count(); ++r) {
-    const cpu::ElementRun& run = walker.run(r);
-    std::copy_n(from + run.first, run.count, to + run.offset);
-    // Zeros behind a short group, as in the padded copies.
-    const int padded =
-        (run.count + static_cast<int>(kGroupSize) - 1) / static_cast<int>(kGroupSize) * static_cast<int>(kGroupSize);
-    std::fill(to + run.offset + run.count, to + run.offset + padded, 0.0f);
-  }
-}
-
-void scatter(const BlockWalker& walker, const float* from, float* to) {
-  for (int r = 0; r < walker.run_count(); ++r) {
-    const cpu::ElementRun& run = walker.run(r);
-    std::copy_n(from + run.offset, run.count, to + run.first);
-  }
-}
-
-}  // namespace
-
-Status weights_tensor(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
-                      int64_t count, ParameterTensors* t) {
-  t->parameter = const_cast<void*>(parameter);
-  t->correction = const_cast<void*>(correction);
-  t->layout = {count > 0 ? 1 : 0, count};
-  t->parameter_dtype = t->gradient_dtype = dtype;
-  t->master_weights = master_weights;
-  return check_tensor(*t, 0, 0);
-}
-
-Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
-                     float* weights, int64_t count) {
-  ParameterTensors t;
-  Status status = weights_tensor(dtype, master_weights, parameter, correction, count, &t);
-  const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
-  if (!status.is_ok()) return status;
-  const cpu::Stage load = kernels->load_weights[static_cast<int>(dtype)][static_cast<int>(master_weights)];
-  for_each_block(
-      t, {false, false, false}, [&](Block& b, const BlockWalker&) { load(b); },
-      [&](Block& b, const BlockWalker& walker) { scatter(walker, b.weight, weights); });
-  return status;
-}
-
-Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter, void* correction,
-                     int64_t count) {
-  ParameterTensors t;
-  Status status = weights_tensor(dtype, master_weights, parameter, correction, count, &t);
-  const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
-  if (!status.is_ok()) return status;
-  const cpu::Stage split = kernels->split_weights[static_cast<int>(dtype)][static_cast<int>(master_weights)];
-  for_each_block(
-      t, {false, true, false},
-      [&](Block& b, const BlockWalker& walker) {
-        gather(walker, weights, b.weight);
-        split(b);
-      },
-      [](Block&, const BlockWalker&) {});
-  return status;
-}
-
-Status check_states_tensor(OptimizerKind optimizer, bool has_momentum, ParameterTensors* t) {
-  // Parameter and correction are not touched: allow them to be absent.
-  static char untouched;
-  t->parameter = &untouched;
-  t->correction = nullptr;
-  t->parameter_dtype = t->gradient_dtype = DType::kFloat32;
-  t->master_weights = MasterWeights::kNone;
-  const Status status = check_tensor(*t, 0, state_count(optimizer, has_momentum));
-  t->parameter = nullptr;
-  return status;
-}
-
-Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values) {
-  ParameterTensors t = tensor;
-  Status status = check_states_tensor(optimizer, has_momentum, &t);
-  const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
-  if (!status.is_ok()) return status;
-  const cpu::Stage decode =
-      kernels->decode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
-  const int states = state_count(optimizer, has_momentum);
-  for_each_block(
-      t, {false, false, false}, [&](Block& b, const BlockWalker&) { decode(b); },
-      [&](Block& b, const BlockWalker& walker) {
-        for (int k = 0; k < states; ++k) scatter(walker, b.state_f32[k], values[k]);
-      });
-  return status;
-}
-
-Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
-                     const float* const* values) {
-  ParameterTensors t = tensor;
-  Status status = check_states_tensor(optimizer, has_momentum, &t);
-  const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
-  if (!status.is_ok()) return status;
-  const cpu::Stage encode =
-      kernels->encode[static_cast<int>(rule_kind(optimizer, has_momentum))][static_cast<int>(t.state_codec)];
-  const int states = state_count(optimizer, has_momentum);
-  for_each_block(
-      t, {false, false, true},
-      [&](Block& b, const BlockWalker& walker) {
-        for (int k = 0; k < states; ++k) gather(walker, values[k], b.state_f32[k]);
-        encode(b);
-      },
-      [](Block&, const BlockWalker&) {});
   return status;
 }
 

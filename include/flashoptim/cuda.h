@@ -7,10 +7,19 @@
 //   flashoptim::cuda::StepOptions options;  options.stream = stream;
 //   status = plan.step(&hyper, 1, options);
 //
-// Plan::make validates, allocates a little device memory and uploads the table of tensors. step(), inspect() and
-// gradient_norm() launch on the given stream and return: they allocate nothing, never wait for the device and can be
-// captured in a CUDA graph. A plan may be used by one thread, and in one stream order, at a time. The header needs no
-// CUDA header.
+// Plan::make validates, allocates a little device memory and uploads the table of tensors. step(), step_some(),
+// inspect() and gradient_norm() launch on the given stream and return: they allocate nothing, never wait for the device
+// and can be captured in a CUDA graph. A plan may be used by one thread, and in one stream order, at a time; replays of
+// its graphs belong to that order. The header needs no CUDA header.
+//
+// What a captured graph reads. A capture records addresses, gradients' addresses, hyperparameter indexes and
+// hyperparameters as they are then, and a replay steps with these: set_gradient(), set_hyper_index(), set_tensor(), new
+// hyperparameters and a new plan over the same tensors change the launches that follow, never a replay. Only what
+// StepOptions and NormOptions point at (lr, step, found_inf, ...) and the tensors' own memory are read anew; the caller
+// keeps those alive. The plan's own device memory is kept alive by the graph (a CUDA user object), so that destroying
+// or remaking the plan leaves graphs that can be replayed: it is freed when the plan, the graph and all of its
+// instances are gone, by the next call of make() or the next destruction of any plan, on that call's thread. Where CUDA
+// refuses the graph its user object (retains_memory_forever() says so), the memory stays until the process ends.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +54,25 @@ struct StepOptions {
   const int64_t* const* step = nullptr;
 };
 
+/// Where a plan's device memory comes from, for programs that have an allocator of their own. `allocate` is called
+/// once, by Plan::make, on its thread, with the plan's device current and MakeOptions::stream as `stream`; the memory,
+/// at a multiple of 16, may be such as only work on that stream may use for now: make() uses it there and waits. Null
+/// is an error of make(), kOutOfMemory. `free` gets it back on the thread that destroys or remakes the plan or fails to
+/// make it, or, where captured graphs outlive the plan, on that of a later make() or destruction; the plan's device is
+/// current, and what any other stream has to do with the memory is done: work on MakeOptions::stream may still be in
+/// flight, as is usual for allocators that go by stream. Neither may throw nor call a plan. Both, and `user`, must be
+/// valid until the last memory is back.
+struct DeviceAllocator {
+  void* (*allocate)(void* user, int64_t bytes, void* stream) = nullptr;  ///< null: cudaMalloc and cudaFree
+  void (*free)(void* user, void* memory) = nullptr;
+  void* user = nullptr;
+};
+
+struct MakeOptions {
+  void* stream = nullptr;  ///< for the uploads, which make() waits for; not one that is being captured
+  DeviceAllocator allocator;
+};
+
 struct NormOptions {
   void* stream = nullptr;
   float gradient_scale = 1.0f;
@@ -60,25 +88,42 @@ class Plan {
   Plan(Plan&&) noexcept;
   Plan& operator=(Plan&&) noexcept;
 
-  /// As flashoptim::Plan::make; every pointer of `tensors` is to memory that `device` can access. kDeviceError with
-  /// CUDA's message where the device fails. Not while a stream is being captured.
+  /// As flashoptim::Plan::make; every pointer of `tensors` is to memory that `device` can access, and scales are at
+  /// even addresses. kDeviceError with CUDA's message where the device fails. Loads the kernels that its steps need, so
+  /// that no step finds one missing.
   static Status make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count,
-                     int32_t device, Plan* plan);
+                     int32_t device, Plan* plan, const MakeOptions& options = {});
 
   int64_t size() const;
+  /// An empty one (every field as declared) where there is no tensor `index`.
   const ParameterTensors& tensor(int64_t index) const;
   int32_t device() const;
   /// Kernel launches that a step takes, apart from small ones that prepare it.
   int32_t launches() const;
+  /// Whether a captured graph could not be given the plan's memory to keep, so that it is never freed.
+  bool retains_memory_forever() const;
 
-  /// New gradient address for one tensor (null skips it); it travels to the device with the next step. No allocation.
+  // As flashoptim::Plan's. What they set travels to the device with the next launch that reads it, in that launch's
+  // stream order: work in flight is not disturbed. Each costs the same however large the plan is.
+
   Status set_gradient(int64_t index, const void* gradient);
-  /// New gradient addresses for all tensors, size() entries.
   Status set_gradients(const void* const* gradients);
   Status set_hyper_index(int64_t index, int32_t hyper_index);
+  Status set_tensor(int64_t index, const ParameterTensors& tensor);
 
-  /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index.
+  /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index. All entries up
+  /// to the largest index of a tensor with a gradient must be valid, but for what options replace on the device.
   Status step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {});
+
+  /// As flashoptim::Plan::step_some. One tensor: one launch, in whose arguments everything about the tensor travels
+  /// (with what only the device knows, a small one in front). More: as few launches as neighbours in the plan allow,
+  /// and a small one that brings what has changed of these tensors.
+  Status step_some(const int64_t* indices, int64_t count, const Hyperparameters* hypers, int64_t hyper_count,
+                   const StepOptions& options = {});
+
+  /// Everything that step() checks before its first launch, and nothing else. What is left to fail then is the device
+  /// itself, on which no tensor can be relied on any more.
+  Status check_step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {}) const;
 
   /// As flashoptim::Plan::inspect, in one launch and the small ones that prepare it: what step() with the same
   /// arguments would do now. `telemetry` has size() entries in device memory; its numbers equal the CPU's. Errors are

@@ -7,7 +7,8 @@
 //   status = plan.step(&hyper, 1);
 //
 // Plan::make validates and allocates; step() allocates nothing, prints nothing and never exits. Memory stays the
-// caller's. A plan holds raw pointers: it is valid while they are.
+// caller's. A plan holds raw pointers: it is valid while they are. One thread uses a plan at a time. Whatever is wrong
+// with an argument is a Status and has changed nothing; where memory runs out, it is kOutOfMemory.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,8 @@ struct GroupLayout {
 };
 
 /// Layout of a tensor of shape [d0, ...]: d0 rows of numel / d0 elements; flat (one row) for 1-D tensors and for rows
-/// shorter than 32. `sizes` has `dimensions` entries, all >= 0.
+/// shorter than 32. `sizes` has `dimensions` entries, all >= 0; where that is not so, or their product is above 2^63 -
+/// 1, the layout has -1 rows of -1 elements, which every function here refuses.
 GroupLayout group_layout(const int64_t* sizes, int64_t dimensions);
 
 /// What a row is. The two differ for tensors of three and more dimensions alone, and in stored bytes only where the
@@ -72,7 +74,12 @@ Status place_of_box(const int64_t* whole_sizes, const int64_t* offsets, const in
 /// shard has.
 GroupLayout shard_layout(const Place& place, int64_t numel);
 
-/// One parameter and everything that is stored for it. All arrays are contiguous in element order, of any alignment.
+/// Hyperparameter sets of a plan: ParameterTensors::hyper_index is less than this.
+inline constexpr int32_t kMaxHyperparameterSets = 1 << 20;
+
+/// One parameter and everything that is stored for it. All arrays are contiguous in element order. Any alignment is
+/// right; arrays that do not start at a multiple of their element's size are stepped through aligned copies (on CUDA
+/// byte by byte, but for scales, which must be even there), which is slower.
 struct ParameterTensors {
   void* parameter = nullptr;       ///< [numel] of parameter_dtype, read and written
   const void* gradient = nullptr;  ///< [numel] of gradient_dtype; null: this parameter is skipped by step()
@@ -82,12 +89,12 @@ struct ParameterTensors {
   /// 16-bit headers [rows, groups_per_row] of the quantized slots.
   void* scales[kMaxStates] = {nullptr, nullptr};
   GroupLayout layout;  ///< of a shard: shard_layout()
-  Place place;
+  Place place;         ///< the index in the whole of its last element must be below 2^63
   DType parameter_dtype = DType::kFloat32;
   DType gradient_dtype = DType::kFloat32;
   MasterWeights master_weights = MasterWeights::kNone;
   StateCodec state_codec = StateCodec::kFloat32;
-  /// Which of step()'s hyperparameters apply.
+  /// Which of step()'s hyperparameters apply: 0 ... kMaxHyperparameterSets - 1.
   int32_t hyper_index = 0;
 };
 
@@ -104,10 +111,16 @@ struct StepOptions {
   const float* found_inf = nullptr;
   /// Where set, the number of elements with NaN or infinite gradients is added to it.
   int64_t* nonfinite_gradients = nullptr;
-  /// Null: OpenMP's threads for large plans, in a build with OpenMP; otherwise the calling thread alone.
+  /// Null: OpenMP's threads for large plans, in a build with OpenMP; otherwise, and where is_forked_child(), the
+  /// calling thread alone.
   ParallelFor parallel_for = nullptr;
   void* parallel_for_user = nullptr;
 };
+
+/// Whether this process came from fork(): the threads of its parent's pools are gone, and a pool that does not know it
+/// (OpenMP's) waits for them for ever. The default above runs on the calling thread there; callers who bring a
+/// ParallelFor can ask here.
+bool is_forked_child();
 
 /// Slots of an optimizer, as its rule names them (core/optimizers).
 struct StateSlotInfo {
@@ -128,21 +141,43 @@ class Plan {
   Plan(Plan&&) noexcept;
   Plan& operator=(Plan&&) noexcept;
 
-  /// Checks every tensor and prepares a step over all of them. kInvalidArgument or kUnsupported with a message that
-  /// names the tensor, the field, its value and what is allowed; *plan is unchanged then.
+  /// Checks every tensor and prepares a step over all of them. kInvalidArgument, kUnsupported or kOutOfMemory with a
+  /// message that names the tensor, the field, its value and what is allowed; *plan is unchanged then.
   static Status make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count,
                      Plan* plan);
 
   int64_t size() const;
+  /// An empty one (every field as declared) where there is no tensor `index`.
   const ParameterTensors& tensor(int64_t index) const;
 
-  /// New gradient address for one tensor (null skips it). No allocation.
-  Status set_gradient(int64_t index, const void* gradient);
-  /// Which hyperparameters apply to one tensor from now on.
-  Status set_hyper_index(int64_t index, int32_t hyper_index);
+  // What may change without a new plan. None of these allocates, and each costs the same however large the plan is.
 
-  /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index.
+  /// New gradient address for one tensor (null skips it).
+  Status set_gradient(int64_t index, const void* gradient);
+  /// New gradient addresses for all tensors, size() entries.
+  Status set_gradients(const void* const* gradients);
+  /// Which hyperparameters apply to one tensor from now on: 0 to the largest index that make() was given, and at least
+  /// to size() - 1.
+  Status set_hyper_index(int64_t index, int32_t hyper_index);
+  /// Where the arrays of one tensor are from now on, all of them, the gradient (null skips) and hyper_index included.
+  /// Layout, place, dtypes, master_weights and state_codec must be those of before: what changes them is a new
+  /// plan.
+  Status set_tensor(int64_t index, const ParameterTensors& tensor);
+
+  /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index. All entries up
+  /// to the largest index of a tensor with a gradient must be valid.
   Status step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {});
+
+  /// The same step, with the same bits, over the `count` tensors named by `indices` alone, each named once, in any
+  /// order: for parameters that are stepped as their gradients come. Costs the same however many other tensors the plan
+  /// has. `hypers` is indexed as in step(), and of its `hyper_count` entries those of the named tensors with gradients
+  /// are read.
+  Status step_some(const int64_t* indices, int64_t count, const Hyperparameters* hypers, int64_t hyper_count,
+                   const StepOptions& options = {});
+
+  /// Everything that step() would check, and nothing else: where this is ok, step() with the same arguments is. For a
+  /// step over several plans that all change or none. (What found_inf points at is not read.)
+  Status check_step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {}) const;
 
   /// What step() with the same arguments would do now, counted without doing it: changes no tensor. Entry i of
   /// `telemetry`, which has size() entries, is that of tensor i; counts are added to it, the ratio becomes the larger
@@ -170,6 +205,11 @@ Status merge_weights(DType dtype, MasterWeights master_weights, const void* para
 /// Nearest parameter and correction for fp32 weights.
 Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter, void* correction,
                      int64_t count);
+
+/// Corrections of the same narrow weights in another width, each the nearest: kInvalidArgument where either has none.
+/// Host memory.
+Status rescale_corrections(MasterWeights from, const void* corrections, MasterWeights to, void* rescaled,
+                           int64_t count);
 
 /// fp32 values of every slot of one tensor, from its codes and scales; values[k] has numel floats.
 Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values);

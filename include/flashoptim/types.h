@@ -53,7 +53,7 @@ struct Hyperparameters {
   uint64_t seed = 0;
 };
 
-enum class StatusCode : int32_t { kOk = 0, kInvalidArgument = 1, kUnsupported = 2, kDeviceError = 3 };
+enum class StatusCode : int32_t { kOk = 0, kInvalidArgument = 1, kUnsupported = 2, kDeviceError = 3, kOutOfMemory = 4 };
 
 /// Result of every fallible call: the library neither throws, prints nor exits.
 class [[nodiscard]] Status {
@@ -63,6 +63,7 @@ class [[nodiscard]] Status {
   static Status invalid_argument(std::string message) { return {StatusCode::kInvalidArgument, std::move(message)}; }
   static Status unsupported(std::string message) { return {StatusCode::kUnsupported, std::move(message)}; }
   static Status device_error(std::string message) { return {StatusCode::kDeviceError, std::move(message)}; }
+  static Status out_of_memory(std::string message) { return {StatusCode::kOutOfMemory, std::move(message)}; }
 
   bool is_ok() const { return code_ == StatusCode::kOk; }
   StatusCode code() const { return code_; }

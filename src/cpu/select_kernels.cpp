@@ -4,6 +4,7 @@
 #include <string>
 
 #include "flashoptim/step.h"
+#include "src/checks.h"
 #include "src/cpu/kernels.h"
 
 namespace flashoptim::cpu {
@@ -70,10 +71,13 @@ const KernelTable* select_kernels(Status* status) {
 namespace flashoptim {
 
 Status cpu_isa(const char** name) {
-  Status status;
-  const cpu::KernelTable* table = cpu::select_kernels(&status);
-  if (table != nullptr) *name = table->isa;
-  return status;
+  return guarded([&] {
+    if (name == nullptr) return Status::invalid_argument("name is null");
+    Status status;
+    const cpu::KernelTable* table = cpu::select_kernels(&status);
+    if (table != nullptr) *name = table->isa;
+    return status;
+  });
 }
 
 }  // namespace flashoptim

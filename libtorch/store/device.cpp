@@ -1,12 +1,12 @@
-#include "libtorch/ops/device.h"
+#include "libtorch/store/device.h"
 
 #include <dlfcn.h>
 
 #include <stdexcept>
 
-#include "libtorch/ops/boxed.h"
+#include "libtorch/store/tensor.h"
 
-namespace flashoptim::ops {
+namespace flashoptim::store {
 namespace {
 
 /// Fewer blocks (of 1,024 elements) are not worth another thread: 64 of them take some 30 us.
@@ -67,6 +67,8 @@ void* current_stream(Device device) {
 }
 
 void parallel_for_erased(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  // torch's pool is OpenMP's, whose threads a child of fork() does not have: it would wait for them for ever.
+  if (is_forked_child()) return body(context, 0, count);
   struct Call {
     void (*body)(void*, int64_t, int64_t);
     void* context;
@@ -85,4 +87,4 @@ StepOptions with_torch_threads(StepOptions options) {
   return options;
 }
 
-}  // namespace flashoptim::ops
+}  // namespace flashoptim::store

@@ -1,0 +1,224 @@
+#include "src/checks.h"
+
+#include <charconv>
+#include <cmath>
+#include <limits>
+
+#include "src/blocks.h"
+#include "src/place.h"
+
+namespace flashoptim {
+namespace {
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "float32";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat16:
+      return "float16";
+  }
+  return "?";
+}
+
+bool in_enum(int value, int count) { return value >= 0 && value < count; }
+
+Status check_layout(const GroupLayout& layout, const TensorName& name) {
+  const auto sizes = [&] {
+    return name.field("layout") + " has rows = " + std::to_string(layout.rows) +
+           ", row_size = " + std::to_string(layout.row_size);
+  };
+  if (layout.rows < 0 || layout.row_size < 0) return Status::invalid_argument(sizes() + "; both must be at least 0");
+  if (layout.rows > kMostElements || layout.row_size > kMostElements ||
+      (layout.row_size > 0 && layout.rows > kMostElements / layout.row_size)) {
+    return Status::invalid_argument(sizes() + "; both and their product must be at most 2^57");
+  }
+  return Status::ok();
+}
+
+Status check_formats(const ParameterTensors& t, const TensorName& name) {
+  const auto no_value_of = [&name](const char* field, int value, const char* type, const char* allowed) {
+    return Status::invalid_argument(name.field(field) + " = " + std::to_string(value) + " is no " + type +
+                                    "; allowed are " + allowed);
+  };
+  constexpr const char* kDTypeNames = "kFloat32, kBFloat16, kFloat16";
+  if (!in_enum(static_cast<int>(t.parameter_dtype), cpu::kDTypes))
+    return no_value_of("parameter_dtype", static_cast<int>(t.parameter_dtype), "DType", kDTypeNames);
+  if (!in_enum(static_cast<int>(t.gradient_dtype), cpu::kDTypes))
+    return no_value_of("gradient_dtype", static_cast<int>(t.gradient_dtype), "DType", kDTypeNames);
+  if (!in_enum(static_cast<int>(t.master_weights), cpu::kMasterKinds)) {
+    return no_value_of("master_weights", static_cast<int>(t.master_weights), "MasterWeights",
+                       "kNone, kNoneStochastic, kCorrection8, kCorrection16, kCorrection8Nearest, "
+                       "kCorrection16Nearest");
+  }
+  if (!in_enum(static_cast<int>(t.state_codec), cpu::kCodecs)) {
+    return no_value_of("state_codec", static_cast<int>(t.state_codec), "StateCodec", "kFloat32, kPaper, kDefault");
+  }
+  if (t.parameter_dtype == DType::kFloat32 && t.master_weights != MasterWeights::kNone) {
+    return Status::unsupported(name.field("master_weights") +
+                               " must be kNone for a float32 parameter, which has no bits to correct");
+  }
+  if (t.gradient_dtype != t.parameter_dtype && t.gradient_dtype != DType::kFloat32) {
+    return Status::unsupported(name.field("gradient_dtype") + " = " + dtype_name(t.gradient_dtype) + " with a " +
+                               dtype_name(t.parameter_dtype) +
+                               " parameter; allowed are the parameter's dtype and float32");
+  }
+  return Status::ok();
+}
+
+Status check_addresses(const ParameterTensors& t, const TensorName& name, int states) {
+  if (t.layout.numel() == 0) return Status::ok();
+  if (t.parameter == nullptr) return Status::invalid_argument(name.field("parameter") + " is null");
+  if (cpu::element_sizes(t).correction != 0 && t.correction == nullptr) {
+    return Status::invalid_argument(name.field("correction") + " is null, but master_weights asks for one");
+  }
+  for (int k = 0; k < states; ++k) {
+    const auto slot = [k](const char* field) { return std::string(field) + "[" + std::to_string(k) + "]"; };
+    if (t.states[k] == nullptr) return Status::invalid_argument(name.field(slot("states").c_str()) + " is null");
+    if (t.state_codec != StateCodec::kFloat32 && t.scales[k] == nullptr) {
+      return Status::invalid_argument(name.field(slot("scales").c_str()) + " is null, but state_codec is quantized");
+    }
+  }
+  return Status::ok();
+}
+
+}  // namespace
+
+std::string number(double value) {
+  char text[32];
+  const auto end = std::to_chars(text, text + sizeof text, value);
+  return std::string(text, end.ptr);
+}
+
+std::string TensorName::field(const char* name) const {
+  if (list == nullptr) return name;
+  std::string text = list;
+  if (index >= 0) text.append("[").append(std::to_string(index)).append("]");
+  return text.append(".").append(name);
+}
+
+Status check_optimizer(OptimizerKind optimizer) {
+  if (in_enum(static_cast<int>(optimizer), 5)) return Status::ok();
+  return Status::invalid_argument("optimizer = " + std::to_string(static_cast<int>(optimizer)) +
+                                  " is no OptimizerKind; allowed are kAdamW, kAdam, kSgd, kSgdw, kLion");
+}
+
+Status check_tensor(const ParameterTensors& t, const TensorName& name, int states) {
+  Status status = check_formats(t, name);
+  if (status.is_ok()) status = check_layout(t.layout, name);
+  if (!status.is_ok()) return status;
+  status = check_place(t, name, states > 0 && t.state_codec != StateCodec::kFloat32);
+  if (!status.is_ok()) return status;
+  if (t.hyper_index < 0 || t.hyper_index >= kMaxHyperparameterSets) {
+    return Status::invalid_argument(name.field("hyper_index") + " = " + std::to_string(t.hyper_index) +
+                                    "; allowed are 0 to " + std::to_string(kMaxHyperparameterSets - 1));
+  }
+  return check_addresses(t, name, states);
+}
+
+Status check_same_format(const ParameterTensors& before, const ParameterTensors& now, const TensorName& name) {
+  const struct {
+    const char* field;
+    int64_t before, now;
+  } fields[] = {
+      {"layout.rows", before.layout.rows, now.layout.rows},
+      {"layout.row_size", before.layout.row_size, now.layout.row_size},
+      {"parameter_dtype", static_cast<int64_t>(before.parameter_dtype), static_cast<int64_t>(now.parameter_dtype)},
+      {"gradient_dtype", static_cast<int64_t>(before.gradient_dtype), static_cast<int64_t>(now.gradient_dtype)},
+      {"master_weights", static_cast<int64_t>(before.master_weights), static_cast<int64_t>(now.master_weights)},
+      {"state_codec", static_cast<int64_t>(before.state_codec), static_cast<int64_t>(now.state_codec)},
+  };
+  for (const auto& f : fields) {
+    if (f.before == f.now) continue;
+    return Status::invalid_argument(name.field(f.field) + " = " + std::to_string(f.now) + "; the plan was made with " +
+                                    std::to_string(f.before) + ", and another needs a new plan");
+  }
+  if (!(before.place == now.place)) {
+    return Status::invalid_argument(name.field("place") +
+                                    " is another than the one that the plan was made with, and needs a new plan");
+  }
+  return Status::ok();
+}
+
+Status check_index(int64_t index, int64_t size) {
+  if (index >= 0 && index < size) return Status::ok();
+  return Status::invalid_argument("index = " + std::to_string(index) + "; the plan has " + std::to_string(size) +
+                                  " tensors");
+}
+
+Status check_tensor_list(const ParameterTensors* tensors, int64_t count) {
+  // The CUDA back end counts tensors in 32 bits.
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (count >= 0 && count <= kMost && (count == 0 || tensors != nullptr)) return Status::ok();
+  return Status::invalid_argument("count = " + std::to_string(count) + " with tensors " +
+                                  (tensors == nullptr ? "null" : "set") +
+                                  "; count must be the number of tensors, 0 to " + std::to_string(kMost));
+}
+
+Status check_selection(const int64_t* indices, int64_t count, int64_t size) {
+  if (count < 0 || count > size) {
+    return Status::invalid_argument("count = " + std::to_string(count) + "; allowed are 0 to " + std::to_string(size) +
+                                    ", the plan's tensors");
+  }
+  if (count > 0 && indices == nullptr) {
+    return Status::invalid_argument("indices is null; it must have " + std::to_string(count) + " entries");
+  }
+  return Status::ok();
+}
+
+Status check_named(const int64_t* indices, int64_t i, int64_t size, uint64_t call, uint64_t* named_in) {
+  const int64_t index = indices[i];
+  const auto entry = [i, index] { return "indices[" + std::to_string(i) + "] = " + std::to_string(index); };
+  if (index < 0 || index >= size) {
+    return Status::invalid_argument(entry() + "; allowed are 0 to " + std::to_string(size - 1));
+  }
+  if (named_in[index] == call) return Status::invalid_argument(entry() + " names a tensor for the second time");
+  named_in[index] = call;
+  return Status::ok();
+}
+
+Status check_hyper_count(const Hyperparameters* hypers, int64_t count, int32_t used) {
+  if (count < 0) return Status::invalid_argument("count = " + std::to_string(count) + "; must be at least 0");
+  if (used > count) {
+    return Status::invalid_argument("hypers has " + std::to_string(count) + " entries, but a tensor's hyper_index is " +
+                                    std::to_string(used - 1));
+  }
+  if (used > 0 && hypers == nullptr) {
+    return Status::invalid_argument("hypers is null; it must have " + std::to_string(count) + " entries");
+  }
+  return Status::ok();
+}
+
+Status check_gradient_scale(float gradient_scale) {
+  if (std::isfinite(gradient_scale)) return Status::ok();
+  return Status::invalid_argument("options.gradient_scale = " + number(static_cast<double>(gradient_scale)) +
+                                  "; must be finite");
+}
+
+Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, int64_t index) {
+  const auto name = [index](const char* field) { return "hypers[" + std::to_string(index) + "]." + field; };
+  const auto out_of_range = [&name](const char* field, double value, const char* allowed) {
+    return Status::invalid_argument(name(field) + " = " + number(value) + "; allowed is " + allowed);
+  };
+  const auto finite_not_negative = [](double x) { return x >= 0.0 && x <= std::numeric_limits<double>::max(); };
+  if (!finite_not_negative(p.lr)) return out_of_range("lr", p.lr, "a finite number of at least 0");
+  if (!finite_not_negative(p.weight_decay))
+    return out_of_range("weight_decay", p.weight_decay, "a finite number of at least 0");
+  if (!finite_not_negative(p.decay_lr)) return out_of_range("decay_lr", p.decay_lr, "a finite number of at least 0");
+  const bool adam = optimizer == OptimizerKind::kAdamW || optimizer == OptimizerKind::kAdam;
+  if (adam || optimizer == OptimizerKind::kLion) {
+    if (!(p.beta1 >= 0.0 && p.beta1 < 1.0)) return out_of_range("beta1", p.beta1, "0 <= beta1 < 1");
+    if (!(p.beta2 >= 0.0 && p.beta2 < 1.0)) return out_of_range("beta2", p.beta2, "0 <= beta2 < 1");
+  } else {
+    if (!finite_not_negative(p.momentum)) return out_of_range("momentum", p.momentum, "a finite number of at least 0");
+    if (!(std::abs(p.dampening) <= std::numeric_limits<double>::max()))
+      return out_of_range("dampening", p.dampening, "a finite number");
+  }
+  if (adam && !finite_not_negative(p.eps)) return out_of_range("eps", p.eps, "a finite number of at least 0");
+  if (p.step < 1)
+    return Status::invalid_argument(name("step") + " = " + std::to_string(p.step) + "; steps count from 1");
+  return Status::ok();
+}
+
+}  // namespace flashoptim

@@ -1,0 +1,67 @@
+// What the library's functions check of their arguments, on every device.
+#pragma once
+
+#include <cstdint>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "flashoptim/step.h"
+
+namespace flashoptim {
+
+/// Runs a body that returns a Status and may allocate: the library throws nothing. (The message is short enough to need
+/// no memory.)
+template <class Body>
+Status guarded(Body body) noexcept {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return Status::out_of_memory("out of memory");
+  } catch (const std::length_error&) {
+    return Status::out_of_memory("out of memory");
+  }
+}
+
+/// Shortest text that reads back as the same number.
+std::string number(double value);
+
+/// Shards and tensors have fewer elements than this, so that no count of bytes overflows.
+inline constexpr int64_t kMostElements = int64_t{1} << 57;
+
+/// How messages call a tensor, made into text only when there is something to say.
+struct TensorName {
+  const char* list = nullptr;  ///< of `list`[index]; null: fields stand alone, as arguments of a function
+  int64_t index = -1;          ///< -1: `list` alone
+  std::string field(const char* name) const;
+};
+
+Status check_optimizer(OptimizerKind optimizer);
+
+/// Whether a tensor fits an optimizer of `states` slots.
+Status check_tensor(const ParameterTensors& tensor, const TensorName& name, int states);
+
+/// Whether `now` differs from `before` in nothing but addresses and hyper_index.
+Status check_same_format(const ParameterTensors& before, const ParameterTensors& now, const TensorName& name);
+
+Status check_index(int64_t index, int64_t size);
+
+/// Of a list of `count` tensors.
+Status check_tensor_list(const ParameterTensors* tensors, int64_t count);
+
+/// What step_some() is given: `indices` of tensors of a plan of `size`.
+Status check_selection(const int64_t* indices, int64_t count, int64_t size);
+
+/// Whether indices[i] names one of the plan's `size` tensors, for the first time in call number `call`: `named_in`
+/// keeps in which call each was named last.
+Status check_named(const int64_t* indices, int64_t i, int64_t size, uint64_t call, uint64_t* named_in);
+
+/// Whether `hypers`, of `count` entries, has those below `used`.
+Status check_hyper_count(const Hyperparameters* hypers, int64_t count, int32_t used);
+
+Status check_gradient_scale(float gradient_scale);
+
+/// Which of a rule's numbers are wrong, by name and value.
+Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& hyper, int64_t index);
+
+}  // namespace flashoptim
