@@ -5,6 +5,7 @@ What is stored, in which format and order, is decided in C++ (libtorch/store); t
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -156,7 +157,10 @@ def converted(
             raise ValueError(f"state {key!r} of {name} is a {type(saved[key]).__name__}; allowed is a tensor")
     arrays = _Arrays.of(saved, present)
     if arrays.scales and len(arrays.scales) != len(present):
-        raise ValueError(f"the state of {name} has scales for some of {', '.join(present)}; allowed are all or none")
+        raise ValueError(
+            f"the states of {name} are in different formats: there are scales for some of {', '.join(present)}; allowed "
+            "are scales for all (8-bit codes) or none (floating-point values)"
+        )
     try:
         made, rewritten, fate = _ops.convert_state(
             kind,
@@ -170,7 +174,7 @@ def converted(
             name,
         )
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_said(error)) from error
     names = _ops.array_names(kind, form.has_momentum, form.master_weights, form.codec)
     # Where a buffer is new (SGD whose momentum was 0 so far), the next step is its first.
     has_stepped = bool(present) or not slots
@@ -212,8 +216,13 @@ def decode(kind: str, state: Mapping[str, Any], slots: Sequence[str], param: Loc
     try:
         values = _ops.decode_states(kind, states, [scale.contiguous() for scale in arrays.scales], int(codec), place)
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_said(error)) from error
     return [value.contiguous() for value in values]
+
+
+def _said(error: RuntimeError) -> str:
+    """What an operator said, without its name."""
+    return re.sub(r"^flashoptim::\w+: ", "", str(error))
 
 
 def dense(tensor: Tensor) -> Tensor:

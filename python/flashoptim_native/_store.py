@@ -8,11 +8,13 @@ steps. It holds no tensor: what is taken out of ``optimizer.state`` is free at o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from . import _ops, _parameters, _states
 from ._ops import Fit
@@ -28,6 +30,24 @@ _PLAN_FIRST = -1
 _UNSHARE_COUNTERS = -2
 #: Looks after which a store that still is not content has a fault.
 _MOST_LOOKS = 5
+
+
+def _outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps torch.compile from tracing into a function, which works on real tensors' addresses.
+
+    torch.compiler.disable does that; it takes seconds to import, so only where something is being compiled.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if get_eval_frame_callback() is None:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call
 
 
 class Store:
@@ -126,6 +146,7 @@ class Store:
 
     # Steps
 
+    @_outside_compile
     def step(
         self,
         state: State,
@@ -153,6 +174,7 @@ class Store:
             ),
         )
 
+    @_outside_compile
     def gradient_norm(self, state: State, grad_scale: float, max_norm: float, result: Tensor) -> int:
         """The norm of all gradients, of one device and number of slots, to ``result``: 4 float32."""
         return self._run(
@@ -180,6 +202,7 @@ class Store:
             self._bump(self.params if done == len(self.params) else [p for p in self.params if p.grad is not None])
         return done
 
+    @_outside_compile
     def step_one(
         self,
         record: int,
