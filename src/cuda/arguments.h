@@ -73,16 +73,19 @@ struct alignas(16) PreparedHyper {
 };
 
 struct StepArguments {
-  const TensorEntry* tensors;
-  const Chunk* chunks;  ///< HotChunk for the hot kernels
+  const TensorEntry* tensors;  ///< null: inline_tensor, whose the chunks are
+  const Chunk* chunks;         ///< HotChunk for the hot kernels
   WorkCounter* work;
   const PreparedHyper* hypers;  ///< null: inline_hypers
   unsigned long long* nonfinite;
   uint32_t chunk_count;
+  uint32_t tile_count;  ///< of the chunks (hot kernels)
   uint32_t multiprocessors;
   uint32_t fixed_rounds;  ///< of tiles, one a warp, that are not handed out on demand (hot kernels)
+  TensorEntry inline_tensor;
   PreparedHyper inline_hypers[kInlineHypers];
 };
+static_assert(sizeof(StepArguments) <= 4096);
 
 struct PrepareArguments {
   RuleKind rule;
@@ -99,18 +102,6 @@ struct PrepareArguments {
 };
 static_assert(sizeof(PrepareArguments) <= 4096);
 
-struct TensorUpdate {
-  const void* gradient;
-  int32_t hyper_index;
-};
-
-struct UpdateArguments {
-  TensorEntry* tensors;
-  int32_t count;
-  TensorUpdate updates[kUpdatesPerLaunch];
-};
-static_assert(sizeof(UpdateArguments) <= 4096);
-
 template <int capacity>
 struct GradientArguments {
   TensorEntry* tensors;
@@ -119,6 +110,19 @@ struct GradientArguments {
 };
 static_assert(sizeof(GradientArguments<kGradientsPerLaunch>) <= 4096);
 static_assert(sizeof(GradientArguments<kLargeGradientsPerLaunch>) <= 32764);
+
+/// Whole entries, for tensors anywhere in the table.
+template <int capacity>
+struct EntryArguments {
+  TensorEntry* tensors;
+  int32_t count;
+  int32_t indices[capacity];
+  TensorEntry entries[capacity];
+};
+inline constexpr int kEntriesPerLaunch = (4096 - 32) / (sizeof(TensorEntry) + sizeof(int32_t));
+inline constexpr int kLargeEntriesPerLaunch = (32764 - 32) / (sizeof(TensorEntry) + sizeof(int32_t));
+static_assert(sizeof(EntryArguments<kEntriesPerLaunch>) <= 4096);
+static_assert(sizeof(EntryArguments<kLargeEntriesPerLaunch>) <= 32764);
 
 struct ZeroArguments {
   int32_t count;
@@ -162,7 +166,8 @@ struct ConvertArguments {
   StateCodec codec;  ///< states only
 };
 
-/// Launches a step over `chunk_count` chunks; `stream` is a cudaStream_t. Returns cudaError_t as int.
+/// Launches a step over `chunk_count` chunks; `stream` is a cudaStream_t. No chunks: loads the kernel to the current
+/// device, and launches nothing. Returns cudaError_t as int.
 using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
 /// The step kernels of a rule.
@@ -221,10 +226,11 @@ struct StepLaunches {
 const StepLaunches& step_launches(RuleKind rule);
 
 int launch_prepare(const PrepareArguments& arguments, void* stream);
-int launch_update(const UpdateArguments& arguments, void* stream);
-/// For the two capacities of tuning.h.
+/// For the two capacities each of tuning.h and above.
 template <int capacity>
 int launch_gradients(const GradientArguments<capacity>& arguments, void* stream);
+template <int capacity>
+int launch_entries(const EntryArguments<capacity>& arguments, void* stream);
 int launch_zero(const ZeroArguments& arguments, int blocks, void* stream);
 int launch_inspect(RuleKind rule, const InspectArguments& arguments, void* stream);
 int launch_convert(const ConvertArguments& arguments, void* stream);

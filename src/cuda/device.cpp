@@ -9,6 +9,16 @@ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0
 
 }  // namespace
 
+Status check_scales(const ParameterTensors& t, const TensorName& name) {
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (reinterpret_cast<uintptr_t>(t.scales[k]) % sizeof(uint16_t) != 0) {
+      return Status::invalid_argument(name.field("scales") + "[" + std::to_string(k) +
+                                      "] is at an odd address; scales are 16-bit numbers");
+    }
+  }
+  return Status::ok();
+}
+
 TensorEntry make_entry(const ParameterTensors& t) {
   TensorEntry e{};
   e.parameter = t.parameter;

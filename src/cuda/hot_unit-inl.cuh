@@ -42,6 +42,10 @@ enum class HotGroups { kInOneStretch, kInRuns };
 template <MasterWeights kMaster>
 inline constexpr int kHotBits = core::has_correction(kMaster) ? core::correction_bits(kMaster) : 0;
 
+__device__ __forceinline__ const TensorEntry& entry_of(const StepArguments& args, int32_t tensor) {
+  return args.tensors != nullptr ? args.tensors[tensor] : args.inline_tensor;
+}
+
 __device__ __forceinline__ const PreparedHyper* hyper_of(const StepArguments& args, const TensorEntry& t) {
   return (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
 }
@@ -81,7 +85,7 @@ struct alignas(16) HotContext {
   /// Every thread of the warp calls it.
   template <class Rule, MasterWeights kMaster, HotGroups kGroups>
   __device__ __forceinline__ void open(const StepArguments& args, int32_t tensor, uint32_t segment, int thread) {
-    const TensorEntry& t = args.tensors[tensor];
+    const TensorEntry& t = entry_of(args, tensor);
     const PreparedHyper* hyper = hyper_of(args, t);
     __syncwarp();
     if (thread < static_cast<int>(sizeof(PreparedHyper) / 4)) {

@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __shared__ TensorEntry tensor;
   __shared__ PreparedHyper prepared;
   const Chunk chunk = args.chunks[blockIdx.x];
-  const TensorEntry* entry = args.tensors + chunk.tensor;
-  copy_to_shared(&tensor, entry, static_cast<int>(threadIdx.x));
-  copy_to_shared(&prepared, hyper_of(args, *entry), static_cast<int>(threadIdx.x) - 32);
+  const TensorEntry& entry = entry_of(args, chunk.tensor);
+  copy_to_shared(&tensor, &entry, static_cast<int>(threadIdx.x));
+  copy_to_shared(&prepared, hyper_of(args, entry), static_cast<int>(threadIdx.x) - 32);
   __syncthreads();
   if (tensor.gradient == nullptr || prepared.skip) return;
   const TensorContext context{tensor, prepared, args.nonfinite};
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   const int thread = static_cast<int>(threadIdx.x % 32);
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t warps = gridDim.x * kWarps;
-  const uint32_t tiles = args.chunk_count * kWarpTilesPerChunk;
+  const uint32_t tiles = args.tile_count;
   const HotChunk* chunks = reinterpret_cast<const HotChunk*>(args.chunks);
   // A chunk from a tile's first group on.
   const auto look_up = [chunks](uint32_t tile) {
@@ -334,8 +334,8 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     if (result == kHotFailed) {
       if (context.active && tile.groups > 0) {
         const int64_t first_group = (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first;
-        exact_units_apart<Rule, HotTypes<Narrow, kMaster>>(args.tensors[tile.tensor], context.prepared, args.nonfinite,
-                                                           first_group,
+        exact_units_apart<Rule, HotTypes<Narrow, kMaster>>(entry_of(args, tile.tensor), context.prepared,
+                                                           args.nonfinite, first_group,
                                                            tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
       }
     }
@@ -348,8 +348,16 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   if (thread == 0 && atomicAdd(&args.work->finished, 1u) + 1u == warps) *args.work = WorkCounter{0u, 0u};
 }
 
+/// Loads a kernel, as its first launch would where modules are loaded lazily: memory may run out there, too.
+template <class Kernel>
+int load_kernel(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  return static_cast<int>(cudaFuncGetAttributes(&attributes, kernel));
+}
+
 template <class Rule, StateCodec kCodec, class Types = AnyTypes>
 int launch_step(const StepArguments& args, void* stream) {
+  if (args.chunk_count == 0) return load_kernel(step_kernel<Rule, kCodec, Types>);
   step_kernel<Rule, kCodec, Types><<<args.chunk_count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return static_cast<int>(cudaGetLastError());
 }
@@ -359,9 +367,10 @@ using BFloat16Types = HotTypes<core::BFloat16, kMaster>;
 
 template <class Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups = HotGroups::kInOneStretch>
 int launch_hot(const StepArguments& args, void* stream) {
+  if (args.chunk_count == 0) return load_kernel(hot_kernel<Rule, Narrow, kMaster, kGroups>);
   // As many blocks as fit the device at a time.
   constexpr uint32_t kWarps = kHotThreads / 32;
-  const uint32_t tiles = args.chunk_count * kWarpTilesPerChunk;
+  const uint32_t tiles = args.tile_count;
   const uint32_t grid = std::min((tiles + kWarps - 1) / kWarps, args.multiprocessors * kHotBlocksPerMultiprocessor);
   const uint32_t rounds = tiles / (grid * kWarps);
   StepArguments launched = args;
