@@ -6,10 +6,11 @@
 
 namespace flashoptim::ops {
 
-PythonSide& python_side() {
-  static PythonSide side;
-  return side;
-}
+namespace {
+PythonSide g_side;
+}  // namespace
+
+PythonSide& python_side() { return g_side; }
 
 LocalTensor::LocalTensor(PyObject* object) {
   const PythonSide& side = python_side();

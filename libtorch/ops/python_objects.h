@@ -20,6 +20,7 @@ struct PythonSide {
   bool is_free_threaded = false;
 };
 PythonSide& python_side();
+inline PyObject* type_of(PyObject* object) { return type_of(object, python_side().is_free_threaded); }
 
 /// The plain tensor whose memory this is, or none where it is of an unknown type: the object itself, or a wrapper's
 /// (DTensor's) local tensor. No code of Python's runs.
