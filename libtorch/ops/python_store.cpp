@@ -8,6 +8,7 @@ namespace flashoptim::ops {
 namespace {
 
 constexpr const char* kCapsule = "flashoptim.store";
+constexpr int64_t kMostSteps = int64_t{1} << 53;
 
 /// What stands in a dict from record numbers under `index`, borrowed; null where nothing does.
 PyObject* find(PyObject* by_record, int64_t index) {
@@ -165,9 +166,8 @@ bool PythonStore::read_count(int64_t index, PyObject* value, store::StepCount* c
   *count = {};
   if (type_of(value) == &PyLong_Type) {
     count->taken = PyLong_AsLongLong(value);
-    if (count->taken != -1 || PyErr_Occurred() == nullptr) return count->taken >= 0;
-    PyErr_Clear();  // too large
-    return false;
+    if (count->taken == -1 && PyErr_Occurred() != nullptr) PyErr_Clear();  // too large
+    return count->taken >= 0 && count->taken < kMostSteps;
   }
   const LocalTensor tensor(value);
   Facts facts;

@@ -187,7 +187,8 @@ def converted(
             name,
         )
     except RuntimeError as error:
-        raise ValueError(_said(error)) from error
+        said = _said(error)
+        raise ValueError(said if name in said else f"the state of {name} cannot be converted: {said}") from error
     names = _ops.array_names(kind, form.has_momentum, form.master_weights, form.codec)
     # Where a buffer is new (SGD whose momentum was 0 so far), the next step is its first.
     has_stepped = bool(present) or not slots
@@ -261,6 +262,8 @@ def is_count(step: Any) -> bool:
 
 def whole_number(value: Any, name: str) -> int:
     """A step count as an int."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"state 'step' of {name} has shape {tuple(value.shape)}; allowed is one integer >= 0")
     number = float(value.item() if isinstance(value, Tensor) else value)
     if not (number >= 0 and number == int(number) and number < _MOST_STEPS):
         raise ValueError(f"state 'step' of {name} is {number!r}; allowed is an integer >= 0")

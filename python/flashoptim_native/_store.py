@@ -229,7 +229,7 @@ class Store:
                 done = _ops.store.step_one(
                     self._handle,
                     record,
-                    held or None,
+                    held if isinstance(held, dict) and held else None,
                     staged.get(record),
                     hypers,
                     lr,
@@ -295,7 +295,7 @@ class Store:
         by_device: dict[torch.device, list[tuple[int, Local, Format]]] = {}
         for record in records:
             param = self.params[record]
-            if param.grad is None or state.get(param):
+            if param.grad is None or not _is_missing(state.get(param)):
                 continue
             self._check(record)
             local = _parameters.local(param)
@@ -372,7 +372,7 @@ class Store:
         param, form = self.params[record], self.form(record)
         local = _parameters.local(param)
         held = state.get(param)
-        if not held:
+        if _is_missing(held):
             state[param] = held = _states.new_states(self.kind, [(local, form)])[0]
         elif _states.fit(self.kind, held, local, form, self.name(record), self.dtypes[record]) == Fit.NO:
             with _Change(state, self._handle) as change:
@@ -396,7 +396,8 @@ class Store:
 
     def _unshare_counters(self, state: State, change: _Change) -> None:
         """Parameters that sit out a step get counters of their own: one is shared only by those that step together."""
-        held = [(param, state[param]) for param in self.params if state.get(param)]
+        known = [(param, state.get(param)) for param in self.params]
+        held = [(param, one) for param, one in known if isinstance(one, dict) and STEP in one]
         stepping = {id(one[STEP]) for param, one in held if param.grad is not None}
         copies: dict[int, Tensor] = {}
         for param, one in held:
@@ -443,6 +444,11 @@ class _Change:
         """The same weight in other digits: the correction has changed with them."""
         self._undo.append(functools.partial(param.detach().copy_, param.detach().clone()))
         param.detach().copy_(values)
+
+
+def _is_missing(held: Any) -> bool:
+    """Whether an entry of ``optimizer.state`` is none, or as empty as a new one."""
+    return held is None or (isinstance(held, dict) and not held)
 
 
 def _is_host_count(count: Any) -> bool:
