@@ -64,12 +64,10 @@ class _Release:
             self._unwatch_all()
             raise
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self._attributes = {
-            "add_param_group": self._add_param_group,
-            "zero_grad": self._zero_grad,
-            _ATTRIBUTE: self,
-        }
-        vars(optimizer).update(self._attributes)
+        # Not kept here as well: methods of self in self would be a cycle.
+        vars(optimizer).update(
+            {"add_param_group": self._add_param_group, "zero_grad": self._zero_grad, _ATTRIBUTE: self}
+        )
 
     @property
     def active(self) -> bool:
@@ -88,11 +86,11 @@ class _Release:
         self._active = False
         self._unwatch_all()
         self._step_hook.remove()
-        optimizer, attributes = self._optimizer, self._attributes
-        self._attributes = {}
-        for name, value in attributes.items():
-            if vars(optimizer).get(name) is value:
-                delattr(optimizer, name)
+        attributes = vars(self._optimizer)
+        for name in ("add_param_group", "zero_grad", _ATTRIBUTE):
+            value = attributes.get(name)
+            if value is self or getattr(value, "__self__", None) is self:  # nobody has put another in its place
+                del attributes[name]
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

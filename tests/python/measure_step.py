@@ -9,10 +9,10 @@ import sys
 import time
 
 import torch
+from flashoptim_native._prepared import Controls
 
 import flashoptim_native
 from flashoptim_native import _ops
-from flashoptim_native._prepared import Controls
 
 
 def cost(function, repeat=1000, before=lambda: None):

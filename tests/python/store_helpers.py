@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from helpers import CLASSES, HYPERS, bits, make_params, run
 
 SHAPES = [(64, 64), (33,), (96, 64), (0,), (), (8, 4, 3, 3)]
@@ -29,7 +30,7 @@ def everything(params, optimizer):
     """What a step that fails must leave as it is: objects, bytes, layouts, counts."""
     found = []
     for param in params:
-        found.append((param.dtype, tuple(param.shape), param.stride(), bits(param)))
+        found.append((param.dtype, tuple(param.shape), param.stride(), bits(param) if _has_memory(param) else None))
         held = optimizer.state.get(param)
         found.append(id(held))
         if not isinstance(held, dict):

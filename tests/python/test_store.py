@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
-from helpers import CLASSES, assert_same_bits, bits, run, set_grads
-from store_helpers import Watched, everything, make, take_step
 
 import flashoptim_native
+from helpers import CLASSES, assert_same_bits, bits, run, set_grads
+from store_helpers import Watched, everything, make, take_step
 
 STATE_KEYS = ["exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "correction"]
 TARGETS = ["parameter", "gradient", *STATE_KEYS]
