@@ -133,6 +133,10 @@ class Store:
         """How messages call a parameter."""
         return _parameters.name_of(self._groups, *self._places[record])
 
+    def names(self, records: Iterable[int]) -> Callable[[], list[str]]:
+        """The same of several records, for who may want them: it takes time."""
+        return lambda: [self.name(record) for record in records]
+
     def form(self, record: int) -> Format:
         """How a parameter is to be stored, by the options of its group as they are."""
         return _states.format_of(_parameters.local(self.params[record]), self._groups[self.group_of(record)])

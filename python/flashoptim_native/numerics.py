@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,14 +103,15 @@ class NumericsMonitor:
         elements = sum(param.numel() for param in params)
         return 1 if elements <= _SMALL_MODEL else _STRIDE
 
-    def table(self, key: Any, names: list[str], device: torch.device) -> Tensor:
+    def table(self, key: Any, names: Callable[[], list[str]], device: torch.device) -> Tensor:
         """What a step adds the telemetry of the parameters ``names`` to; ``key`` stands for them."""
         table = self.tables.get(key)
         if table is None:
             if len(self.tables) >= _MOST_KEPT:
                 self._settle()
-            counts = torch.zeros((len(names), _TELEMETRY_NUMBERS), dtype=torch.int64, device=device)
-            table = self.tables[key] = _Table(names, counts)
+            found = names()
+            counts = torch.zeros((len(found), _TELEMETRY_NUMBERS), dtype=torch.int64, device=device)
+            table = self.tables[key] = _Table(found, counts)
         return table.counts
 
     def reset(self) -> None:
@@ -135,7 +136,7 @@ class NumericsMonitor:
             for name, numbers, ratio in zip(names, table[:, :5].tolist(), ratios):
                 old = found.get(name, ParameterNumerics(0, 0, 0, 0, 0, 0.0))
                 sums = [a + b for a, b in zip(numbers, astuple(old)[:5])]
-                found[name] = ParameterNumerics(*sums, largest_update_ratio=max(ratio, old.largest_update_ratio))
+                found[name] = ParameterNumerics(*sums, max(ratio, old.largest_update_ratio))  # type: ignore[arg-type]
         return {name: one for name, one in found.items() if any(astuple(one))}
 
     def report(self) -> NumericsReport:

@@ -87,6 +87,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._monitor = NumericsMonitor()
         self._clip: Tensor | None = None
         self._no_controls: tuple[int, list[Controls]] = (-1, [])
+        self._known_stride = (-1, 0)
         # What captured CUDA graphs write to at every replay, beside parameters and gradients, which are the caller's. A
         # graph outlives the states that load_state_dict() replaces.
         self._captured: list[Any] = vars(self).get("_captured", [])
@@ -212,7 +213,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             lrs,
             lambda: self._controls(scaling),
             scaling.grad_scale,
-            self._monitor.stride(store.params) if self._check_numerics else 0,
+            self._telemetry_stride(),
             self._counts_on_device(scaling, lrs),
         )
         if _is_capturing():
@@ -251,7 +252,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             lr,
             lambda one: self._controls_of_one(one, scaling),
             scaling.grad_scale,
-            self._monitor.stride(store.params) if self._check_numerics else 0,
+            self._telemetry_stride(),
             scaling.found_inf is not None or lr is not None or self.param_groups[index]["capturable"],
         )
         self._clip = None
@@ -293,7 +294,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             device = store.device(plan)
             telemetry = None
             if self._check_numerics:
-                telemetry = self._monitor.table((store.generation, plan), [store.name(r) for r in records], device)
+                telemetry = self._monitor.table((store.generation, plan), store.names(records), device)
             result.append((self._monitor.counter(device), *scaling.on(device), telemetry))
         return result
 
@@ -305,8 +306,17 @@ class FlashOptimizer(torch.optim.Optimizer):
             plan = store.plan_of(record)
             key = (store.generation, -1 - record) if plan is None else (store.generation, plan)
             records = [record] if plan is None else store.plans[plan]
-            telemetry = self._monitor.table(key, [store.name(r) for r in records], device)
+            telemetry = self._monitor.table(key, store.names(records), device)
         return (self._monitor.counter(device), *scaling.on(device), telemetry)
+
+    def _telemetry_stride(self) -> int:
+        if not self._check_numerics:
+            return 0
+        generation, stride = self._known_stride
+        if generation != self._store.generation:
+            stride = self._monitor.stride(self._store.params)
+            self._known_stride = (self._store.generation, stride)
+        return stride
 
     def _check_learning_rates(self, hypers: Any, records: Iterable[int]) -> None:
         store = self._store
