@@ -124,12 +124,16 @@ class NumericsMonitor:
 
     def _settle(self) -> None:
         """Adds up the tables in ``settled``; those of plans that are gone need no memory then. Waits for the device."""
-        self.settled = self._parameters()
+        self._add_tables_to(self.settled)
         self.tables = {}
 
     def _parameters(self) -> dict[str, ParameterNumerics]:
         """Every parameter's counts so far. Waits for the device."""
         found = dict(self.settled)
+        self._add_tables_to(found)
+        return {name: one for name, one in found.items() if any(astuple(one))}
+
+    def _add_tables_to(self, found: dict[str, ParameterNumerics]) -> None:
         for names, counts in self.tables.values():
             table = counts.cpu()
             ratios = table.view(torch.float32)[:, 10].tolist()
@@ -137,7 +141,6 @@ class NumericsMonitor:
                 old = found.get(name, ParameterNumerics(0, 0, 0, 0, 0, 0.0))
                 sums = [a + b for a, b in zip(numbers, astuple(old)[:5])]
                 found[name] = ParameterNumerics(*sums, max(ratio, old.largest_update_ratio))  # type: ignore[arg-type]
-        return {name: one for name, one in found.items() if any(astuple(one))}
 
     def report(self) -> NumericsReport:
         count = sum(int(counter.item()) for counter in self.nonfinite.values())
