@@ -55,8 +55,34 @@ void prefetch_block(const ParameterTensors& t, int64_t index) {
   for (int k = 0; k < kMaxStates; ++k) prefetch(t.states[k], sizes.state);
 }
 
-BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
-    : tensor_(tensor), sizes_(element_sizes(tensor)), first_group_(index * block_groups(tensor)) {
+/// Neither a division for each piece nor a copy where full groups follow each other, as in a matrix that is cut into
+/// columns at multiples of 32.
+void BlockWalker::find_pieces() {
+  groups_ = static_cast<int>(std::min<int64_t>(block_groups(tensor_), pieces_->groups() - first_group_));
+  int64_t run = first_group_ / pieces_->groups_per_run;
+  int64_t in_run = first_group_ - run * pieces_->groups_per_run;
+  contiguous_ = true;
+  for (int g = 0; g < groups_; ++g) {
+    const core::GroupPiece piece = pieces_->piece(run, in_run);
+    runs_[g] = {piece.first, g * static_cast<int>(kGroupSize) + piece.lane, piece.count};
+    whole_first_[g] = piece.whole_first;
+    contiguous_ = contiguous_ && piece.count == kGroupSize && piece.first == runs_[0].first + g * kGroupSize;
+    if (++in_run == pieces_->groups_per_run) {
+      in_run = 0;
+      ++run;
+    }
+  }
+  copied_ = !contiguous_ || !is_element_aligned(tensor_);
+  first_element_ = runs_[0].first;
+  run_count_ = groups_;
+}
+
+BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index, const core::PlacedGroups* pieces)
+    : tensor_(tensor), pieces_(pieces), sizes_(element_sizes(tensor)), first_group_(index * block_groups(tensor)) {
+  if (pieces != nullptr) {
+    find_pieces();
+    return;
+  }
   const GroupLayout& layout = tensor.layout;
   const int64_t per_row = layout.groups_per_row();
   groups_ = static_cast<int>(std::min<int64_t>(block_groups(tensor), layout.groups() - first_group_));
@@ -87,17 +113,21 @@ BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
 
 void BlockWalker::open(Block& block, const BlockAccess& access) {
   block.groups = groups_;
-  const auto set_first = [&](auto in_tensor) {
+  const auto set_first = [&block](auto in_whole) {
     for (int g = 0; g < kBlockGroups; ++g) {
-      const uint64_t first = static_cast<uint64_t>(tensor_.first_element + in_tensor(g));
+      const uint64_t first = static_cast<uint64_t>(in_whole(g));
       block.group_first_low[g] = static_cast<uint32_t>(first);
       block.group_first_high[g] = static_cast<uint32_t>(first >> 32);
     }
   };
-  if (contiguous_) {
-    set_first([this](int g) { return first_element_ + g * kGroupSize; });
+  // Groups behind the last are counted too, past 2^63 in a tensor that ends there.
+  const uint64_t origin = static_cast<uint64_t>(tensor_.place.first_element);
+  if (pieces_ != nullptr) {
+    set_first([this](int g) { return whole_first_[std::min(g, groups_ - 1)]; });
+  } else if (contiguous_) {
+    set_first([this, origin](int g) { return origin + static_cast<uint64_t>(first_element_ + g * kGroupSize); });
   } else {
-    set_first([this](int g) { return runs_[std::min(g, groups_ - 1)].first; });
+    set_first([this, origin](int g) { return origin + static_cast<uint64_t>(runs_[std::min(g, groups_ - 1)].first); });
   }
   for (int k = 0; k < kMaxStates; ++k) {
     // Counted in bytes: an odd address is no uint16_t's.

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "flashoptim/core/place.h"
 #include "flashoptim/step.h"
 #include "src/cpu/kernels.h"
 
@@ -15,8 +16,9 @@ inline int block_groups(const ParameterTensors& tensor) {
   const bool wide = tensor.parameter_dtype == DType::kFloat32 || tensor.state_codec == StateCodec::kFloat32;
   return wide ? kBlockGroups / 2 : kBlockGroups;
 }
-inline int64_t block_count(const ParameterTensors& tensor) {
-  return (tensor.layout.groups() + block_groups(tensor) - 1) / block_groups(tensor);
+/// Of a tensor of `groups` groups or pieces.
+inline int64_t block_count(const ParameterTensors& tensor, int64_t groups) {
+  return (groups + block_groups(tensor) - 1) / block_groups(tensor);
 }
 
 /// Bytes per element of each array of a tensor; 0 for arrays it does not have.
@@ -43,16 +45,17 @@ void prefetch_block(const ParameterTensors& tensor, int64_t index);
 struct ElementRun {
   int64_t first;  ///< element of the tensor
   int offset;     ///< element of the block
-  int count;      ///< 1 ... kBlockElements
+  int count;      ///< 0 ... kBlockElements
 };
 
 /// The memory of one block of a tensor. Where every group of the block is full and every array starts at a multiple of
 /// its element's size, open() points at the tensor's own memory; otherwise at aligned copies in which short groups are
 /// padded with zeros (a zero weight, gradient and state stays zero under every rule), and close() copies the results
-/// back.
+/// back. Pieces of groups stand at their lanes.
 class BlockWalker {
  public:
-  BlockWalker(const ParameterTensors& tensor, int64_t index);
+  /// `pieces`: of a tensor that is walked through in pieces, else null. It must live as long as the walker.
+  BlockWalker(const ParameterTensors& tensor, int64_t index, const core::PlacedGroups* pieces = nullptr);
 
   int run_count() const { return run_count_; }
   const ElementRun& run(int i) const { return runs_[i]; }
@@ -64,7 +67,10 @@ class BlockWalker {
   void close(const BlockAccess& access);
 
  private:
+  void find_pieces();
+
   const ParameterTensors& tensor_;
+  const core::PlacedGroups* pieces_;
   ElementSizes sizes_;
   bool contiguous_;  ///< every group is full: one run
   bool copied_;
@@ -73,6 +79,7 @@ class BlockWalker {
   int64_t first_group_;
   int64_t first_element_;
   ElementRun runs_[kBlockGroups];
+  int64_t whole_first_[kBlockGroups];  ///< of pieces: first element of the group in the whole
   alignas(64) unsigned char parameter_[kBlockElements * 4];
   alignas(64) unsigned char gradient_[kBlockElements * 4];
   alignas(64) unsigned char correction_[kBlockElements * 2];

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "src/blocks.h"
+#include "src/place.h"
 
 namespace flashoptim {
 namespace {
@@ -22,19 +23,6 @@ const char* dtype_name(DType dtype) {
 }
 
 bool in_enum(int value, int count) { return value >= 0 && value < count; }
-
-Status check_layout(const GroupLayout& layout, const TensorName& name) {
-  const auto sizes = [&] {
-    return name.field("layout") + " has rows = " + std::to_string(layout.rows) +
-           ", row_size = " + std::to_string(layout.row_size);
-  };
-  if (layout.rows < 0 || layout.row_size < 0) return Status::invalid_argument(sizes() + "; both must be at least 0");
-  if (layout.rows > kMostElements || layout.row_size > kMostElements ||
-      (layout.row_size > 0 && layout.rows > kMostElements / layout.row_size)) {
-    return Status::invalid_argument(sizes() + "; both and their product must be at most 2^57");
-  }
-  return Status::ok();
-}
 
 Status check_formats(const ParameterTensors& t, const TensorName& name) {
   const auto no_value_of = [&name](const char* field, int value, const char* type, const char* allowed) {
@@ -103,15 +91,24 @@ Status check_optimizer(OptimizerKind optimizer) {
                                   " is no OptimizerKind; allowed are kAdamW, kAdam, kSgd, kSgdw, kLion");
 }
 
+Status check_layout(const GroupLayout& layout, const TensorName& name, const char* field) {
+  const auto sizes = [&] {
+    return name.field(field) + " has rows = " + std::to_string(layout.rows) +
+           ", row_size = " + std::to_string(layout.row_size);
+  };
+  if (layout.rows < 0 || layout.row_size < 0) return Status::invalid_argument(sizes() + "; both must be at least 0");
+  if (layout.rows > kMostElements || layout.row_size > kMostElements ||
+      (layout.row_size > 0 && layout.rows > kMostElements / layout.row_size)) {
+    return Status::invalid_argument(sizes() + "; both and their product must be at most 2^57");
+  }
+  return Status::ok();
+}
+
 Status check_tensor(const ParameterTensors& t, const TensorName& name, int states) {
   Status status = check_formats(t, name);
-  if (status.is_ok()) status = check_layout(t.layout, name);
+  if (status.is_ok()) status = check_layout(t.layout, name, "layout");
+  if (status.is_ok()) status = check_place(t, name, states > 0 && t.state_codec != StateCodec::kFloat32);
   if (!status.is_ok()) return status;
-  if (t.first_element < 0 || t.first_element > std::numeric_limits<int64_t>::max() - t.layout.numel()) {
-    return Status::invalid_argument(name.field("first_element") + " = " + std::to_string(t.first_element) +
-                                    "; must be at least 0, and with numel = " + std::to_string(t.layout.numel()) +
-                                    " below 2^63");
-  }
   if (t.hyper_index < 0 || t.hyper_index >= kMaxHyperparameterSets) {
     return Status::invalid_argument(name.field("hyper_index") + " = " + std::to_string(t.hyper_index) +
                                     "; allowed are 0 to " + std::to_string(kMaxHyperparameterSets - 1));
@@ -126,7 +123,11 @@ Status check_same_format(const ParameterTensors& before, const ParameterTensors&
   } fields[] = {
       {"layout.rows", before.layout.rows, now.layout.rows},
       {"layout.row_size", before.layout.row_size, now.layout.row_size},
-      {"first_element", before.first_element, now.first_element},
+      {"place.first_element", before.place.first_element, now.place.first_element},
+      {"place.run", before.place.run, now.place.run},
+      {"place.stride", before.place.stride, now.place.stride},
+      {"place.whole.rows", before.place.whole.rows, now.place.whole.rows},
+      {"place.whole.row_size", before.place.whole.row_size, now.place.whole.row_size},
       {"parameter_dtype", static_cast<int64_t>(before.parameter_dtype), static_cast<int64_t>(now.parameter_dtype)},
       {"gradient_dtype", static_cast<int64_t>(before.gradient_dtype), static_cast<int64_t>(now.gradient_dtype)},
       {"master_weights", static_cast<int64_t>(before.master_weights), static_cast<int64_t>(now.master_weights)},

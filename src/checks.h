@@ -38,6 +38,9 @@ struct TensorName {
 
 Status check_optimizer(OptimizerKind optimizer);
 
+/// `field` is the layout's in messages.
+Status check_layout(const GroupLayout& layout, const TensorName& name, const char* field);
+
 /// Whether a tensor fits an optimizer of `states` slots.
 Status check_tensor(const ParameterTensors& tensor, const TensorName& name, int states);
 

@@ -22,7 +22,7 @@ namespace {
 template <class Before, class After>
 void for_each_block(const ParameterTensors& tensor, const BlockAccess& access, Before before, After after) {
   Block block{};
-  for (int64_t b = 0; b < cpu::block_count(tensor); ++b) {
+  for (int64_t b = 0; b < cpu::block_count(tensor, tensor.layout.groups()); ++b) {
     BlockWalker walker(tensor, b);
     walker.open(block, access);
     before(block, walker);

@@ -58,16 +58,17 @@ void load_elements(const ParameterTensors& t, const cpu::ElementSizes& sizes, in
 }
 
 template <class Rule, StateCodec kCodec>
-void inspect_elements(const TensorInspection& in, const Elements& e, uint32_t group_hash, core::Inspection& out) {
+void inspect_elements(const TensorInspection& in, const Elements& e, const core::GroupDither& dither,
+                      core::Inspection& out) {
   const ParameterTensors& t = in.tensor;
   typename Rule::Hyper hyper;
   std::memcpy(&hyper, &in.hyper, sizeof hyper);
   core::inspect_elements<Rule, kCodec>({t.parameter_dtype, t.gradient_dtype, t.master_weights}, e,
-                                       core::InspectedStep<Rule>{hyper, in.gradient_scale, in.largest_update},
-                                       core::GroupDither{in.dither, group_hash, 0}, core::WholeGroup(), out);
+                                       core::InspectedStep<Rule>{hyper, in.gradient_scale, in.largest_update}, dither,
+                                       core::WholeGroup(), out);
 }
 
-using Inspect = void (*)(const TensorInspection&, const Elements&, uint32_t, core::Inspection&);
+using Inspect = void (*)(const TensorInspection&, const Elements&, const core::GroupDither&, core::Inspection&);
 
 template <class Rule>
 Inspect choose(StateCodec codec) {
@@ -128,27 +129,43 @@ void inspect_groups(const TensorInspection& in, int64_t begin, int64_t end, Step
   const GroupLayout& layout = t.layout;
   const Inspect inspect = choose(in.rule, t.state_codec);
   const cpu::ElementSizes sizes = cpu::element_sizes(t);
-  const int64_t per_row = layout.groups_per_row();
-  const int64_t skipped =
-      core::groups_to_inspected(core::first_inspected_group(in.dither, in.index, in.stride), begin, in.stride);
-  if (skipped >= end - begin) return;
-  const int64_t first_group = begin + skipped, count = (end - first_group - 1) / in.stride + 1;
+  // Which groups are looked at is counted in the whole: what shards find adds up to what the whole finds.
+  const int64_t chosen = core::first_inspected_group(in.dither, in.index, in.stride);
   core::Inspection sum;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t group = first_group + i * in.stride;
-    const int64_t column = group % per_row * kGroupSize;
-    const int64_t first = group / per_row * layout.row_size + column;
+  int64_t summed = 0;
+  const auto look_at = [&](int64_t group, const core::GroupPiece& piece) {
     Elements e;
-    load_elements(t, sizes, group, first, static_cast<int>(std::min(kGroupSize, layout.row_size - column)), e);
-    const uint64_t in_whole = static_cast<uint64_t>(t.first_element + first);
-    const uint32_t hash = core::dither_group_hash<float>(in.dither, static_cast<uint32_t>(in_whole),
-                                                         static_cast<uint32_t>(in_whole >> 32));
-    inspect(in, e, hash, sum);
-    if (i % kGroupsPerSum == kGroupsPerSum - 1 || i == count - 1) {
+    load_elements(t, sizes, group, piece.first, piece.count, e);
+    const uint64_t whole_first = static_cast<uint64_t>(piece.whole_first);
+    const uint32_t hash = core::dither_group_hash<float>(in.dither, static_cast<uint32_t>(whole_first),
+                                                         static_cast<uint32_t>(whole_first >> 32));
+    inspect(in, e, core::GroupDither{in.dither, hash, piece.lane}, sum);
+    if (++summed == kGroupsPerSum) {
       add(sum, out);
       sum = {};
+      summed = 0;
+    }
+  };
+  if (const core::PlacedGroups* const pieces = in.groups.placed()) {
+    for (int64_t p = begin; p < end; ++p) {
+      const core::GroupPiece piece = pieces->piece(p / pieces->groups_per_run, p % pieces->groups_per_run);
+      if (piece.count == 0) continue;
+      if (core::groups_to_inspected(chosen, pieces->group_of(piece.whole_first), in.stride) == 0) look_at(p, piece);
+    }
+  } else {
+    const int64_t per_row = layout.groups_per_row();
+    const int64_t skipped = core::groups_to_inspected(chosen, begin + in.groups.first_group, in.stride);
+    // (the step to the next one may not fit 64 bits)
+    const int64_t count = skipped >= end - begin ? 0 : (end - begin - skipped - 1) / in.stride + 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t group = begin + skipped + i * in.stride;
+      const int64_t column = group % per_row * kGroupSize;
+      const int64_t first = group / per_row * layout.row_size + column;
+      look_at(group, {first, static_cast<int>(std::min(kGroupSize, layout.row_size - column)), 0,
+                      t.place.first_element + first});
     }
   }
+  if (summed > 0) add(sum, out);
 }
 
 }  // namespace flashoptim

@@ -6,6 +6,7 @@
 
 #include "flashoptim/step.h"
 #include "src/cpu/kernels.h"
+#include "src/place.h"
 
 namespace flashoptim {
 
@@ -17,6 +18,7 @@ Status check_inspection(const InspectOptions& options, const StepTelemetry* tele
 /// What the groups of a tensor share.
 struct TensorInspection {
   const ParameterTensors& tensor;
+  const TensorGroups& groups;
   int64_t index;  ///< of the tensor in its plan
   cpu::RuleKind rule;
   const cpu::HyperStorage& hyper;
@@ -26,7 +28,8 @@ struct TensorInspection {
   int64_t stride;
 };
 
-/// Adds the telemetry of groups begin ... end - 1 of a tensor to `out`, which other threads may be adding to.
+/// Adds the telemetry of groups (or pieces) begin ... end - 1 of a tensor to `out`, which other threads may be adding
+/// to.
 void inspect_groups(const TensorInspection& inspection, int64_t begin, int64_t end, StepTelemetry* out);
 
 }  // namespace flashoptim

@@ -10,6 +10,7 @@
 #include "src/checks.h"
 #include "src/cpu/run_block.h"
 #include "src/inspect.h"
+#include "src/place.h"
 #include "src/rules.h"
 #include "src/shares.h"
 #include "src/threads.h"
@@ -20,23 +21,6 @@ using cpu::Block;
 using cpu::BlockAccess;
 using cpu::BlockWalker;
 using cpu::KernelTable;
-
-GroupLayout group_layout(const int64_t* sizes, int64_t dimensions) {
-  constexpr GroupLayout kNone{-1, -1};
-  if (dimensions < 0 || (dimensions > 0 && sizes == nullptr)) return kNone;
-  // A 0 anywhere makes no elements, whatever would overflow beside it.
-  bool is_empty = false, overflows = false;
-  int64_t numel = 1;
-  for (int64_t d = 0; d < dimensions; ++d) {
-    if (sizes[d] < 0) return kNone;
-    is_empty = is_empty || sizes[d] == 0;
-    overflows = overflows || __builtin_mul_overflow(numel, sizes[d], &numel);
-  }
-  if (is_empty) return {0, 0};
-  if (overflows) return kNone;
-  if (dimensions >= 2 && numel / sizes[0] >= kGroupSize) return {sizes[0], numel / sizes[0]};
-  return {1, numel};
-}
 
 namespace {
 
@@ -69,6 +53,7 @@ struct Plan::Impl {
   cpu::RuleKind rule;
   const KernelTable* kernels;
   std::vector<ParameterTensors> tensors;
+  std::vector<TensorGroups> groups;  // of each tensor
   std::vector<int64_t> first_block;  // prefix sums over tensors, one longer
   std::vector<PreparedHyper> hypers;
   std::atomic<int64_t> nonfinite{0};
@@ -80,17 +65,18 @@ struct Plan::Impl {
   std::vector<uint64_t> named_in, prepared_in;
   uint64_t calls = 0;
 
-  /// Block `index` of tensor t, which has a next one or not.
-  void step_block(Block& block, const ParameterTensors& t, int64_t index, bool has_next) const {
+  /// Block `index` of tensor t, whose `pieces` may be null, which has a next one or not.
+  void step_block(Block& block, const ParameterTensors& t, const core::PlacedGroups* pieces, int64_t index,
+                  bool has_next) const {
     const PreparedHyper& hyper = hypers[static_cast<size_t>(t.hyper_index)];
     block.hyper = &hyper.rule;
     block.dither = hyper.dither;
     block.gradient_scale = hyper.gradient_scale;
     const BlockAccess access{true, true, true};
-    BlockWalker walker(t, index);
+    BlockWalker walker(t, index, pieces);
     walker.open(block, access);
     block.ahead = has_next && !walker.is_copied() ? cpu::block_groups(t) * kGroupSize : 0;
-    if (has_next && walker.is_copied()) cpu::prefetch_block(t, index + 1);
+    if (has_next && walker.is_copied() && pieces == nullptr) cpu::prefetch_block(t, index + 1);
     kernels->hash_groups(block);
     cpu::run_block(*kernels, {rule, t.state_codec, t.parameter_dtype, t.gradient_dtype, t.master_weights}, block);
     walker.close(access);
@@ -106,7 +92,8 @@ struct Plan::Impl {
       const int64_t last = std::min(end, behind), all_last = std::min(all_end, behind);
       const ParameterTensors& t = tensors[selection.tensor(i)];
       if (t.gradient != nullptr) {
-        for (; b < last; ++b) step_block(block, t, b - first, b + 1 < all_last);
+        const core::PlacedGroups* const pieces = groups[selection.tensor(i)].placed();
+        for (; b < last; ++b) step_block(block, t, pieces, b - first, b + 1 < all_last);
       }
       b = last;
     }
@@ -128,9 +115,9 @@ struct Plan::Impl {
         const PreparedHyper& hyper = hypers[static_cast<size_t>(tensors[t].hyper_index)];
         const int64_t per_block = cpu::block_groups(tensors[t]);
         const int64_t first_group = (b - first_block[t]) * per_block;
-        const int64_t end_group = std::min(tensors[t].layout.groups(), (last - first_block[t]) * per_block);
-        inspect_groups({tensors[t], static_cast<int64_t>(t), rule, hyper.rule, hyper.dither, hyper.gradient_scale,
-                        hyper.largest_update, stride},
+        const int64_t end_group = std::min(groups[t].count, (last - first_block[t]) * per_block);
+        inspect_groups({tensors[t], groups[t], static_cast<int64_t>(t), rule, hyper.rule, hyper.dither,
+                        hyper.gradient_scale, hyper.largest_update, stride},
                        first_group, end_group, telemetry + t);
       }
       b = last;
@@ -161,9 +148,10 @@ struct Plan::Impl {
     }
   }
 
-  /// Drops what the optimizer does not have, so that nothing looks at it.
+  /// Drops what the optimizer and the formats do not have, so that nothing looks at it.
   void normalize(ParameterTensors* t) const {
     for (int k = states(); k < kMaxStates; ++k) t->states[k] = t->scales[k] = nullptr;
+    if (t->state_codec == StateCodec::kFloat32) std::fill_n(t->scales, kMaxStates, nullptr);
     if (cpu::element_sizes(*t).correction == 0) t->correction = nullptr;
   }
   int states() const { return state_count(optimizer, has_momentum); }
@@ -188,24 +176,25 @@ Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTen
     impl->rule = rule_kind(optimizer, has_momentum);
     impl->kernels = kernels;
     // Room for one hyperparameter set per tensor, so that set_hyper_index() rarely needs more than there are.
-    int64_t hypers = std::min<int64_t>(count, kMaxHyperparameterSets), blocks = 0;
+    int64_t hypers = std::min<int64_t>(count, kMaxHyperparameterSets);
+    const auto size = static_cast<size_t>(count);
+    impl->groups.reserve(size);
+    impl->first_block.reserve(size + 1);
+    impl->first_block.assign(1, 0);
     for (int64_t i = 0; i < count; ++i) {
       status = check_tensor(tensors[i], {"tensors", i}, impl->states());
       if (!status.is_ok()) return status;
-      if (__builtin_add_overflow(blocks, cpu::block_count(tensors[i]), &blocks)) {
+      impl->groups.push_back(tensor_groups(tensors[i]));
+      int64_t blocks = impl->first_block.back();
+      if (__builtin_add_overflow(blocks, cpu::block_count(tensors[i], impl->groups.back().count), &blocks)) {
         return Status::invalid_argument("tensors[0] to tensors[" + std::to_string(i) +
                                         "] have more elements than a plan counts");
       }
+      impl->first_block.push_back(blocks);
       hypers = std::max<int64_t>(hypers, tensors[i].hyper_index + 1);
     }
-    const auto size = static_cast<size_t>(count);
     impl->tensors.assign(tensors, tensors + count);
-    impl->first_block.reserve(size + 1);
-    impl->first_block.assign(1, 0);
-    for (ParameterTensors& t : impl->tensors) {
-      impl->normalize(&t);
-      impl->first_block.push_back(impl->first_block.back() + cpu::block_count(t));
-    }
+    for (ParameterTensors& t : impl->tensors) impl->normalize(&t);
     impl->hypers.resize(static_cast<size_t>(hypers));
     impl->prepared_in.resize(static_cast<size_t>(hypers));
     impl->named_in.resize(size);
@@ -306,10 +295,12 @@ Status Plan::Impl::begin_some(const int64_t* indices, int64_t count, const Hyper
   for (int64_t i = 0; i < count; ++i) {
     status = check_named(indices, i, static_cast<int64_t>(tensors.size()), calls, named_in.data());
     if (!status.is_ok()) return status;
-    const ParameterTensors& t = tensors[static_cast<size_t>(indices[i])];
+    const auto tensor = static_cast<size_t>(indices[i]);
+    const ParameterTensors& t = tensors[tensor];
     const bool is_stepped = t.gradient != nullptr;
     const int64_t so_far = some_first_block[static_cast<size_t>(i)];
-    some_first_block[static_cast<size_t>(i) + 1] = so_far + (is_stepped ? cpu::block_count(t) : 0);
+    some_first_block[static_cast<size_t>(i) + 1] =
+        so_far + (is_stepped ? cpu::block_count(t, groups[tensor].count) : 0);
     const auto hyper = static_cast<size_t>(t.hyper_index);
     if (!is_stepped || prepared_in[hyper] == calls) continue;
     status = check_hyper_count(given, hyper_count, t.hyper_index + 1);

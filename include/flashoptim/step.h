@@ -25,10 +25,10 @@ namespace flashoptim {
 struct GroupLayout {
   int64_t rows = 0;
   int64_t row_size = 0;
-  bool operator==(const GroupLayout&) const = default;
   int64_t groups_per_row() const { return (row_size + kGroupSize - 1) / kGroupSize; }
   int64_t groups() const { return rows * groups_per_row(); }
   int64_t numel() const { return rows * row_size; }
+  bool operator==(const GroupLayout&) const = default;
 };
 
 /// Layout of a tensor of shape [d0, ...]: d0 rows of numel / d0 elements; flat (one row) for 1-D tensors and for rows
@@ -36,17 +36,48 @@ struct GroupLayout {
 /// 1, the layout has -1 rows of -1 elements, which every function here refuses.
 GroupLayout group_layout(const int64_t* sizes, int64_t dimensions);
 
-/// Hyperparameter sets of a plan: ParameterTensors::hyper_index is less than this.
-inline constexpr int32_t kMaxHyperparameterSets = 1 << 20;
+/// What a row is. The two differ for tensors of three and more dimensions alone, and in stored bytes only where the
+/// shorter row is no multiple of 32: [64, 3, 7, 7] has 64 rows of 147 or 192 of 49.
+enum class RowRule : int32_t {
+  kFirstDimension = 1,  ///< state format 1: all dimensions but the first
+  kShortest = 2,        ///< state format 2: the shortest trailing run of dimensions that has 32 elements or more
+};
+GroupLayout group_layout(const int64_t* sizes, int64_t dimensions, RowRule rule);
 
-//TEMP-BEGIN
+/// Where a tensor lies in the whole that it is a shard of, so that its dither, and with it every stored bit, is the
+/// whole's (docs/numerics.md, "Places"). Its local element i, counted row-major, is the whole's element
+///
+///     first_element + (i / run) * stride + i % run
+///
+/// run = 0: the shard is one stretch of the whole, element i is first_element + i.
 struct Place {
-  int64_t first_element = 0, run = 0, stride = 0;
+  int64_t first_element = 0;
+  /// Local elements that follow each other in the whole, and whole elements from the start of one such run to that of
+  /// the next: a [d0, d1] matrix cut along its second dimension into columns [b, e) has first_element = b, run = e - b,
+  /// stride = d1; experts [E, d1, d2] cut along d1 have run = (e - b) * d2, stride = d1 * d2.
+  int64_t run = 0;
+  int64_t stride = 0;
+  /// Layout of the whole. Not set (no elements): the whole's rows are `layout`'s, the first of them at first_element;
+  /// there is no inner cut then. Set: with fp32 states any cut gives the whole's bits; with quantized states every cut
+  /// must lie between two groups of the whole, at a multiple of 32 within a row or at a row's end.
   GroupLayout whole;
   bool operator==(const Place&) const = default;
 };
-inline GroupLayout shard_layout(const Place&, int64_t numel) { return {1, numel}; }
-//TEMP-END
+
+/// Place of the box [offsets, offsets + sizes) of a whole of `whole_sizes`, as torch's DTensor describes a shard, all
+/// of `dimensions` entries. kInvalidArgument for a box that does not lie in the whole, or a whole of more elements than
+/// 2^63 - 1; kUnsupported where two
+/// dimensions are cut and the box has several indices of one before them, for its runs are not evenly spaced then.
+Status place_of_box(const int64_t* whole_sizes, const int64_t* offsets, const int64_t* sizes, int64_t dimensions,
+                    RowRule rule, Place* place);
+
+/// Layout of a shard of `numel` elements, whose place has `whole` set: the whole's rows, or the parts of them that the
+/// shard has; -1 rows of -1 elements where `numel` is negative or no multiple of the place's run.
+GroupLayout shard_layout(const Place& place, int64_t numel);
+
+/// Hyperparameter sets of a plan: ParameterTensors::hyper_index is less than this.
+inline constexpr int32_t kMaxHyperparameterSets = 1 << 20;
+
 /// One parameter and everything that is stored for it. All arrays are contiguous in element order. Any alignment is
 /// right; arrays that do not start at a multiple of their element's size are stepped through aligned copies (on CUDA
 /// byte by byte, but for scales, which must be even there), which is slower.
@@ -58,11 +89,8 @@ struct ParameterTensors {
   void* states[kMaxStates] = {nullptr, nullptr};
   /// 16-bit headers [rows, groups_per_row] of the quantized slots.
   void* scales[kMaxStates] = {nullptr, nullptr};
-  GroupLayout layout;
-  /// Flat index of the first element in the whole tensor, where this is a shard of it (dither depends on it). The last
-  /// element's must be below 2^63.
-  int64_t first_element = 0;
-  Place place; //TEMP
+  GroupLayout layout;  ///< of a shard: shard_layout()
+  Place place;         ///< the last element's number in the whole must be below 2^63
   DType parameter_dtype = DType::kFloat32;
   DType gradient_dtype = DType::kFloat32;
   MasterWeights master_weights = MasterWeights::kNone;
@@ -133,8 +161,7 @@ class Plan {
   /// to size() - 1.
   Status set_hyper_index(int64_t index, int32_t hyper_index);
   /// Where the arrays of one tensor are from now on, all of them, the gradient (null skips) and hyper_index included.
-  /// Layout, first_element, dtypes, master_weights and state_codec must be those of before: what changes them is a new
-  /// plan.
+  /// Layout, place, dtypes, master_weights and state_codec must be those of before: what changes them is a new plan.
   Status set_tensor(int64_t index, const ParameterTensors& tensor);
 
   /// One step over all tensors. `hypers` has `count` entries, indexed by ParameterTensors::hyper_index. All entries up

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "flashoptim/core/place.h"
 #include "flashoptim/cuda.h"
 #include "src/cpu/kernels.h"
 #include "src/cuda/tuning.h"
+#include "src/place.h"
 
 namespace flashoptim::cuda {
 
@@ -23,6 +25,8 @@ struct alignas(16) TensorEntry {
   int64_t groups_per_row;
   int64_t numel;
   int64_t first_element;
+  int64_t first_group;               ///< number of group 0 in the whole, for inspect()
+  const core::PlacedGroups* pieces;  ///< with kInPieces
   int32_t hyper_index;
   uint8_t parameter_dtype;
   uint8_t gradient_dtype;
@@ -35,6 +39,7 @@ enum TensorFlag : uint8_t {
   kShortRows = 2,      ///< rows end in groups of fewer than 32: group g does not start at element 32 g
   kPaperStates = 4,    ///< the codec, for kernels that take any; neither: fp32
   kDefaultStates = 8,
+  kInPieces = 16,  ///< groups are pieces of the whole's (core/place.h)
 };
 
 /// A run of groups of one tensor: what one block works on.
@@ -68,16 +73,19 @@ struct alignas(16) PreparedHyper {
 };
 
 struct StepArguments {
-  const TensorEntry* tensors;
-  const Chunk* chunks;  ///< HotChunk for the hot kernels
+  const TensorEntry* tensors;  ///< null: inline_tensor, whose the chunks are
+  const Chunk* chunks;         ///< HotChunk for the hot kernels
   WorkCounter* work;
   const PreparedHyper* hypers;  ///< null: inline_hypers
   unsigned long long* nonfinite;
   uint32_t chunk_count;
+  uint32_t tile_count;  ///< of the chunks (hot kernels)
   uint32_t multiprocessors;
   uint32_t fixed_rounds;  ///< of tiles, one a warp, that are not handed out on demand (hot kernels)
+  TensorEntry inline_tensor;
   PreparedHyper inline_hypers[kInlineHypers];
 };
+static_assert(sizeof(StepArguments) <= 4096);
 
 struct PrepareArguments {
   RuleKind rule;
@@ -94,18 +102,6 @@ struct PrepareArguments {
 };
 static_assert(sizeof(PrepareArguments) <= 4096);
 
-struct TensorUpdate {
-  const void* gradient;
-  int32_t hyper_index;
-};
-
-struct UpdateArguments {
-  TensorEntry* tensors;
-  int32_t count;
-  TensorUpdate updates[kUpdatesPerLaunch];
-};
-static_assert(sizeof(UpdateArguments) <= 4096);
-
 template <int capacity>
 struct GradientArguments {
   TensorEntry* tensors;
@@ -114,6 +110,19 @@ struct GradientArguments {
 };
 static_assert(sizeof(GradientArguments<kGradientsPerLaunch>) <= 4096);
 static_assert(sizeof(GradientArguments<kLargeGradientsPerLaunch>) <= 32764);
+
+/// Whole entries, for tensors anywhere in the table.
+template <int capacity>
+struct EntryArguments {
+  TensorEntry* tensors;
+  int32_t count;
+  int32_t indices[capacity];
+  TensorEntry entries[capacity];
+};
+inline constexpr int kEntriesPerLaunch = (4096 - 32) / (sizeof(TensorEntry) + sizeof(int32_t));
+inline constexpr int kLargeEntriesPerLaunch = (32764 - 32) / (sizeof(TensorEntry) + sizeof(int32_t));
+static_assert(sizeof(EntryArguments<kEntriesPerLaunch>) <= 4096);
+static_assert(sizeof(EntryArguments<kLargeEntriesPerLaunch>) <= 32764);
 
 struct ZeroArguments {
   int32_t count;
@@ -157,7 +166,8 @@ struct ConvertArguments {
   StateCodec codec;  ///< states only
 };
 
-/// Launches a step over `chunk_count` chunks; `stream` is a cudaStream_t. Returns cudaError_t as int.
+/// Launches a step over `chunk_count` chunks; `stream` is a cudaStream_t. No chunks: loads the kernel to the current
+/// device, and launches nothing. Returns cudaError_t as int.
 using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
 /// The step kernels of a rule.
@@ -168,10 +178,10 @@ enum StepKernel : int {
   kHotFloat16Correction8,
   kHotBFloat16,
   kHotBFloat16Stochastic,
+  kHotBFloat16Correction8Runs,  ///< the first of them for shards in runs
   kHotKernels,
   // One format each, gradients of the parameter's type.
-  kDefaultBFloat16Correction8 =
-      kHotKernels,  ///< for rows that end in groups of fewer than 32, which the hot one leaves
+  kDefaultBFloat16Correction8 = kHotKernels,  ///< for groups of fewer than 32 elements, which the hot ones leave
   kPaperBFloat16,
   kPaperBFloat16Nearest8,
   // Any types and master weights: one for each codec.
@@ -179,11 +189,11 @@ enum StepKernel : int {
   kStepKernels = kAnyTypes + cpu::kCodecs,
 };
 
-inline StepKernel step_kernel_of(const ParameterTensors& t, int states) {
+inline StepKernel step_kernel_of(const ParameterTensors& t, int states, const TensorGroups& groups) {
   const auto any = static_cast<StepKernel>(kAnyTypes + static_cast<int>(t.state_codec));
   if (states == 0 || t.gradient_dtype != t.parameter_dtype) return any;
   const bool is_default = t.state_codec == StateCodec::kDefault, is_paper = t.state_codec == StateCodec::kPaper;
-  const bool has_short_groups = t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0;
+  const bool has_short_groups = groups.in_pieces || (t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0);
   if (t.parameter_dtype == DType::kFloat16) {
     const bool is_hot = is_default && !has_short_groups && t.master_weights == MasterWeights::kCorrection8;
     return is_hot ? kHotFloat16Correction8 : any;
@@ -194,8 +204,12 @@ inline StepKernel step_kernel_of(const ParameterTensors& t, int states) {
       return is_paper ? kPaperBFloat16 : is_default && !has_short_groups ? kHotBFloat16 : any;
     case MasterWeights::kNoneStochastic:
       return is_default && !has_short_groups ? kHotBFloat16Stochastic : any;
-    case MasterWeights::kCorrection8:
-      return !is_default ? any : has_short_groups ? kDefaultBFloat16Correction8 : kHotBFloat16Correction8;
+    case MasterWeights::kCorrection8: {
+      if (!is_default) return any;
+      const bool full_runs = groups.in_pieces && groups.pieces.lane == 0 && groups.pieces.run % kGroupSize == 0;
+      if (full_runs) return kHotBFloat16Correction8Runs;
+      return has_short_groups ? kDefaultBFloat16Correction8 : kHotBFloat16Correction8;
+    }
     case MasterWeights::kCorrection16:
       return is_default && !has_short_groups ? kHotBFloat16Correction16 : any;
     case MasterWeights::kCorrection8Nearest:
@@ -212,10 +226,11 @@ struct StepLaunches {
 const StepLaunches& step_launches(RuleKind rule);
 
 int launch_prepare(const PrepareArguments& arguments, void* stream);
-int launch_update(const UpdateArguments& arguments, void* stream);
-/// For the two capacities of tuning.h.
+/// For the two capacities each of tuning.h and above.
 template <int capacity>
 int launch_gradients(const GradientArguments<capacity>& arguments, void* stream);
+template <int capacity>
+int launch_entries(const EntryArguments<capacity>& arguments, void* stream);
 int launch_zero(const ZeroArguments& arguments, int blocks, void* stream);
 int launch_inspect(RuleKind rule, const InspectArguments& arguments, void* stream);
 int launch_convert(const ConvertArguments& arguments, void* stream);

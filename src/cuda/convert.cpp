@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "flashoptim/cuda.h"
+#include "src/checks.h"
 #include "src/conversions.h"
 #include "src/cuda/device.h"
 #include "src/rules.h"
@@ -27,7 +28,7 @@ void add_values(float* values, int slot, ConvertArguments* args) {
 Status convert_weights(Conversion conversion, DType dtype, MasterWeights master_weights, const void* parameter,
                        const void* correction, const float* weights, int64_t count, int32_t device, void* stream) {
   ParameterTensors t;
-  const Status status = weights_tensor(dtype, master_weights, parameter, correction, count, &t);
+  const Status status = weights_tensor(dtype, master_weights, parameter, correction, weights, count, &t);
   if (!status.is_ok()) return status;
   ConvertArguments args{};
   args.tensor = make_entry(t);
@@ -39,7 +40,8 @@ Status convert_weights(Conversion conversion, DType dtype, MasterWeights master_
 Status convert_states(Conversion conversion, OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
                       const float* const* values, int32_t device, void* stream) {
   ParameterTensors t = tensor;
-  const Status status = check_states_tensor(optimizer, has_momentum, &t);
+  Status status = check_states_tensor(optimizer, has_momentum, values, &t);
+  if (status.is_ok()) status = check_scales(t, {"tensor"});
   if (!status.is_ok()) return status;
   ConvertArguments args{};
   args.tensor = make_entry(t);
@@ -47,6 +49,7 @@ Status convert_states(Conversion conversion, OptimizerKind optimizer, bool has_m
   args.conversion = conversion;
   args.rule = rule_kind(optimizer, has_momentum);
   args.codec = t.state_codec;
+  if (t.layout.numel() == 0) return Status::ok();
   for (int k = 0; k < state_count(optimizer, has_momentum); ++k) add_values(const_cast<float*>(values[k]), k, &args);
   return run(args, device, stream);
 }
@@ -55,24 +58,32 @@ Status convert_states(Conversion conversion, OptimizerKind optimizer, bool has_m
 
 Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
                      float* weights, int64_t count, int32_t device, void* stream) {
-  return convert_weights(Conversion::kMergeWeights, dtype, master_weights, parameter, correction, weights, count,
-                         device, stream);
+  return guarded([&] {
+    return convert_weights(Conversion::kMergeWeights, dtype, master_weights, parameter, correction, weights, count,
+                           device, stream);
+  });
 }
 
 Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter, void* correction,
                      int64_t count, int32_t device, void* stream) {
-  return convert_weights(Conversion::kSplitWeights, dtype, master_weights, parameter, correction, weights, count,
-                         device, stream);
+  return guarded([&] {
+    return convert_weights(Conversion::kSplitWeights, dtype, master_weights, parameter, correction, weights, count,
+                           device, stream);
+  });
 }
 
 Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values,
                      int32_t device, void* stream) {
-  return convert_states(Conversion::kDecodeStates, optimizer, has_momentum, tensor, values, device, stream);
+  return guarded([&] {
+    return convert_states(Conversion::kDecodeStates, optimizer, has_momentum, tensor, values, device, stream);
+  });
 }
 
 Status encode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor,
                      const float* const* values, int32_t device, void* stream) {
-  return convert_states(Conversion::kEncodeStates, optimizer, has_momentum, tensor, values, device, stream);
+  return guarded([&] {
+    return convert_states(Conversion::kEncodeStates, optimizer, has_momentum, tensor, values, device, stream);
+  });
 }
 
 }  // namespace flashoptim::cuda

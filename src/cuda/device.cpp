@@ -9,6 +9,16 @@ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0
 
 }  // namespace
 
+Status check_scales(const ParameterTensors& t, const TensorName& name) {
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (reinterpret_cast<uintptr_t>(t.scales[k]) % sizeof(uint16_t) != 0) {
+      return Status::invalid_argument(name.field("scales") + "[" + std::to_string(k) +
+                                      "] is at an odd address; scales are 16-bit numbers");
+    }
+  }
+  return Status::ok();
+}
+
 TensorEntry make_entry(const ParameterTensors& t) {
   TensorEntry e{};
   e.parameter = t.parameter;
@@ -23,7 +33,7 @@ TensorEntry make_entry(const ParameterTensors& t) {
   e.row_size = t.layout.row_size;
   e.groups_per_row = t.layout.groups_per_row();
   e.numel = t.layout.numel();
-  e.first_element = t.first_element;
+  e.first_element = t.place.first_element;
   e.hyper_index = t.hyper_index;
   e.parameter_dtype = static_cast<uint8_t>(t.parameter_dtype);
   e.gradient_dtype = static_cast<uint8_t>(t.gradient_dtype);

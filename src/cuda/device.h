@@ -6,6 +6,7 @@
 #include <string>
 
 #include "flashoptim/types.h"
+#include "src/checks.h"
 #include "src/cuda/arguments.h"
 
 namespace flashoptim::cuda {
@@ -14,6 +15,9 @@ inline Status device_status(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return Status::ok();
   return Status::device_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
+
+/// Of a launch function.
+inline Status launched(int error, const char* what) { return device_status(static_cast<cudaError_t>(error), what); }
 
 /// Makes a device current for a scope.
 class DeviceGuard {
@@ -40,6 +44,10 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+/// Whether scales are where the kernels can read them as 16-bit numbers.
+Status check_scales(const ParameterTensors& tensor, const TensorName& name);
+
+/// Without its place in pieces, if it has one (PlanTables::entry).
 TensorEntry make_entry(const ParameterTensors& tensor);
 
 }  // namespace flashoptim::cuda

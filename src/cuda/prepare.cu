@@ -1,9 +1,9 @@
-// The small kernels around a step: hyperparameters that live on the device, changed tensor entries, step counters.
+// The small kernels around a step: hyperparameters that live on the device, step counters, the table's updates.
 #include <cuda_runtime.h>
 
 #include "flashoptim/core/optimizer_list.h"
 #include "src/cuda/arguments.h"
-#include "src/cuda/gradients-inl.cuh"
+#include "src/cuda/updates-inl.cuh"
 
 namespace flashoptim::cuda {
 namespace {
@@ -41,13 +41,6 @@ __global__ void prepare_kernel(const __grid_constant__ PrepareArguments args) {
   args.out[i] = out;
 }
 
-__global__ void update_kernel(const __grid_constant__ UpdateArguments args) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (i >= args.count) return;
-  args.tensors[i].gradient = args.updates[i].gradient;
-  args.tensors[i].hyper_index = args.updates[i].hyper_index;
-}
-
 __global__ void advance_kernel(int64_t* counter, const float* found_inf) {
   if (found_inf == nullptr || *found_inf == 0.0f) ++*counter;
 }
@@ -59,12 +52,8 @@ int launch_prepare(const PrepareArguments& args, void* stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
-int launch_update(const UpdateArguments& args, void* stream) {
-  update_kernel<<<1, 256, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  return static_cast<int>(cudaGetLastError());
-}
-
 template int launch_gradients(const GradientArguments<kGradientsPerLaunch>&, void*);
+template int launch_entries(const EntryArguments<kEntriesPerLaunch>&, void*);
 
 int launch_advance(int64_t* counter, const float* found_inf, void* stream) {
   advance_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(counter, found_inf);

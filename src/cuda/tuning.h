@@ -41,9 +41,7 @@ inline constexpr int kInlineHypers = 16;
 /// Entries per launch of the small preparing kernels: their arguments stay within 4 KB.
 inline constexpr int kHypersPerLaunch = 28;
 
-inline constexpr int kUpdatesPerLaunch = 240;
-/// The same where gradients alone have moved, as after zero_grad(): of a model's 300 tensors in one launch instead of
-/// two.
+/// New addresses of gradients, as after zero_grad(): of a model's 300 tensors in one launch.
 inline constexpr int kGradientsPerLaunch = 500;
 /// And for more of them, in 32 KB, which drivers of CUDA 12.1 (R530) and later take. A launch copies all of its
 /// arguments.

@@ -7,7 +7,14 @@
 
 namespace flashoptim::cuda {
 
-Status zero(void* const* arrays, const int64_t* bytes, int64_t count, int32_t device, void* stream) {
+namespace {
+
+Status zero_checked(void* const* arrays, const int64_t* bytes, int64_t count, int32_t device, void* stream) {
+  if (count < 0) return Status::invalid_argument("count = " + std::to_string(count) + "; must be at least 0");
+  if (count > 0 && (arrays == nullptr || bytes == nullptr)) {
+    return Status::invalid_argument(std::string(arrays == nullptr ? "arrays" : "bytes") + " is null; it must have " +
+                                    std::to_string(count) + " entries");
+  }
   for (int64_t i = 0; i < count; ++i) {
     if (bytes[i] < 0 || (bytes[i] > 0 && arrays[i] == nullptr)) {
       return Status::invalid_argument("arrays[" + std::to_string(i) + "] is null or has a negative size, " +
@@ -38,6 +45,12 @@ Status zero(void* const* arrays, const int64_t* bytes, int64_t count, int32_t de
         device_status(static_cast<cudaError_t>(launch_zero(args, blocks, stream)), "launching the zeroing of states");
   }
   return status;
+}
+
+}  // namespace
+
+Status zero(void* const* arrays, const int64_t* bytes, int64_t count, int32_t device, void* stream) {
+  return guarded([&] { return zero_checked(arrays, bytes, count, device, stream); });
 }
 
 }  // namespace flashoptim::cuda

@@ -71,7 +71,7 @@ class Determinism : public testing::TestWithParam<OptimizerKind> {
     const int64_t sizes[2] = {last - first, kColumns};
     const int64_t begin = first * kColumns;
     tensor.layout = group_layout(sizes, 2);
-    tensor.first_element = begin;
+    tensor.place.first_element = begin;
     tensor.parameter = s.parameter.data() + begin;
     tensor.correction = s.correction.data() + begin;
     tensor.parameter_dtype = tensor.gradient_dtype = DType::kBFloat16;

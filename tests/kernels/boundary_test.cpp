@@ -23,9 +23,18 @@ TEST(Boundary, SizesThatWouldOverflowAreRefusedByMake) {
       {"layout", [](ParameterTensors& t) { t.layout = {kMost, kMost}; }},
       {"layout", [](ParameterTensors& t) { t.layout = {1, (int64_t{1} << 57) + 1}; }},
       {"layout", [](ParameterTensors& t) { t.layout = {std::numeric_limits<int64_t>::min(), 1}; }},
-      {"first_element", [](ParameterTensors& t) { t.first_element = kMost; }},
-      {"first_element", [](ParameterTensors& t) { t.first_element = kMost - 99; }},
-      {"first_element", [](ParameterTensors& t) { t.first_element = std::numeric_limits<int64_t>::min(); }},
+      {"place.first_element", [](ParameterTensors& t) { t.place.first_element = kMost; }},
+      {"place.first_element", [](ParameterTensors& t) { t.place.first_element = kMost - 99; }},
+      {"place.first_element", [](ParameterTensors& t) { t.place.first_element = std::numeric_limits<int64_t>::min(); }},
+      {"place.first_element", [](ParameterTensors& t) { t.place = {kMost, 0, 0, {1, 1000}}; }},
+      {"place.run", [](ParameterTensors& t) { t.place.run = std::numeric_limits<int64_t>::min(); }},
+      {"place.run", [](ParameterTensors& t) { t.place = {0, 50, 100, {}}; }},
+      {"place.stride", [](ParameterTensors& t) { t.place = {0, 50, std::numeric_limits<int64_t>::min(), {1, 1000}}; }},
+      {"place.first_element", [](ParameterTensors& t) { t.place = {0, 50, kMost, {1, int64_t{1} << 57}}; }},
+      {"place.first_element", [](ParameterTensors& t) { t.place = {kMost, 1, kMost, {1, int64_t{1} << 57}}; }},
+      {"place.whole", [](ParameterTensors& t) { t.place.whole = {0, kMost}; }},
+      {"place.whole", [](ParameterTensors& t) { t.place.whole = {kMost, kMost}; }},
+      {"place.whole", [](ParameterTensors& t) { t.place.whole = {-1, -1}; }},
       {"hyper_index", [](ParameterTensors& t) { t.hyper_index = std::numeric_limits<int32_t>::max(); }},
       {"hyper_index", [](ParameterTensors& t) { t.hyper_index = std::numeric_limits<int32_t>::max() - 1; }},
       {"hyper_index", [](ParameterTensors& t) { t.hyper_index = kMaxHyperparameterSets; }},
@@ -41,7 +50,7 @@ TEST(Boundary, SizesThatWouldOverflowAreRefusedByMake) {
     EXPECT_EQ(plan.size(), 0);
   }
   TestTensor last(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1);
-  last.tensors().first_element = kMost - 100;
+  last.tensors().place.first_element = kMost - 100;
   last.tensors().hyper_index = kMaxHyperparameterSets - 1;
   Plan plan;
   ASSERT_TRUE(Plan::make(OptimizerKind::kAdamW, true, &last.tensors(), 1, &plan).is_ok());
@@ -67,8 +76,56 @@ TEST(Boundary, LayoutsOfShapesThatAreNoneAreRefusedByMake) {
     Plan plan;
     EXPECT_EQ(Plan::make(OptimizerKind::kAdamW, true, &t.tensors(), 1, &plan).code(), StatusCode::kInvalidArgument);
   }
+  for (const RowRule rule : {RowRule::kFirstDimension, RowRule::kShortest}) {
+    EXPECT_EQ(group_layout(huge, 2, rule).rows, -1);
+    EXPECT_EQ(group_layout(negative, 2, rule).rows, -1);
+    EXPECT_EQ(group_layout(empty, 3, rule).numel(), 0);
+  }
+  EXPECT_EQ(group_layout(empty, 3, static_cast<RowRule>(3)).rows, -1);
   EXPECT_EQ(group_layout(empty, 3).numel(), 0);
   EXPECT_EQ(group_layout(nullptr, 0).numel(), 1);
+}
+
+TEST(Boundary, BoxesAndShardsThatAreNoneAreRefused) {
+  const int64_t huge[] = {int64_t{1} << 40, int64_t{1} << 40}, some[] = {4, 64}, none[] = {0, 0};
+  const int64_t empty[] = {kMost, kMost, 0}, origin[] = {0, 0, 0};
+  const Place before{77, 0, 0, {}};
+  Place place = before;
+  constexpr RowRule kRule = RowRule::kShortest;
+  const struct {
+    const char* what;
+    Status status;
+  } cases[] = {
+      {"place is null", place_of_box(some, none, some, 2, kRule, nullptr)},
+      {"whole_sizes", place_of_box(nullptr, none, some, 2, kRule, &place)},
+      {"offsets", place_of_box(some, nullptr, some, 2, kRule, &place)},
+      {"sizes", place_of_box(some, none, nullptr, 2, kRule, &place)},
+      {"dimensions = -1", place_of_box(some, none, some, -1, kRule, &place)},
+      {"rule = 0", place_of_box(some, none, some, 2, static_cast<RowRule>(0), &place)},
+      {"whole_sizes", place_of_box(huge, none, some, 2, kRule, &place)},
+  };
+  for (const auto& bad : cases) {
+    EXPECT_EQ(bad.status.code(), StatusCode::kInvalidArgument) << bad.what;
+    EXPECT_NE(bad.status.message().find(bad.what), std::string::npos) << bad.status.message();
+  }
+  EXPECT_TRUE(place == before);
+  ASSERT_TRUE(place_of_box(empty, origin, empty, 3, kRule, &place).is_ok());
+  EXPECT_TRUE(place == Place{});
+
+  EXPECT_EQ(shard_layout({0, 0, 0, {4, 64}}, -64).rows, -1);
+  EXPECT_EQ(shard_layout({0, 30, 64, {4, 64}}, 100).rows, -1);
+  EXPECT_EQ(shard_layout({0, 0, 0, {4, 0}}, 100).numel(), 100);
+}
+
+TEST(Boundary, ScalesOfFullPrecisionStatesAreNotLookedAt) {
+  TestTensor t(kAdamW, StateCodec::kFloat32, kNarrow, {7, 40}, 1);  // short groups: stepped through copies
+  int not_scales = 0;
+  for (void*& scales : t.tensors().scales) scales = &not_scales;
+  Plan plan;
+  ASSERT_TRUE(Plan::make(OptimizerKind::kAdamW, true, &t.tensors(), 1, &plan).is_ok());
+  EXPECT_EQ(plan.tensor(0).scales[0], nullptr);
+  const Hyperparameters hyper = busy_hyperparameters(1);
+  EXPECT_TRUE(plan.step(&hyper, 1).is_ok());
 }
 
 TEST(Boundary, NullPointersAndUnknownChoicesAreRefused) {
@@ -169,7 +226,8 @@ class OddTensor {
   std::vector<std::vector<unsigned char>> storages_;
 };
 
-/// Under UndefinedBehaviorSanitizer this also finds loads and stores through pointers of a wrong alignment.
+/// Blocks that end in short groups, in full ones, and in fewer than a vector of them. Under
+/// UndefinedBehaviorSanitizer this also finds loads and stores through pointers of a wrong alignment.
 TEST(Boundary, ArraysAtOddAddressesGiveTheSameBits) {
   const Storage storages[] = {{DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8},
                               {DType::kBFloat16, DType::kFloat32, MasterWeights::kCorrection16},
@@ -178,7 +236,7 @@ TEST(Boundary, ArraysAtOddAddressesGiveTheSameBits) {
   for (const OptimizerChoice& optimizer : kOptimizers) {
     for (StateCodec codec : kCodecs) {
       for (const Storage& storage : storages) {
-        for (const std::vector<int64_t>& shape : {std::vector<int64_t>{2500}, {7, 33}, {3, 1024}}) {
+        for (const std::vector<int64_t>& shape : {std::vector<int64_t>{2500}, {7, 33}, {13, 96}}) {
           SCOPED_TRACE(describe(optimizer, codec, storage));
           TestTensor even(optimizer, codec, storage, shape, 5);
           Plan even_plan;

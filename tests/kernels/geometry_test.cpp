@@ -102,7 +102,7 @@ TEST(Geometry, MisalignedStorageGivesTheSameBytesAndNothingOutsideIsWritten) {
 void expect_shards_equal_whole(const OptimizerChoice& optimizer, StateCodec codec, const Storage& storage,
                                const std::vector<int64_t>& sizes, const std::vector<int64_t>& cut, int64_t origin) {
   TestTensor whole(optimizer, codec, storage, sizes, 5), parts(optimizer, codec, storage, sizes, 5);
-  whole.tensors().first_element = origin;
+  whole.tensors().place.first_element = origin;
   const ElementSizesOf size = element_sizes_of(whole.tensors());
   const int64_t row = std::accumulate(sizes.begin() + 1, sizes.end(), int64_t{1}, std::multiplies<>());
   std::vector<ParameterTensors> shards;
@@ -113,7 +113,7 @@ void expect_shards_equal_whole(const OptimizerChoice& optimizer, StateCodec code
     shard_sizes[0] = rows;
     s.layout = group_layout(shard_sizes.data(), static_cast<int64_t>(shard_sizes.size()));
     const int64_t first = begin * row;
-    s.first_element = origin + first;
+    s.place.first_element = origin + first;
     s.parameter = static_cast<unsigned char*>(s.parameter) + first * size.parameter;
     if (s.correction != nullptr) s.correction = static_cast<unsigned char*>(s.correction) + first * size.correction;
     const int64_t groups =
@@ -138,7 +138,7 @@ void expect_shards_equal_whole(const OptimizerChoice& optimizer, StateCodec code
     ASSERT_TRUE(whole_plan.set_gradient(0, whole.tensors().gradient).is_ok());
     for (size_t i = 0; i < shards.size(); ++i) {
       const auto* gradient = static_cast<const unsigned char*>(parts.tensors().gradient) +
-                             (shards[i].first_element - origin) * size.gradient;
+                             (shards[i].place.first_element - origin) * size.gradient;
       ASSERT_TRUE(shard_plan.set_gradient(static_cast<int64_t>(i), gradient).is_ok());
     }
     ASSERT_TRUE(whole_plan.step(&hyper, 1).is_ok());
@@ -165,7 +165,7 @@ TEST(Geometry, DitherTellsElementsBeyondTwoToTheThirtyTwoApart) {
   std::vector<std::vector<unsigned char>> results;
   for (int64_t origin : {int64_t{0}, int64_t{1} << 32, int64_t{1} << 40}) {
     TestTensor t(kOptimizers[0], StateCodec::kDefault, storage, {4, 64}, 5);
-    t.tensors().first_element = origin;
+    t.tensors().place.first_element = origin;
     Plan plan;
     ASSERT_TRUE(Plan::make(OptimizerKind::kAdamW, true, &t.tensors(), 1, &plan).is_ok());
     const Hyperparameters hyper = busy_hyperparameters(1);

@@ -245,7 +245,7 @@ TEST(Plan, TensorsThatDoNotFitAreErrorsThatNameTheFieldAndLeaveThePlanAsItWas) {
       {StatusCode::kInvalidArgument, "layout", "-1", [](ParameterTensors& t) { t.layout.rows = -1; }},
       {StatusCode::kInvalidArgument, "layout", "2^57",
        [](ParameterTensors& t) { t.layout = {int64_t{1} << 40, int64_t{1} << 40}; }},
-      {StatusCode::kInvalidArgument, "first_element", "-5", [](ParameterTensors& t) { t.first_element = -5; }},
+      {StatusCode::kInvalidArgument, "first_element", "-5", [](ParameterTensors& t) { t.place.first_element = -5; }},
       {StatusCode::kInvalidArgument, "hyper_index", "-1", [](ParameterTensors& t) { t.hyper_index = -1; }},
       {StatusCode::kInvalidArgument, "dtype", "",
        [](ParameterTensors& t) { t.parameter_dtype = static_cast<DType>(9); }},

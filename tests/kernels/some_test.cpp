@@ -179,7 +179,11 @@ TEST(SetTensor, RefusesWhatNeedsANewPlanAndKeepsTheOldTensor) {
     void (*spoil)(ParameterTensors&);
   } cases[] = {
       {"tensor.layout.row_size = 4999", [](ParameterTensors& t) { t.layout.row_size = 4999; }},
-      {"tensor.first_element = 1", [](ParameterTensors& t) { t.first_element = 1; }},
+      {"tensor.place.first_element = 1", [](ParameterTensors& t) { t.place.first_element = 1; }},
+      {"tensor.place.run = 32", [](ParameterTensors& t) { t.place.run = 32; }},
+      {"tensor.place.stride = 64", [](ParameterTensors& t) { t.place.stride = 64; }},
+      {"tensor.place.whole.rows = 1", [](ParameterTensors& t) { t.place.whole = {1, 5000}; }},
+      {"tensor.place.whole.row_size = 5000", [](ParameterTensors& t) { t.place.whole = {0, 5000}; }},
       {"tensor.parameter_dtype", [](ParameterTensors& t) { t.parameter_dtype = DType::kFloat16; }},
       {"tensor.gradient_dtype", [](ParameterTensors& t) { t.gradient_dtype = DType::kFloat32; }},
       {"tensor.master_weights", [](ParameterTensors& t) { t.master_weights = MasterWeights::kNone; }},

@@ -25,7 +25,7 @@ TEST_P(TelemetryCounts, CountsWhatTheStepThenDoesAndChangesNothing) {
       SCOPED_TRACE(describe(optimizer, codec, storage) + " of " + std::to_string(sizes.size()) + " dimensions");
       TestTensor t(optimizer, codec, storage, sizes, 31, 1, Gradients::kHostile),
           twin(optimizer, codec, storage, sizes, 31, 1, Gradients::kHostile);
-      t.tensors().first_element = twin.tensors().first_element = (int64_t{1} << 40) + 64;
+      t.tensors().place.first_element = twin.tensors().place.first_element = (int64_t{1} << 40) + 64;
       Plan plan, twin_plan;
       ASSERT_TRUE(Plan::make(optimizer.kind, optimizer.has_momentum, &t.tensors(), 1, &plan).is_ok());
       ASSERT_TRUE(Plan::make(optimizer.kind, optimizer.has_momentum, &twin.tensors(), 1, &twin_plan).is_ok());
