@@ -1,9 +1,10 @@
 """The store behind an optimizer: its parameters as records, and the one way through a step.
 
-The store proper is C++ (libtorch/store). It looks at every tensor at every step, by address, shape, strides and dtype, and
-names the records of which something is not as it was described; here each of them is seen to: a state is made, converted or
-left as it is, a parameter or gradient that lies otherwise is copied, and the record is described anew. Then the C++ store
-steps. It holds no tensor: what is taken out of ``optimizer.state`` is free at once.
+The store proper is C++ (libtorch/store). It looks at every tensor at every step, by address, shape, strides and dtype,
+and names the records of which something is not as it was described; here each of them is seen to: a state is made,
+converted or left as it is, a parameter or gradient that lies otherwise is copied, and the record is described anew.
+Then the C++ store steps. It holds parameters, but nothing of their states: what is taken out of ``optimizer.state`` is
+free at once.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ def _outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
         if get_eval_frame_callback() is None:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
     return call
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 class Store:
@@ -280,10 +286,10 @@ class Store:
         staged: Staged,
         counts_on_device: bool,
     ) -> None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError(
-                "step() cannot be captured in a CUDA graph as things are: call step() once before the capture, and keep "
-                "parameters, their states and the set of those with gradients as they are then"
+                "step() cannot be captured in a CUDA graph as things are: call step() once before the capture, and "
+                "keep parameters, their states and the set of those with gradients as they are then"
             )
         records = [need for need in needs if need >= 0]
         self._make_missing(records, state, change)
@@ -388,7 +394,7 @@ class Store:
         param, form = self.params[record], self.form(record)
         local = _parameters.local(param)
         held = state.get(param)
-        if _is_missing(held):
+        if held is None or _is_missing(held):
             state[param] = held = _states.new_states(self.kind, [(local, form)])[0]
         elif _states.fit(self.kind, held, local, form, self.name(record), self.dtypes[record]) == Fit.NO:
             with _Change(state, self._handle) as change:
@@ -502,4 +508,4 @@ def _copy_in(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return values.copy_(tensor.detach())
 
 
-__all__ = ["Controls", "Store"]
+__all__ = ["Controls", "Store", "is_capturing"]

@@ -38,15 +38,16 @@ class NumericsReport:
     nonfinite_gradients: int
     #: Weights looked at before and after a step, with a gradient other than zero (``check_numerics=True`` only).
     sampled_updates: int
-    #: How many of them kept every bit. With nearest rounding such an update is lost; with unbiased rounding (the default
-    #: codec's corrections, ``stochastic_rounding=True``) it is not: others round the other way.
+    #: How many of them kept every bit. With nearest rounding such an update is lost; with unbiased rounding (the
+    #: default codec's corrections, ``stochastic_rounding=True``) it is not: others round the other way.
     unchanged_weights: int
-    #: States other than 0 that were stored as 0, in the sample. The default codec rounds small momentum up or down at random,
-    #: without bias, and never a variance to 0; the paper's loses what it floors.
+    #: States other than 0 that were stored as 0, in the sample. The default codec rounds small momentum up or down at
+    #: random, without bias, and never a variance to 0; the paper's loses what it floors.
     floored_codes: int = 0
     #: States beyond the largest that their codec stores, in the sample.
     saturated_codes: int = 0
-    #: The largest update in the sample over what the rule allows (Adam's and Lion's bounds: docs/numerics.md, "Telemetry").
+    #: The largest update in the sample over what the rule allows (Adam's and Lion's bounds: docs/numerics.md,
+    #: "Telemetry").
     largest_update_ratio: float = 0.0
     #: The same for every parameter that was looked at, by name.
     parameters: dict[str, ParameterNumerics] = field(default_factory=dict)
@@ -139,8 +140,9 @@ class NumericsMonitor:
             ratios = table.view(torch.float32)[:, 10].tolist()
             for name, numbers, ratio in zip(names, table[:, :5].tolist(), ratios):
                 old = found.get(name, ParameterNumerics(0, 0, 0, 0, 0, 0.0))
-                sums = [a + b for a, b in zip(numbers, astuple(old)[:5])]
-                found[name] = ParameterNumerics(*sums, max(ratio, old.largest_update_ratio))  # type: ignore[arg-type]
+                examined, nonfinite, lost, floored, saturated = (a + b for a, b in zip(numbers, astuple(old)))
+                largest = max(ratio, old.largest_update_ratio)
+                found[name] = ParameterNumerics(examined, nonfinite, lost, floored, saturated, largest)
 
     def report(self) -> NumericsReport:
         count = sum(int(counter.item()) for counter in self.nonfinite.values())
@@ -172,8 +174,9 @@ class NumericsMonitor:
             raise NumericsError(
                 f"lr = {lr:.3g} is too small for {name}: its largest weight is {largest:.6g}, and of a {param.dtype} "
                 f"weight with {bits} bits of correction rounded to nearest only steps from {needed:.3g} up are sure to "
-                f"change it; this step counts on {taken:.3g}. Raise lr, or keep more bits (master_weight_bits), or round "
-                "without bias (state_codec='default'; stochastic_rounding=True where master_weight_bits is None), or set "
+                f"change it; this step counts on {taken:.3g}. Raise lr, or keep more bits (master_weight_bits), or "
+                "round without bias (state_codec='default'; stochastic_rounding=True where master_weight_bits is "
+                "None), or set "
                 "check_numerics=False. Weights are measured at the first step, after load_state_dict() and by "
                 "recompute_param_stats()"
             )

@@ -1,7 +1,7 @@
 """What a step() costs on the host: run by hand, `python tests/python/measure_step.py [cuda]`.
 
-Tensors of 8 elements leave nothing but overhead; 1,000 tensors of 512 x 512 (on the CPU, whose arithmetic would hide all
-else, 64 x 64) are those of a model. Prints microseconds, the least of many runs and the median.
+Tensors of 8 elements leave nothing but overhead; 1,000 tensors of 512 x 512 (on the CPU, whose arithmetic would hide
+all else, 64 x 64) are those of a model. Prints microseconds, the least of many runs and the median.
 """
 
 from __future__ import annotations

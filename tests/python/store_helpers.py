@@ -1,4 +1,5 @@
-"""What the tests of the store share: equal optimizers, looks at everything that a step may change, memory that is watched."""
+"""What the tests of the store share: equal optimizers, looks at everything that a step may change, memory that is
+watched."""
 
 from __future__ import annotations
 

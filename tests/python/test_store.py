@@ -1,4 +1,5 @@
-"""Whatever is done to parameters, gradients and states between steps: the right result, or an error with nothing changed."""
+"""Whatever is done to parameters, gradients and states between steps: the right result, or an error with nothing
+changed."""
 
 from __future__ import annotations
 
@@ -264,6 +265,37 @@ def test_states_of_other_types(one_by_one):
         ):
             take_step(optimizer, params, one_by_one)
         assert everything(params, optimizer) == before
+
+
+def without_memory(count):
+    count.untyped_storage().resize_(0)
+    return count
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["step", "step_param"])
+def test_a_counter_without_its_memory_is_refused(one_by_one):
+    params, optimizer = make()
+    set_grads(params, 2)
+    optimizer.state[params[0]]["step"] = without_memory(torch.tensor(2))
+    with pytest.raises(ValueError, match="state 'step' of parameter 0 of group 0 has .* a storage of 0 bytes"):
+        take_step(optimizer, params, one_by_one)
+    assert optimizer.state[params[2]]["step"] == 2
+
+
+def test_a_smaller_storage_is_refused_wherever_it_lies():
+    """Freed and taken anew, it may come back to the same address."""
+    params, optimizer = make(shapes=[(256, 256)])
+    state = optimizer.state[params[0]]
+    for _ in range(20):
+        state["exp_avg"] = state["exp_avg"].clone()
+        set_grads(params, 2)
+        optimizer.step()
+        storage = state["exp_avg"].untyped_storage()
+        storage.resize_(0)
+        storage.resize_(1000)
+        with pytest.raises(RuntimeError, match="state 'exp_avg' of parameter 0 of group 0 .* 1000 bytes"):
+            optimizer.step()
+        state["exp_avg"] = torch.zeros(256, 256, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("count", [-1, 2**53, 2**70, 0.5, float("nan"), torch.tensor(-1.0), torch.tensor([1, 2])])

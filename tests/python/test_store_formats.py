@@ -7,11 +7,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, assert_same_bits, bits, make_params, run, set_grads
-from store_helpers import everything, make, take_step
 
 import flashoptim_native
 from flashoptim_native import reconstruct_fp32_param
+from helpers import CLASSES, assert_same_bits, bits, make_params, run, set_grads
+from store_helpers import everything, make, take_step
 
 SHAPES = [(64, 64), (40,), ()]
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import warnings
 
 import pytest
 import torch
-from helpers import CLASSES, assert_same_bits, bits, make_params, run, set_grads
-from store_helpers import everything, make, take_step
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import flashoptim_native
 from flashoptim_native import _ops
+from helpers import CLASSES, assert_same_bits, bits, make_params, run, set_grads
+from store_helpers import everything, make, take_step
 
 
 def calls_of(function):
@@ -46,7 +47,7 @@ def test_a_parameter_alone_costs_the_same_among_many(options):
         params, optimizer = small(count, **options)
         found = costs[count] = []
         for _ in range(3):  # alone, planned, as always; what is done once for all comes with the first ones
-            found.append([calls_of(lambda p=p: optimizer.step_param(p)) for p in params])
+            found.append([calls_of(functools.partial(optimizer.step_param, p)) for p in params])
     for few, many in zip(costs[20], costs[2000], strict=True):
         assert set(few[3:]) == set(many[3:])
 
@@ -75,7 +76,7 @@ def test_one_parameter_group_for_each_parameter():
             for p in params:
                 p.grad = torch.ones_like(p)
                 optimizer.step_param(p)
-        costs.append(calls_of(lambda p=params[3], o=optimizer: o.step_param(p)))
+        costs.append(calls_of(functools.partial(optimizer.step_param, params[3])))
     assert costs[0] == costs[1]
 
 
