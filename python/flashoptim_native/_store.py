@@ -343,6 +343,9 @@ class Store:
     ) -> None:
         self._check(record)
         param, name, form = self.params[record], self.name(record), self.form(record)
+        same = self._index[id(param)]
+        if same != record:
+            raise RuntimeError(f"{name} and {self.name(same)} share memory; every parameter must be listed once")
         local = _parameters.local(param)
         held = state[param]
         if not isinstance(held, dict):

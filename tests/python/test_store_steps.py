@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import threading
 import warnings
@@ -25,11 +26,13 @@ def calls_of(function):
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # it calls back
     sys.setprofile(see)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
