@@ -8,6 +8,7 @@ namespace flashoptim::ops {
 namespace {
 
 constexpr const char* kCapsule = "flashoptim.store";
+constexpr int64_t kMostSteps = int64_t{1} << 53;
 
 /// What stands in a dict from record numbers under `index`, borrowed; null where nothing does.
 PyObject* find(PyObject* by_record, int64_t index) {
@@ -39,10 +40,13 @@ std::string text_or_nothing(PyObject* key) {
 bool read_gradient(const store::Record& record, const LocalTensor& grad, const void** address) {
   Facts facts;
   if (!grad.has_value() || !read_facts(grad.handle(), &facts)) return false;
-  if (!record.takes_gradient(facts, device_of(grad.handle()))) return false;
+  const int64_t numel = record.tensors().layout.numel();
+  if (!record.takes_gradient(facts, device_of(grad.handle())) || !is_in_storage(grad.handle(), facts, numel)) {
+    return false;
+  }
   *address = facts.data;
   // Only a tensor of one element can lie as it should and yet have the other sign: an imaginary part has gaps.
-  return record.tensors().layout.numel() != 1 || !is_negated(grad.handle());
+  return numel != 1 || !is_negated(grad.handle());
 }
 
 }  // namespace
@@ -165,9 +169,8 @@ bool PythonStore::read_count(int64_t index, PyObject* value, store::StepCount* c
   *count = {};
   if (type_of(value) == &PyLong_Type) {
     count->taken = PyLong_AsLongLong(value);
-    if (count->taken != -1 || PyErr_Occurred() == nullptr) return count->taken >= 0;
-    PyErr_Clear();  // too large
-    return false;
+    if (count->taken == -1 && PyErr_Occurred() != nullptr) PyErr_Clear();  // too large
+    return count->taken >= 0 && count->taken < kMostSteps;
   }
   const LocalTensor tensor(value);
   Facts facts;
@@ -175,7 +178,9 @@ bool PythonStore::read_count(int64_t index, PyObject* value, store::StepCount* c
   for (int64_t d = 0; d < facts.dim; ++d) {
     if (facts.sizes[d] != 1) return false;
   }
-  if (device_of(tensor.handle()) != store_.record(index).device()) return false;
+  if (device_of(tensor.handle()) != store_.record(index).device() || !is_in_storage(tensor.handle(), facts, 1)) {
+    return false;
+  }
   count->on_device = static_cast<int64_t*>(const_cast<void*>(facts.data));
   return true;
 }

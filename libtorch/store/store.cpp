@@ -72,9 +72,7 @@ int32_t dtype_code(DType dtype) {
 }  // namespace
 
 bool Record::fits(const Facts& facts, int32_t dtype) const {
-  const int64_t numel = tensors_.layout.numel();
-  return is_known_ && facts.dtype == dtype && same_extents(facts, sizes_, strides_, numel == 0) &&
-         facts.bytes >= numel * element_size(dtype);
+  return is_known_ && facts.dtype == dtype && same_extents(facts, sizes_, strides_, tensors_.layout.numel() == 0);
 }
 
 bool Record::fits_scale(const Facts& facts, int slot) const {
@@ -85,7 +83,7 @@ bool Record::fits_scale(const Facts& facts, int slot) const {
     if (facts.sizes[d] != 1 && facts.strides[d] != numel && tensors_.layout.groups() != 0) return false;
     numel *= facts.sizes[d];
   }
-  return numel == tensors_.layout.groups() && facts.bytes >= numel * element_size(facts.dtype);
+  return numel == tensors_.layout.groups();
 }
 
 void Store::reset(int64_t count) {
@@ -115,6 +113,7 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
   next.sizes_.assign(info.sizes, info.sizes + info.dim);
   next.strides_.assign(info.strides, info.strides + info.dim);
   next.dtype_ = info.dtype;
+  next.storage_ = info.storage_needed;
   const bool is_meta = next.backend_ == Backend::kMeta;
 
   ParameterTensors& t = next.tensors_;
@@ -150,6 +149,7 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
     next.state_dtypes_[k] = state_dtype(optimizer_, k, t.state_codec);
     check_dtype(op, state, codes_info.dtype, next.state_dtypes_[k], "its state codec");
     check_like(op, state, codes_info, param_name, info);
+    next.state_storages_[k] = codes_info.storage_needed;
     t.states[k] = is_meta ? nullptr : mutable_data(stored.states[at]);
     if (!quantized) continue;
     const TensorInfo scale_info = read_tensor(op, scale, stored.scales[at]);
@@ -158,6 +158,7 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
               dtype_name(scale_dtype(t.state_codec)));
     }
     next.scale_dtypes_[k] = scale_info.dtype;
+    next.scale_storages_[k] = scale_info.storage_needed;
     check_contiguous(op, scale, scale_info);
     check_device(op, scale, scale_info.device, param_name, info.device);
     if (scale_info.numel != t.layout.groups()) {
@@ -173,6 +174,7 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
     next.correction_dtype_ = correction_dtype(t.master_weights);
     check_dtype(op, corrected, read.dtype, next.correction_dtype_, "its master_weights");
     check_like(op, corrected, read, param_name, info);
+    next.correction_storage_ = read.storage_needed;
     t.correction = is_meta ? nullptr : mutable_data(correction);
   }
 

@@ -47,18 +47,23 @@ class Record {
   const std::vector<int64_t>& sizes() const { return sizes_; }
   const std::vector<int64_t>& strides() const { return strides_; }
 
-  // Whether a tensor is the one that was described: address, dtype, sizes and order of elements.
-  bool is_parameter(const Facts& facts) const { return facts.data == tensors_.parameter && fits(facts, dtype_); }
+  // Whether a tensor is the one that was described: address, dtype, sizes and order of elements, and a storage that
+  // holds it. (Whoever resizes a storage moves it, mostly; freed and taken anew, a smaller one may come to the same
+  // address.)
+  bool is_parameter(const Facts& facts) const {
+    return facts.data == tensors_.parameter && facts.storage >= storage_ && fits(facts, dtype_);
+  }
   bool is_state(int slot, const Facts& facts) const {
-    return facts.data == tensors_.states[slot] && fits(facts, state_dtypes_[slot]);
+    return facts.data == tensors_.states[slot] && facts.storage >= state_storages_[slot] &&
+           fits(facts, state_dtypes_[slot]);
   }
   bool is_scale(int slot, const Facts& facts) const {
-    return facts.data == tensors_.scales[slot] && fits_scale(facts, slot);
+    return facts.data == tensors_.scales[slot] && facts.storage >= scale_storages_[slot] && fits_scale(facts, slot);
   }
   bool is_correction(const Facts& facts) const {
-    return facts.data == tensors_.correction && fits(facts, correction_dtype_);
+    return facts.data == tensors_.correction && facts.storage >= correction_storage_ && fits(facts, correction_dtype_);
   }
-  /// Whether a gradient can be taken as it lies: any address.
+  /// Whether a gradient can be taken as it lies: any address. (Its storage is looked at with is_in_storage().)
   bool takes_gradient(const Facts& facts, Device device) const {
     return device == device_ && fits(facts, gradient_dtype_);
   }
@@ -76,6 +81,8 @@ class Record {
   std::vector<int64_t> sizes_, strides_;
   int32_t dtype_ = 0, gradient_dtype_ = 0, correction_dtype_ = -1;
   int32_t state_dtypes_[kMaxStates] = {}, scale_dtypes_[kMaxStates] = {};
+  // Bytes of storage that each needs.
+  int64_t storage_ = 0, correction_storage_ = 0, state_storages_[kMaxStates] = {}, scale_storages_[kMaxStates] = {};
   // Of the plan that it is in; -1: none yet.
   int32_t plan_ = -1, index_ = -1;
   bool was_stepped_alone_ = false;

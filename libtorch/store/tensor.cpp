@@ -28,21 +28,7 @@ bool same_strides(const TensorInfo& a, const TensorInfo& b) {
   return true;
 }
 
-/// Bytes from the tensor's first element to the end of its storage.
-int64_t bytes_from(int64_t storage_bytes, int64_t offset, int32_t dtype) {
-  return storage_bytes - offset * element_size(dtype);
-}
-
-/// Bytes from the first element of a tensor to behind its last one.
-int64_t extent(const TensorInfo& t) {
-  if (t.numel == 0) return 0;
-  int64_t last = 0;
-  for (int64_t d = 0; d < t.dim; ++d) last += (t.sizes[d] - 1) * t.strides[d];
-  return (last + 1) * element_size(t.dtype);
-}
-
-}  // namespace
-
+/// Bytes of an element.
 int64_t element_size(int32_t dtype) {
   static const std::array<int8_t, 128> kSizes = [] {
     std::array<int8_t, 128> sizes = {};
@@ -55,6 +41,16 @@ int64_t element_size(int32_t dtype) {
   const int64_t size = dtype >= 0 && dtype < 128 ? kSizes[static_cast<size_t>(dtype)] : 0;
   return size != 0 ? size : static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
 }
+
+/// Elements from the first one of a tensor to behind its last one.
+int64_t extent(const TensorInfo& t) {
+  if (t.numel == 0) return 0;
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim; ++d) last += (t.sizes[d] - 1) * t.strides[d];
+  return last + 1;
+}
+
+}  // namespace
 
 void check_torch(AOTITorchError error, const char* what) {
   if (error == AOTI_TORCH_SUCCESS) return;
@@ -146,7 +142,8 @@ TensorInfo read_tensor(Op op, Name name, AtenTensorHandle tensor) {
   int64_t storage = 0, offset = 0;
   check_torch(aoti_torch_get_storage_size(tensor, &storage), "get_storage_size");
   check_torch(aoti_torch_get_storage_offset(tensor, &offset), "get_storage_offset");
-  if (extent(info) > bytes_from(storage, offset, info.dtype)) {
+  if (info.numel != 0) info.storage_needed = (offset + extent(info)) * element_size(info.dtype);
+  if (info.storage_needed > storage) {
     op.fail(name.str() + " of shape " + ints(info.sizes, info.dim) + " and dtype " + dtype_name(info.dtype) +
             " needs more memory than its storage has, " + std::to_string(storage) +
             " bytes: the storage has been resized");
@@ -192,16 +189,18 @@ bool is_dense(const TensorInfo& t) {
 }
 
 bool read_facts(AtenTensorHandle tensor, Facts* facts) {
-  int64_t storage = 0, offset = 0;
-  const bool is_read = aoti_torch_get_strides(tensor, const_cast<int64_t**>(&facts->strides)) == AOTI_TORCH_SUCCESS &&
-                       aoti_torch_get_sizes(tensor, const_cast<int64_t**>(&facts->sizes)) == AOTI_TORCH_SUCCESS &&
-                       aoti_torch_get_dim(tensor, &facts->dim) == AOTI_TORCH_SUCCESS &&
-                       aoti_torch_get_dtype(tensor, &facts->dtype) == AOTI_TORCH_SUCCESS &&
-                       aoti_torch_get_storage_size(tensor, &storage) == AOTI_TORCH_SUCCESS &&
-                       aoti_torch_get_storage_offset(tensor, &offset) == AOTI_TORCH_SUCCESS &&
-                       torch_get_const_data_ptr(tensor, &facts->data) == AOTI_TORCH_SUCCESS;
-  if (is_read) facts->bytes = bytes_from(storage, offset, facts->dtype);
-  return is_read;
+  return aoti_torch_get_strides(tensor, const_cast<int64_t**>(&facts->strides)) == AOTI_TORCH_SUCCESS &&
+         aoti_torch_get_sizes(tensor, const_cast<int64_t**>(&facts->sizes)) == AOTI_TORCH_SUCCESS &&
+         aoti_torch_get_dim(tensor, &facts->dim) == AOTI_TORCH_SUCCESS &&
+         aoti_torch_get_dtype(tensor, &facts->dtype) == AOTI_TORCH_SUCCESS &&
+         aoti_torch_get_storage_size(tensor, &facts->storage) == AOTI_TORCH_SUCCESS &&
+         torch_get_const_data_ptr(tensor, &facts->data) == AOTI_TORCH_SUCCESS;
+}
+
+bool is_in_storage(AtenTensorHandle tensor, const Facts& facts, int64_t numel) {
+  int64_t offset = 0;
+  check_torch(aoti_torch_get_storage_offset(tensor, &offset), "get_storage_offset");
+  return numel == 0 || (offset + numel) * element_size(facts.dtype) <= facts.storage;
 }
 
 bool is_negated(AtenTensorHandle tensor) {

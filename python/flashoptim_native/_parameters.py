@@ -66,11 +66,10 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
         raise RuntimeError(
             f"the gradient of {name} has shape {tuple(grad.shape)}; allowed is the parameter's, {tuple(param.shape)}"
         )
-    storage = grad.untyped_storage().nbytes() // grad.element_size() - grad.storage_offset()
-    if grad.numel() > 0 and storage <= sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride())):
+    if not has_memory(grad):
         raise RuntimeError(
-            f"the gradient of {name} of shape {tuple(grad.shape)} and dtype {grad.dtype} needs more memory than its storage "
-            f"has, {grad.untyped_storage().nbytes()} bytes: the storage has been resized"
+            f"the gradient of {name} of shape {tuple(grad.shape)} and dtype {grad.dtype} needs more memory than its "
+            f"storage has, {grad.untyped_storage().nbytes()} bytes: the storage has been resized"
         )
     if grad.device != param.device:
         raise RuntimeError(f"the gradient of {name} is on {grad.device}; allowed is the parameter's, {param.device}")
@@ -94,6 +93,14 @@ def _check_type(tensor: Tensor, name: str) -> None:
         )
     _ops.store.plain(kind)
     _PLAIN_TYPES.add(kind)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether all elements are in the tensor's storage, which can be resized under it."""
+    if tensor.numel() == 0:
+        return True
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def overlaps(tensor: Tensor) -> bool:

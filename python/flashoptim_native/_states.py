@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _ops
 from ._ops import CorrectionFate, Fit, MasterWeights, StateCodec
-from ._parameters import Local, has_momentum
+from ._parameters import Local, has_memory, has_momentum
 
 SCALE = "_scale"
 CORRECTION = "correction"
@@ -144,7 +144,7 @@ def converted(
     name: str,
     belongs_to: torch.dtype | None = None,
 ) -> Converted:
-    """A state as a step on ``param`` needs it, from one in any format: a checkpoint's, another codec's, plain PyTorch's.
+    """A state as a step on ``param`` needs it, from one in any format: another codec's, an older one's, PyTorch's.
 
     Nothing of ``saved`` is changed or shared. What it holds beyond the known entries is kept, as a copy.
 
@@ -171,8 +171,8 @@ def converted(
     arrays = _Arrays.of(saved, present)
     if arrays.scales and len(arrays.scales) != len(present):
         raise ValueError(
-            f"the states of {name} are in different formats: there are scales for some of {', '.join(present)}; allowed "
-            "are scales for all (8-bit codes) or none (floating-point values)"
+            f"the states of {name} are in different formats: there are scales for some of {', '.join(present)}; "
+            "allowed are scales for all (8-bit codes) or none (floating-point values)"
         )
     try:
         made, rewritten, fate = _ops.convert_state(
@@ -187,7 +187,8 @@ def converted(
             name,
         )
     except RuntimeError as error:
-        raise ValueError(_said(error)) from error
+        said = _said(error)
+        raise ValueError(said if name in said else f"the state of {name} cannot be converted: {said}") from error
     names = _ops.array_names(kind, form.has_momentum, form.master_weights, form.codec)
     # Where a buffer is new (SGD whose momentum was 0 so far), the next step is its first.
     has_stepped = bool(present) or not slots
@@ -212,9 +213,9 @@ def warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, befo
         )
     elif fate == CorrectionFate.LOST:
         warnings.warn(
-            f"the correction of {name} belongs to {before} weights, whose last bits are lost in {dtype}: it goes on from "
-            "the weights as they are. To keep what corrections hold, take get_fp32_model_state_dict() before the cast "
-            "and give it to set_fp32_model_state_dict() after it",
+            f"the correction of {name} belongs to {before} weights, whose last bits are lost in {dtype}: it goes on "
+            "from the weights as they are. To keep what corrections hold, take get_fp32_model_state_dict() before the "
+            "cast and give it to set_fp32_model_state_dict() after it",
             stacklevel=5,
         )
 
@@ -256,11 +257,16 @@ def is_count(step: Any) -> bool:
     """Whether a step count can stay as it is: an int, or an int64 tensor of one element (counted on the device)."""
     if type(step) is int:
         return 0 <= step < _MOST_STEPS
-    return isinstance(step, Tensor) and step.dtype == torch.int64 and step.numel() == 1
+    return isinstance(step, Tensor) and step.dtype == torch.int64 and step.numel() == 1 and has_memory(step)
 
 
 def whole_number(value: Any, name: str) -> int:
     """A step count as an int."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or not has_memory(value)):
+        raise ValueError(
+            f"state 'step' of {name} has shape {tuple(value.shape)} and a storage of "
+            f"{value.untyped_storage().nbytes()} bytes; allowed is one integer >= 0"
+        )
     number = float(value.item() if isinstance(value, Tensor) else value)
     if not (number >= 0 and number == int(number) and number < _MOST_STEPS):
         raise ValueError(f"state 'step' of {name} is {number!r}; allowed is an integer >= 0")

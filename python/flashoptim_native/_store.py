@@ -1,9 +1,10 @@
 """The store behind an optimizer: its parameters as records, and the one way through a step.
 
-The store proper is C++ (libtorch/store). It looks at every tensor at every step, by address, shape, strides and dtype, and
-names the records of which something is not as it was described; here each of them is seen to: a state is made, converted or
-left as it is, a parameter or gradient that lies otherwise is copied, and the record is described anew. Then the C++ store
-steps. It holds no tensor: what is taken out of ``optimizer.state`` is free at once.
+The store proper is C++ (libtorch/store). It looks at every tensor at every step, by address, shape, strides and dtype,
+and names the records of which something is not as it was described; here each of them is seen to: a state is made,
+converted or left as it is, a parameter or gradient that lies otherwise is copied, and the record is described anew.
+Then the C++ store steps. It holds parameters, but nothing of their states: what is taken out of ``optimizer.state`` is
+free at once.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ def _outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
         if get_eval_frame_callback() is None:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
     return call
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 class Store:
@@ -133,6 +139,10 @@ class Store:
     def name(self, record: int) -> str:
         """How messages call a parameter."""
         return _parameters.name_of(self._groups, *self._places[record])
+
+    def names(self, records: Iterable[int]) -> Callable[[], list[str]]:
+        """The same of several records, for who may want them: it takes time."""
+        return lambda: [self.name(record) for record in records]
 
     def form(self, record: int) -> Format:
         """How a parameter is to be stored, by the options of its group as they are."""
@@ -230,7 +240,7 @@ class Store:
                 done = _ops.store.step_one(
                     self._handle,
                     record,
-                    held or None,
+                    held if isinstance(held, dict) and held else None,
                     staged.get(record),
                     hypers,
                     lr,
@@ -276,10 +286,10 @@ class Store:
         staged: Staged,
         counts_on_device: bool,
     ) -> None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError(
-                "step() cannot be captured in a CUDA graph as things are: call step() once before the capture, and keep "
-                "parameters, their states and the set of those with gradients as they are then"
+                "step() cannot be captured in a CUDA graph as things are: call step() once before the capture, and "
+                "keep parameters, their states and the set of those with gradients as they are then"
             )
         records = [need for need in needs if need >= 0]
         self._make_missing(records, state, change)
@@ -307,7 +317,7 @@ class Store:
         by_device: dict[torch.device, list[tuple[int, Local, Format]]] = {}
         for record in records:
             param = self.params[record]
-            if param.grad is None or state.get(param):
+            if param.grad is None or not _is_missing(state.get(param)):
                 continue
             self._check(record)
             local = _parameters.local(param)
@@ -333,6 +343,9 @@ class Store:
     ) -> None:
         self._check(record)
         param, name, form = self.params[record], self.name(record), self.form(record)
+        same = self._index[id(param)]
+        if same != record:
+            raise RuntimeError(f"{name} and {self.name(same)} share memory; every parameter must be listed once")
         local = _parameters.local(param)
         held = state[param]
         if not isinstance(held, dict):
@@ -384,7 +397,7 @@ class Store:
         param, form = self.params[record], self.form(record)
         local = _parameters.local(param)
         held = state.get(param)
-        if not held:
+        if held is None or _is_missing(held):
             state[param] = held = _states.new_states(self.kind, [(local, form)])[0]
         elif _states.fit(self.kind, held, local, form, self.name(record), self.dtypes[record]) == Fit.NO:
             with _Change(state, self._handle) as change:
@@ -408,7 +421,8 @@ class Store:
 
     def _unshare_counters(self, state: State, change: _Change) -> None:
         """Parameters that sit out a step get counters of their own: one is shared only by those that step together."""
-        held = [(param, state[param]) for param in self.params if state.get(param)]
+        known = [(param, state.get(param)) for param in self.params]
+        held = [(param, one) for param, one in known if isinstance(one, dict) and STEP in one]
         stepping = {id(one[STEP]) for param, one in held if param.grad is not None}
         copies: dict[int, Tensor] = {}
         for param, one in held:
@@ -457,6 +471,11 @@ class _Change:
         param.detach().copy_(values)
 
 
+def _is_missing(held: Any) -> bool:
+    """Whether an entry of ``optimizer.state`` is none, or as empty as a new one."""
+    return held is None or (isinstance(held, dict) and not held)
+
+
 def _is_host_count(count: Any) -> bool:
     return type(count) is int and _states.is_count(count)
 
@@ -492,4 +511,4 @@ def _copy_in(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return values.copy_(tensor.detach())
 
 
-__all__ = ["Controls", "Store"]
+__all__ = ["Controls", "Store", "is_capturing"]

@@ -1,6 +1,6 @@
 """Gradient release: every parameter is stepped as soon as its gradient is complete, and the gradient is freed at once.
 
-Hooks of the parameters do it, during backward(); the arithmetic is ``optimizer.step_param``, so every bit is as without.
+Hooks of the parameters do it, during backward(); the step is ``optimizer.step_param``, so every bit is as without.
 """
 
 from __future__ import annotations
@@ -64,12 +64,10 @@ class _Release:
             self._unwatch_all()
             raise
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self._attributes = {
-            "add_param_group": self._add_param_group,
-            "zero_grad": self._zero_grad,
-            _ATTRIBUTE: self,
-        }
-        vars(optimizer).update(self._attributes)
+        # Not kept here as well: methods of self in self would be a cycle.
+        vars(optimizer).update(
+            {"add_param_group": self._add_param_group, "zero_grad": self._zero_grad, _ATTRIBUTE: self}
+        )
 
     @property
     def active(self) -> bool:
@@ -88,11 +86,11 @@ class _Release:
         self._active = False
         self._unwatch_all()
         self._step_hook.remove()
-        optimizer, attributes = self._optimizer, self._attributes
-        self._attributes = {}
-        for name, value in attributes.items():
-            if vars(optimizer).get(name) is value:
-                delattr(optimizer, name)
+        attributes = vars(self._optimizer)
+        for name in ("add_param_group", "zero_grad", _ATTRIBUTE):
+            value = attributes.get(name)
+            if value is self or getattr(value, "__self__", None) is self:  # nobody has put another in its place
+                del attributes[name]
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -110,9 +108,10 @@ class _Release:
             if id(param) in self._released:
                 raise RuntimeError(
                     f"the gradient of a parameter of shape {tuple(param.shape)} is complete a second time since "
-                    "optimizer.step() or zero_grad() was called, and the first one has been applied already. Gradient release "
-                    "allows one backward() a step: run all but the last inside `with handle.accumulate():`, call "
-                    "optimizer.step() after each, and checkpoint blocks that share parameters with use_reentrant=False"
+                    "optimizer.step() or zero_grad() was called, and the first one has been applied already. Gradient "
+                    "release allows one backward() a step: run all but the last inside `with handle.accumulate():`, "
+                    "call optimizer.step() after each, and checkpoint blocks that share parameters with "
+                    "use_reentrant=False"
                 )
             if self._pre_step is None or self._wants_step(self._pre_step, param):
                 self._optimizer.step_param(param)
@@ -142,8 +141,8 @@ class _Release:
                     delattr(optimizer, name)
             raise RuntimeError(
                 "GradScaler.step() was called while gradient release is enabled: the gradients were applied during "
-                "backward(), without division by the scale. Train in bfloat16 without a GradScaler, or without gradient "
-                "release (handle.remove())"
+                "backward(), without division by the scale. Train in bfloat16 without a GradScaler, or without "
+                "gradient release (handle.remove())"
             )
         _check_not_distributed()
         self._watch_parameters()
@@ -234,21 +233,21 @@ def enable_gradient_release(
     process; see docs/python_api.md, "Gradient release".
 
     Args:
-        model_or_params: a module, a parameter, or parameters (as tensors or pairs of name and tensor). All trainable ones
-            must be the optimizer's. Other parameters of the optimizer are left to ``optimizer.step()``, except those of
-            groups added later, which are released too.
+        model_or_params: a module, a parameter, or parameters (as tensors or pairs of name and tensor). All trainable
+            ones must be the optimizer's. Other parameters of the optimizer are left to ``optimizer.step()``, except
+            those of groups added later, which are released too.
         optimizer: a Flash optimizer.
         grad_scaler: None, or one that is disabled: loss scaling does not go with gradient release.
-        pre_step: called as ``pre_step(param, group)`` before each step; it may change ``param.grad``, for instance clip it
-            by the parameter's own norm. Where it returns False, the gradient is freed without a step.
+        pre_step: called as ``pre_step(param, group)`` before each step; it may change ``param.grad``, for instance clip
+            it by the parameter's own norm. Where it returns False, the gradient is freed without a step.
 
     Raises:
         TypeError: an argument is of a wrong type, the model is wrapped in DistributedDataParallel or
             FullyShardedDataParallel, or a parameter is a DTensor.
         ValueError: a trainable parameter is in no group of the optimizer, or there is none at all.
         NotImplementedError: ``grad_scaler`` is enabled.
-        RuntimeError: gradient release is enabled already, for this optimizer or for one of the parameters by another; or
-            torch.distributed runs more than one process.
+        RuntimeError: gradient release is enabled already, for this optimizer or for one of the parameters by another;
+            or torch.distributed runs more than one process.
     """
     if not isinstance(optimizer, FlashOptimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
@@ -268,8 +267,8 @@ def enable_gradient_release(
             chosen.add(id(param))
         elif param.requires_grad:
             raise ValueError(
-                f"{name} of shape {tuple(param.shape)} is in no group of the optimizer; allowed are the optimizer's own "
-                "parameters and frozen ones. Where several optimizers share a model, hand each its own parameters"
+                f"{name} of shape {tuple(param.shape)} is in no group of the optimizer; allowed are the optimizer's "
+                "own parameters and frozen ones. Where several optimizers share a model, hand each its own parameters"
             )
     if not chosen:
         raise ValueError("model_or_params holds no parameter of the optimizer: there is nothing to release")
@@ -283,16 +282,16 @@ def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:
         wrapper = _distributed_wrapper(model_or_params)
         if wrapper is not None:
             raise TypeError(
-                f"the model is wrapped in {wrapper}, which reduces gradients after backward() has released them; allowed is a "
-                "model in one process, or training without gradient release"
+                f"the model is wrapped in {wrapper}, which reduces gradients after backward() has released them; "
+                "allowed is a model in one process, or training without gradient release"
             )
         return [(f"parameter {name!r}", param) for name, param in model_or_params.named_parameters()]
     if isinstance(model_or_params, Tensor):
         model_or_params = [model_or_params]
     if not isinstance(model_or_params, Iterable) or isinstance(model_or_params, (str, bytes, dict)):
         raise TypeError(
-            f"model_or_params is a {type(model_or_params).__name__}; allowed are a torch.nn.Module, a parameter and an iterable "
-            "of parameters"
+            f"model_or_params is a {type(model_or_params).__name__}; allowed are a torch.nn.Module, a parameter and an "
+            "iterable of parameters"
         )
     named = []
     for index, item in enumerate(model_or_params):
@@ -322,8 +321,8 @@ def _check_grad_scaler(grad_scaler: Any) -> None:
         raise TypeError(f"grad_scaler is a {type(grad_scaler).__name__}; allowed are None and a torch.amp.GradScaler")
     if grad_scaler.is_enabled():
         raise NotImplementedError(
-            "grad_scaler is enabled: whether to skip a step is known when all gradients are, and then they have been released. "
-            "Allowed are None and a disabled GradScaler; train in bfloat16, which needs no loss scaling"
+            "grad_scaler is enabled: whether to skip a step is known when all gradients are, and then they have been "
+            "released. Allowed are None and a disabled GradScaler; train in bfloat16, which needs no loss scaling"
         )
 
 
@@ -331,8 +330,9 @@ def _check_not_distributed() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
-            f"torch.distributed runs {distributed.get_world_size()} processes, and each would step by its own gradients before "
-            "they are reduced; gradient release is allowed in one process. Train without it (handle.remove())"
+            f"torch.distributed runs {distributed.get_world_size()} processes, and each would step by its own "
+            "gradients before they are reduced; gradient release is allowed in one process. Train without it "
+            "(handle.remove())"
         )
 
 

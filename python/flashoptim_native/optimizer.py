@@ -1,4 +1,4 @@
-"""FlashOptimizer: what the five optimizers share. The arithmetic is C++; this is the torch.optim.Optimizer around it."""
+"""FlashOptimizer: what the optimizers share. The arithmetic is C++; this is the torch.optim.Optimizer around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
 from . import _ops, _parameters, _state_dict, _states, _validate, weights
-from ._store import Controls, Store
+from ._store import Controls, Store, is_capturing
 from .numerics import NumericsMonitor, NumericsReport
 
 #: Options of a group that say how weights and states are stored; a checkpoint does not change them.
@@ -31,11 +31,11 @@ class FlashOptimizer(torch.optim.Optimizer):
         defaults: hyperparameters of groups that do not say otherwise.
         compress_state_dict: ``state_dict()`` holds states as they are stored (the default, and what makes a resumed run
             equal an uninterrupted one bit for bit); False: as fp32, which plain PyTorch optimizers can load.
-        check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded to
-            nearest, and count lost updates (docs/python_api.md, "Numerics").
+        check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded
+            to nearest, and count lost updates (docs/python_api.md, "Numerics").
         fused: accepted for compatibility; there is one implementation, and it is fused.
-        capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may be a
-            float32 tensor there, which a replay reads anew. Call step() once before the capture.
+        capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may
+            be a float32 tensor there, which a replay reads anew. Call step() once before the capture.
     """
 
     #: Name of the update rule, as the operators know it.
@@ -87,6 +87,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._monitor = NumericsMonitor()
         self._clip: Tensor | None = None
         self._no_controls: tuple[int, list[Controls]] = (-1, [])
+        self._known_stride = (-1, 0)
         # What captured CUDA graphs write to at every replay, beside parameters and gradients, which are the caller's. A
         # graph outlives the states that load_state_dict() replaces.
         self._captured: list[Any] = vars(self).get("_captured", [])
@@ -96,8 +97,8 @@ class FlashOptimizer(torch.optim.Optimizer):
             is_narrow = any(p.dtype != torch.float32 for p in group["params"])
             if is_narrow and group["master_weight_bits"] is None and not group["stochastic_rounding"]:
                 warnings.warn(
-                    "master_weight_bits=None with 16-bit parameters keeps no bits below the parameters' own, and rounds to "
-                    "nearest: small updates are lost. Use master_weight_bits=24, or stochastic_rounding=True",
+                    "master_weight_bits=None with 16-bit parameters keeps no bits below the parameters' own, and "
+                    "rounds to nearest: small updates are lost. Use master_weight_bits=24, or stochastic_rounding=True",
                     stacklevel=4,
                 )
                 return
@@ -203,7 +204,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         if scaling is None:  # the gradients overflowed: nothing changes
             self._clip = None
             return loss
-        capturing = _is_capturing()
+        capturing = is_capturing()
         if capturing:
             self._check_can_be_captured()
         if self._check_numerics:
@@ -215,7 +216,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             lrs,
             lambda: self._controls(scaling),
             scaling.grad_scale,
-            self._monitor.stride(store.params) if self._check_numerics else 0,
+            self._telemetry_stride(),
             self._counts_on_device(scaling, lrs),
         )
         if capturing:
@@ -254,13 +255,13 @@ class FlashOptimizer(torch.optim.Optimizer):
             lr,
             lambda one: self._controls_of_one(one, scaling),
             scaling.grad_scale,
-            self._monitor.stride(store.params) if self._check_numerics else 0,
+            self._telemetry_stride(),
             scaling.found_inf is not None or lr is not None or self.param_groups[index]["capturable"],
         )
         self._clip = None
 
     def _scaling(self) -> _Scaling | None:
-        """What GradScaler and clip_grad_norm_() left for this step; None where it is skipped, as far as the host knows."""
+        """What GradScaler and clip_grad_norm_() left for this step; None: skip it, as far as the host knows."""
         attributes = vars(self)  # where GradScaler sets them
         found_inf: Tensor | None = attributes.get("found_inf")
         scale: Tensor | float | None = attributes.get("grad_scale")
@@ -268,7 +269,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             return _Scaling(clip=self._clip)
         if self._store.is_on_cuda():
             divisor = scale if isinstance(scale, Tensor) else None
-            grad_scale = 1.0 if scale is None or divisor is not None else 1.0 / scale
+            grad_scale = 1.0 if scale is None or isinstance(scale, Tensor) else 1.0 / scale
             return _Scaling(grad_scale, divisor, self._clip, found_inf)
         if found_inf is not None and float(found_inf) != 0.0:
             return None
@@ -295,7 +296,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             device = store.device(plan)
             telemetry = None
             if self._check_numerics:
-                telemetry = self._monitor.table((store.generation, plan), [store.name(r) for r in records], device)
+                telemetry = self._monitor.table((store.generation, plan), store.names(records), device)
             result.append((self._monitor.counter(device), *scaling.on(device), telemetry))
         return result
 
@@ -307,8 +308,17 @@ class FlashOptimizer(torch.optim.Optimizer):
             plan = store.plan_of(record)
             key = (store.generation, -1 - record) if plan is None else (store.generation, plan)
             records = [record] if plan is None else store.plans[plan]
-            telemetry = self._monitor.table(key, [store.name(r) for r in records], device)
+            telemetry = self._monitor.table(key, store.names(records), device)
         return (self._monitor.counter(device), *scaling.on(device), telemetry)
+
+    def _telemetry_stride(self) -> int:
+        if not self._check_numerics:
+            return 0
+        generation, stride = self._known_stride
+        if generation != self._store.generation:
+            stride = self._monitor.stride(self._store.params)
+            self._known_stride = (self._store.generation, stride)
+        return stride
 
     def _check_learning_rates(self, hypers: Any, records: Iterable[int]) -> None:
         store = self._store
@@ -323,8 +333,8 @@ class FlashOptimizer(torch.optim.Optimizer):
     def _check_can_be_captured(self) -> None:
         if not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError(
-                "step() cannot be captured in a CUDA graph with capturable=False, because the host counts steps and reads "
-                "lr: make the optimizer with capturable=True, and call step() once before the capture"
+                "step() cannot be captured in a CUDA graph with capturable=False, because the host counts steps and "
+                "reads lr: make the optimizer with capturable=True, and call step() once before the capture"
             )
 
     def _keep_for_graph(self, scaling: _Scaling) -> None:
@@ -361,7 +371,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             return torch.nn.utils.clip_grad_norm_(params, max_norm)
         result = torch.zeros(4, device=next(iter(kinds))[0])
         store.gradient_norm(self.state, 1.0, max_norm, result)
-        if _is_capturing():
+        if is_capturing():
             self._captured.append(result)
         self._clip = result[3]
         return result[2]
@@ -381,11 +391,11 @@ class FlashOptimizer(torch.optim.Optimizer):
         return {**result, "state": _state_dict.expanded_states(self.kind, result["state"])}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats gave.
+        """Loads a state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats.
 
         Hyperparameters come from ``state_dict``; how weights and states are stored is this optimizer's own choice, and
-        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not fit,
-        and nothing of ``state_dict`` is shared.
+        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not
+        fit, and nothing of ``state_dict`` is shared.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -428,9 +438,9 @@ class FlashOptimizer(torch.optim.Optimizer):
     def reset_corrections(self, params: Iterable[Tensor] | None = None) -> None:
         """Sets corrections to zero: the weights are then the 16-bit parameters, exactly, as they are now.
 
-        A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from outside,
-        so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is meant to
-        last (a checkpoint loaded into the model, a re-initialized layer), call this after it.
+        A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from
+        outside, so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is
+        meant to last (a checkpoint loaded into the model, a re-initialized layer), call this after it.
 
         Args:
             params: the parameters whose corrections are meant; None: all.
@@ -486,7 +496,7 @@ class FlashOptimizer(torch.optim.Optimizer):
 
 
 class _Scaling(NamedTuple):
-    """What all gradients of a step are multiplied with, and whether it is skipped; tensors are looked at on the device."""
+    """What a step's gradients are multiplied with, and whether it is skipped; tensors are read on the device."""
 
     grad_scale: float = 1.0
     divisor: Tensor | None = None
@@ -505,10 +515,6 @@ class _Scaling(NamedTuple):
                 tensor = tensor.to(device, torch.float32, non_blocking=device.type == "cuda")
             moved.append(tensor)
         return moved[0], moved[1], moved[2]
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 _seen_by_wrapper = (

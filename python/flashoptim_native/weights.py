@@ -100,6 +100,10 @@ def set_fp32_model_state_dict(
     Args:
         strict: also raise where ``state_dict`` lacks an entry of the model or holds one that the model lacks.
     """
+    correcting: list[Any] = list(optimizers)
+    for optimizer in correcting:
+        if not hasattr(optimizer, "_state_with_correction"):
+            raise TypeError(f"an optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
     model = _unwrapped(model)
     targets = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     if strict and targets.keys() != state_dict.keys():
@@ -114,7 +118,7 @@ def set_fp32_model_state_dict(
         if key in parameters and value.dtype != torch.float32:
             raise ValueError(f"state_dict[{key!r}] has dtype {value.dtype}; allowed for a parameter is torch.float32")
 
-    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owners = {id(p): optimizer for optimizer in correcting for group in optimizer.param_groups for p in group["params"]}
     for key, target in targets.items():
         if key not in state_dict:
             continue
@@ -129,7 +133,7 @@ def set_fp32_model_state_dict(
         narrow = torch.empty_like(correction, dtype=target.dtype)
         _ops.split_weights_(weights, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
         target.detach().copy_(narrow)
-    for optimizer in optimizers:
+    for optimizer in correcting:
         optimizer.recompute_param_stats()
 
 
