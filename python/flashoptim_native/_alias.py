@@ -1,7 +1,7 @@
 """The package under the name ``flashoptim``, for frameworks that import their optimizers by that name.
 
-On PyPI the distribution and import name ``flashoptim`` belong to the package of the paper's authors. This package has a name of its
-own, so that both can be installed side by side; a program that wants this one in the other's place says so.
+On PyPI the distribution and import name ``flashoptim`` belong to the package of the paper's authors. This package has a
+name of its own, so that both can be installed side by side; a program that wants this one in the other's place says so.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def install_as_flashoptim() -> None:
         if is_other and module is not modules.get(name):
             where = getattr(module, "__file__", None)
             raise RuntimeError(
-                f"install_as_flashoptim(): the module {name!r} is imported already, from {where!r}, and is not this package; call "
-                "install_as_flashoptim() before anything imports flashoptim, or import flashoptim_native by its own name"
+                f"install_as_flashoptim(): the module {name!r} is imported already, from {where!r}, and is not this "
+                "package; call install_as_flashoptim() before anything imports flashoptim, or import "
+                "flashoptim_native by its own name"
             )
     sys.modules.update(modules)
 

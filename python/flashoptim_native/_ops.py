@@ -100,15 +100,15 @@ def _load() -> Path | None:
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if found < OLDEST_TORCH:
         raise ImportError(
-            f"flashoptim needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, but torch {torch.__version__} is installed: "
-            "upgrade it with 'pip install --upgrade torch'"
+            f"flashoptim needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, but torch {torch.__version__} is "
+            "installed: upgrade it with 'pip install --upgrade torch'"
         )
     path = library_path()
     if not path.is_file():
         if os.environ.get(LIBRARY_VARIABLE):
             raise ImportError(
-                f"the environment variable {LIBRARY_VARIABLE} names {str(path)!r}, which is no file: point it at a built "
-                f"{LIBRARY_NAME}, or unset it to use the one of the installed package"
+                f"the environment variable {LIBRARY_VARIABLE} names {str(path)!r}, which is no file: point it at a "
+                f"built {LIBRARY_NAME}, or unset it to use the one of the installed package"
             )
         raise ImportError(
             f"the operators of flashoptim are not there: {str(path)!r} does not exist. Install the package with "

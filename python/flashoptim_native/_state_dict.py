@@ -31,8 +31,8 @@ def merged_groups(
     for index, (group, old) in enumerate(zip(groups, saved)):
         if len(group["params"]) != len(old["params"]):
             raise ValueError(
-                f"group {index} of the state dict has {len(old['params'])} parameters; allowed is this optimizer's number, "
-                f"{len(group['params'])}"
+                f"group {index} of the state dict has {len(old['params'])} parameters; allowed is this optimizer's "
+                f"number, {len(group['params'])}"
             )
         new = deepcopy({key: value for key, value in old.items() if key not in ("params", *_FOREIGN_OPTIONS)})
         if old.get("amsgrad"):

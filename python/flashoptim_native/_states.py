@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _ops
 from ._ops import CorrectionFate, Fit, MasterWeights, StateCodec
-from ._parameters import Local, has_momentum
+from ._parameters import Local, has_memory, has_momentum
 
 SCALE = "_scale"
 CORRECTION = "correction"
@@ -23,6 +23,7 @@ STEP = "step"
 #: Slots of any optimizer: a state that holds one that its optimizer lacks is another optimizer's.
 ALL_SLOTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 _CODECS = {"paper": StateCodec.PAPER, "default": StateCodec.DEFAULT}
+_MOST_STEPS = 2**53
 _NO_PLACE: tuple[int, ...] = ()
 
 
@@ -87,15 +88,24 @@ class _Arrays(NamedTuple):
 
     @classmethod
     def of(cls, state: Mapping[str, Any], slots: Sequence[str]) -> _Arrays:
-        states = [state[slot].detach() for slot in slots if slot in state]
+        states = [state[slot].detach() for slot in slots if state.get(slot) is not None]
         scales = [state[slot + SCALE].detach() for slot in slots if state.get(slot + SCALE) is not None]
         correction = state.get(CORRECTION)
         return cls(states, scales, None if correction is None else correction.detach())
 
 
-def fit(kind: str, state: Mapping[str, Any], param: Local, form: Format, belongs_to: torch.dtype | None) -> Fit:
-    """Whether a step can run on a state as it is. ``belongs_to``: the parameter's dtype when it was made, if known."""
+def fit(
+    kind: str, state: Mapping[str, Any], param: Local, form: Format, name: str, belongs_to: torch.dtype | None
+) -> Fit:
+    """Whether a step can run on a state as it is. ``belongs_to``: the parameter's dtype when it was made, if known.
+
+    Raises:
+        RuntimeError: a tensor's storage is too small for it.
+    """
     slots = slots_of(kind, form)
+    known = (*slots, *(slot + SCALE for slot in slots), CORRECTION)
+    if not all(isinstance(state[key], Tensor) for key in known if key in state):
+        return Fit.NO
     arrays = _Arrays.of(state, slots)
     if len(arrays.states) != len(slots) or (arrays.scales and len(arrays.scales) != len(slots)):
         return Fit.NO
@@ -109,6 +119,7 @@ def fit(kind: str, state: Mapping[str, Any], param: Local, form: Format, belongs
             int(form.master_weights),
             int(form.codec),
             param.place or _NO_PLACE,
+            name,
         )
     )
 
@@ -133,7 +144,7 @@ def converted(
     name: str,
     belongs_to: torch.dtype | None = None,
 ) -> Converted:
-    """A state as a step on ``param`` needs it, from one in any format: a checkpoint's, another codec's, plain PyTorch's.
+    """A state as a step on ``param`` needs it, from one in any format: another codec's, an older one's, PyTorch's.
 
     Nothing of ``saved`` is changed or shared. What it holds beyond the known entries is kept, as a copy.
 
@@ -152,20 +163,22 @@ def converted(
     if len(present) < len(slots) and (present or (not kind.startswith("sgd") and saved.get(STEP))):
         missing = ", ".join(slot for slot in slots if slot not in saved)
         raise ValueError(f"the state of {name} lacks {missing}; it holds {', '.join(sorted(map(str, saved)))}")
-    for key in (*present, CORRECTION):
+    if present and kind.startswith("adam") and STEP not in saved:
+        raise ValueError(f"the state of {name} lacks {STEP}; it holds {', '.join(sorted(map(str, saved)))}")
+    for key in (*present, *(slot + SCALE for slot in present), CORRECTION):
         if key in saved and not isinstance(saved[key], Tensor):
             raise ValueError(f"state {key!r} of {name} is a {type(saved[key]).__name__}; allowed is a tensor")
     arrays = _Arrays.of(saved, present)
     if arrays.scales and len(arrays.scales) != len(present):
         raise ValueError(
-            f"the states of {name} are in different formats: there are scales for some of {', '.join(present)}; allowed "
-            "are scales for all (8-bit codes) or none (floating-point values)"
+            f"the states of {name} are in different formats: there are scales for some of {', '.join(present)}; "
+            "allowed are scales for all (8-bit codes) or none (floating-point values)"
         )
     try:
         made, rewritten, fate = _ops.convert_state(
             kind,
             form.has_momentum,
-            param.tensor.detach(),
+            dense(param.tensor.detach()),
             *arrays,
             _belongs_to(belongs_to),
             int(form.master_weights),
@@ -174,7 +187,8 @@ def converted(
             name,
         )
     except RuntimeError as error:
-        raise ValueError(_said(error)) from error
+        said = _said(error)
+        raise ValueError(said if name in said else f"the state of {name} cannot be converted: {said}") from error
     names = _ops.array_names(kind, form.has_momentum, form.master_weights, form.codec)
     # Where a buffer is new (SGD whose momentum was 0 so far), the next step is its first.
     has_stepped = bool(present) or not slots
@@ -185,11 +199,12 @@ def converted(
     for key, value in saved.items():
         if key not in known:
             state[key] = value.detach().clone() if isinstance(value, Tensor) else value
-    _warn_of_correction(CorrectionFate(fate), name, param.tensor.dtype, belongs_to)
+    warn_of_correction(CorrectionFate(fate), name, param.tensor.dtype, belongs_to)
     return Converted(state, rewritten[0] if rewritten else None)
 
 
-def _warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, before: torch.dtype | None) -> None:
+def warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, before: torch.dtype | None) -> None:
+    """Says what of a correction does not go on; nothing where all does."""
     if fate == CorrectionFate.DROPPED:
         warnings.warn(
             f"the state of {name} has a correction, which a {dtype} parameter with these options does not keep: its "
@@ -198,9 +213,9 @@ def _warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, bef
         )
     elif fate == CorrectionFate.LOST:
         warnings.warn(
-            f"the correction of {name} belongs to {before} weights, whose last bits are lost in {dtype}: it goes on from "
-            "the weights as they are. To keep what corrections hold, take get_fp32_model_state_dict() before the cast "
-            "and give it to set_fp32_model_state_dict() after it",
+            f"the correction of {name} belongs to {before} weights, whose last bits are lost in {dtype}: it goes on "
+            "from the weights as they are. To keep what corrections hold, take get_fp32_model_state_dict() before the "
+            "cast and give it to set_fp32_model_state_dict() after it",
             stacklevel=5,
         )
 
@@ -240,12 +255,19 @@ def stored_codec(kind: str, state: Mapping[str, Any], slots: Sequence[str]) -> S
 
 def is_count(step: Any) -> bool:
     """Whether a step count can stay as it is: an int, or an int64 tensor of one element (counted on the device)."""
-    return type(step) is int or (isinstance(step, Tensor) and step.dtype == torch.int64 and step.numel() == 1)
+    if type(step) is int:
+        return 0 <= step < _MOST_STEPS
+    return isinstance(step, Tensor) and step.dtype == torch.int64 and step.numel() == 1 and has_memory(step)
 
 
 def whole_number(value: Any, name: str) -> int:
     """A step count as an int."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or not has_memory(value)):
+        raise ValueError(
+            f"state 'step' of {name} has shape {tuple(value.shape)} and a storage of "
+            f"{value.untyped_storage().nbytes()} bytes; allowed is one integer >= 0"
+        )
     number = float(value.item() if isinstance(value, Tensor) else value)
-    if not (number >= 0 and number == int(number) and number < 2**53):
+    if not (number >= 0 and number == int(number) and number < _MOST_STEPS):
         raise ValueError(f"state 'step' of {name} is {number!r}; allowed is an integer >= 0")
     return int(number)

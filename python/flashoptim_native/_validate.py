@@ -41,8 +41,8 @@ def check_lr_tensor(lr: torch.Tensor) -> torch.Tensor:
     """A learning rate that the device reads at every step; its value is the caller's affair."""
     if lr.dtype != torch.float32 or lr.numel() != 1:
         raise TypeError(
-            f"lr is a CUDA tensor of dtype {lr.dtype} and shape {tuple(lr.shape)}; allowed with capturable=True is torch.float32 "
-            "with one element"
+            f"lr is a CUDA tensor of dtype {lr.dtype} and shape {tuple(lr.shape)}; allowed with capturable=True is "
+            "torch.float32 with one element"
         )
     return lr
 

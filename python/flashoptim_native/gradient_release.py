@@ -1,6 +1,6 @@
 """Gradient release: every parameter is stepped as soon as its gradient is complete, and the gradient is freed at once.
 
-Hooks of the parameters do it, during backward(); the arithmetic is ``optimizer.step_param``, so every bit is as without.
+Hooks of the parameters do it, during backward(); the step is ``optimizer.step_param``, so every bit is as without.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
 
-# The optimizer keeps its handle under this name, so that nobody else has to. Copies and pickles of it have none.
-_ATTRIBUTE = "_gradient_release_handle"
+# The optimizer keeps its _Release under this name. Copies and pickles of it have none.
+_ATTRIBUTE = "_gradient_release"
 
 
 class _Watched(NamedTuple):
@@ -32,29 +32,26 @@ class _Watched(NamedTuple):
 
 
 class _ReleaseHook:
-    """What a parameter calls once its gradient is complete. It keeps neither the handle nor the optimizer alive."""
+    """What a parameter calls once its gradient is complete. It does not keep the optimizer alive."""
 
-    def __init__(self, handle: GradientReleaseHandle) -> None:
-        self._handle = weakref.ref(handle)
+    def __init__(self, release: _Release) -> None:
+        self._release = weakref.ref(release)
 
-    def owner(self) -> GradientReleaseHandle | None:
-        handle = self._handle()
-        return handle if handle is not None and handle.active else None
+    def owner(self) -> _Release | None:
+        release = self._release()
+        return release if release is not None and release.active else None
 
     def __call__(self, param: Tensor) -> None:
-        handle = self._handle()
-        if handle is not None:
-            handle._release(param)
+        release = self._release()
+        if release is not None:
+            release.release(param)
 
 
-class GradientReleaseHandle:
-    """What enable_gradient_release() returns: ends gradient release by remove(), or as a context manager.
-
-    The optimizer holds it: it need not be kept.
-    """
+class _Release:
+    """Gradient release of one optimizer, which holds it; it does not hold the optimizer, so that both die at once."""
 
     def __init__(self, optimizer: FlashOptimizer, left_to_step: Iterable[Tensor], pre_step: PreStep | None) -> None:
-        self._optimizer = optimizer
+        self._optimizer_ref = weakref.ref(optimizer)
         self._pre_step = pre_step
         self._watched = {id(param): _Watched(param, None) for param in left_to_step}
         self._accumulating = 0
@@ -67,58 +64,54 @@ class GradientReleaseHandle:
             self._unwatch_all()
             raise
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self._attributes = {
-            "add_param_group": self._add_param_group,
-            "zero_grad": self._zero_grad,
-            _ATTRIBUTE: self,
-        }
-        vars(optimizer).update(self._attributes)
+        # Not kept here as well: methods of self in self would be a cycle.
+        vars(optimizer).update(
+            {"add_param_group": self._add_param_group, "zero_grad": self._zero_grad, _ATTRIBUTE: self}
+        )
 
     @property
     def active(self) -> bool:
-        """Whether gradients are released: True until remove()."""
         return self._active
 
+    @property
+    def _optimizer(self) -> FlashOptimizer:
+        optimizer = self._optimizer_ref()
+        if optimizer is None:
+            raise RuntimeError("gradient release goes on without its optimizer; please report this")
+        return optimizer
+
     def remove(self) -> None:
-        """Ends gradient release: gradients are kept, and optimizer.step() steps. Calling it again does nothing."""
         if not self._active:
             return
         self._active = False
         self._unwatch_all()
         self._step_hook.remove()
-        for name, value in self._attributes.items():
-            if vars(self._optimizer).get(name) is value:
-                delattr(self._optimizer, name)
-
-    def __enter__(self) -> GradientReleaseHandle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+        attributes = vars(self._optimizer)
+        for name in ("add_param_group", "zero_grad", _ATTRIBUTE):
+            value = attributes.get(name)
+            if value is self or getattr(value, "__self__", None) is self:  # nobody has put another in its place
+                del attributes[name]
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """A context in which backward() keeps gradients and adds to them: for every micro-batch but the last.
-
-        The last one, outside, steps each parameter by the sum. Parameters that it does not reach keep theirs for
-        optimizer.step().
-        """
         self._accumulating += 1
         try:
             yield
         finally:
             self._accumulating -= 1
 
-    def _release(self, param: Tensor) -> None:
+    def release(self, param: Tensor) -> None:
+        """Steps a parameter whose gradient is complete, and frees the gradient."""
         if not self._active or self._accumulating or param.grad is None:
             return
         with self._lock:
             if id(param) in self._released:
                 raise RuntimeError(
                     f"the gradient of a parameter of shape {tuple(param.shape)} is complete a second time since "
-                    "optimizer.step() or zero_grad() was called, and the first one has been applied already. Gradient release "
-                    "allows one backward() a step: run all but the last inside `with handle.accumulate():`, call "
-                    "optimizer.step() after each, and checkpoint blocks that share parameters with use_reentrant=False"
+                    "optimizer.step() or zero_grad() was called, and the first one has been applied already. Gradient "
+                    "release allows one backward() a step: run all but the last inside `with handle.accumulate():`, "
+                    "call optimizer.step() after each, and checkpoint blocks that share parameters with "
+                    "use_reentrant=False"
                 )
             if self._pre_step is None or self._wants_step(self._pre_step, param):
                 self._optimizer.step_param(param)
@@ -148,8 +141,8 @@ class GradientReleaseHandle:
                     delattr(optimizer, name)
             raise RuntimeError(
                 "GradScaler.step() was called while gradient release is enabled: the gradients were applied during "
-                "backward(), without division by the scale. Train in bfloat16 without a GradScaler, or without gradient "
-                "release (handle.remove())"
+                "backward(), without division by the scale. Train in bfloat16 without a GradScaler, or without "
+                "gradient release (handle.remove())"
             )
         _check_not_distributed()
         self._watch_parameters()
@@ -192,6 +185,40 @@ class GradientReleaseHandle:
         self._watched.clear()
 
 
+class GradientReleaseHandle:
+    """What enable_gradient_release() returns: ends gradient release by remove(), or as a context manager.
+
+    It need not be kept; where it is, it keeps the optimizer.
+    """
+
+    def __init__(self, optimizer: FlashOptimizer, release: _Release) -> None:
+        self._optimizer = optimizer
+        self._release = release
+
+    @property
+    def active(self) -> bool:
+        """Whether gradients are released: True until remove()."""
+        return self._release.active
+
+    def remove(self) -> None:
+        """Ends gradient release: gradients are kept, and optimizer.step() steps. Calling it again does nothing."""
+        self._release.remove()
+
+    def __enter__(self) -> GradientReleaseHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which backward() keeps gradients and adds to them: for every micro-batch but the last.
+
+        The last one, outside, steps each parameter by the sum. Parameters that it does not reach keep theirs for
+        optimizer.step().
+        """
+        return self._release.accumulate()
+
+
 def enable_gradient_release(
     model_or_params: nn.Module | Tensor | Iterable[Any],
     optimizer: FlashOptimizer,
@@ -206,21 +233,21 @@ def enable_gradient_release(
     process; see docs/python_api.md, "Gradient release".
 
     Args:
-        model_or_params: a module, a parameter, or parameters (as tensors or pairs of name and tensor). All trainable ones
-            must be the optimizer's. Other parameters of the optimizer are left to ``optimizer.step()``, except those of
-            groups added later, which are released too.
+        model_or_params: a module, a parameter, or parameters (as tensors or pairs of name and tensor). All trainable
+            ones must be the optimizer's. Other parameters of the optimizer are left to ``optimizer.step()``, except
+            those of groups added later, which are released too.
         optimizer: a Flash optimizer.
         grad_scaler: None, or one that is disabled: loss scaling does not go with gradient release.
-        pre_step: called as ``pre_step(param, group)`` before each step; it may change ``param.grad``, for instance clip it
-            by the parameter's own norm. Where it returns False, the gradient is freed without a step.
+        pre_step: called as ``pre_step(param, group)`` before each step; it may change ``param.grad``, for instance clip
+            it by the parameter's own norm. Where it returns False, the gradient is freed without a step.
 
     Raises:
         TypeError: an argument is of a wrong type, the model is wrapped in DistributedDataParallel or
             FullyShardedDataParallel, or a parameter is a DTensor.
         ValueError: a trainable parameter is in no group of the optimizer, or there is none at all.
         NotImplementedError: ``grad_scaler`` is enabled.
-        RuntimeError: gradient release is enabled already, for this optimizer or for one of the parameters by another; or
-            torch.distributed runs more than one process.
+        RuntimeError: gradient release is enabled already, for this optimizer or for one of the parameters by another;
+            or torch.distributed runs more than one process.
     """
     if not isinstance(optimizer, FlashOptimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
@@ -240,13 +267,13 @@ def enable_gradient_release(
             chosen.add(id(param))
         elif param.requires_grad:
             raise ValueError(
-                f"{name} of shape {tuple(param.shape)} is in no group of the optimizer; allowed are the optimizer's own "
-                "parameters and frozen ones. Where several optimizers share a model, hand each its own parameters"
+                f"{name} of shape {tuple(param.shape)} is in no group of the optimizer; allowed are the optimizer's "
+                "own parameters and frozen ones. Where several optimizers share a model, hand each its own parameters"
             )
     if not chosen:
         raise ValueError("model_or_params holds no parameter of the optimizer: there is nothing to release")
     left_to_step = [param for key, param in owned.items() if key not in chosen]
-    return GradientReleaseHandle(optimizer, left_to_step, pre_step)
+    return GradientReleaseHandle(optimizer, _Release(optimizer, left_to_step, pre_step))
 
 
 def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:
@@ -255,16 +282,16 @@ def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:
         wrapper = _distributed_wrapper(model_or_params)
         if wrapper is not None:
             raise TypeError(
-                f"the model is wrapped in {wrapper}, which reduces gradients after backward() has released them; allowed is a "
-                "model in one process, or training without gradient release"
+                f"the model is wrapped in {wrapper}, which reduces gradients after backward() has released them; "
+                "allowed is a model in one process, or training without gradient release"
             )
         return [(f"parameter {name!r}", param) for name, param in model_or_params.named_parameters()]
     if isinstance(model_or_params, Tensor):
         model_or_params = [model_or_params]
     if not isinstance(model_or_params, Iterable) or isinstance(model_or_params, (str, bytes, dict)):
         raise TypeError(
-            f"model_or_params is a {type(model_or_params).__name__}; allowed are a torch.nn.Module, a parameter and an iterable "
-            "of parameters"
+            f"model_or_params is a {type(model_or_params).__name__}; allowed are a torch.nn.Module, a parameter and an "
+            "iterable of parameters"
         )
     named = []
     for index, item in enumerate(model_or_params):
@@ -294,8 +321,8 @@ def _check_grad_scaler(grad_scaler: Any) -> None:
         raise TypeError(f"grad_scaler is a {type(grad_scaler).__name__}; allowed are None and a torch.amp.GradScaler")
     if grad_scaler.is_enabled():
         raise NotImplementedError(
-            "grad_scaler is enabled: whether to skip a step is known when all gradients are, and then they have been released. "
-            "Allowed are None and a disabled GradScaler; train in bfloat16, which needs no loss scaling"
+            "grad_scaler is enabled: whether to skip a step is known when all gradients are, and then they have been "
+            "released. Allowed are None and a disabled GradScaler; train in bfloat16, which needs no loss scaling"
         )
 
 
@@ -303,8 +330,9 @@ def _check_not_distributed() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
-            f"torch.distributed runs {distributed.get_world_size()} processes, and each would step by its own gradients before "
-            "they are reduced; gradient release is allowed in one process. Train without it (handle.remove())"
+            f"torch.distributed runs {distributed.get_world_size()} processes, and each would step by its own "
+            "gradients before they are reduced; gradient release is allowed in one process. Train without it "
+            "(handle.remove())"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,15 +38,16 @@ class NumericsReport:
     nonfinite_gradients: int
     #: Weights looked at before and after a step, with a gradient other than zero (``check_numerics=True`` only).
     sampled_updates: int
-    #: How many of them kept every bit. With nearest rounding such an update is lost; with unbiased rounding (the default
-    #: codec's corrections, ``stochastic_rounding=True``) it is not: others round the other way.
+    #: How many of them kept every bit. With nearest rounding such an update is lost; with unbiased rounding (the
+    #: default codec's corrections, ``stochastic_rounding=True``) it is not: others round the other way.
     unchanged_weights: int
-    #: States other than 0 that were stored as 0, in the sample. The default codec rounds small momentum up or down at random,
-    #: without bias, and never a variance to 0; the paper's loses what it floors.
+    #: States other than 0 that were stored as 0, in the sample. The default codec rounds small momentum up or down at
+    #: random, without bias, and never a variance to 0; the paper's loses what it floors.
     floored_codes: int = 0
     #: States beyond the largest that their codec stores, in the sample.
     saturated_codes: int = 0
-    #: The largest update in the sample over what the rule allows (Adam's and Lion's bounds: docs/numerics.md, "Telemetry").
+    #: The largest update in the sample over what the rule allows (Adam's and Lion's bounds: docs/numerics.md,
+    #: "Telemetry").
     largest_update_ratio: float = 0.0
     #: The same for every parameter that was looked at, by name.
     parameters: dict[str, ParameterNumerics] = field(default_factory=dict)
@@ -103,14 +104,15 @@ class NumericsMonitor:
         elements = sum(param.numel() for param in params)
         return 1 if elements <= _SMALL_MODEL else _STRIDE
 
-    def table(self, key: Any, names: list[str], device: torch.device) -> Tensor:
+    def table(self, key: Any, names: Callable[[], list[str]], device: torch.device) -> Tensor:
         """What a step adds the telemetry of the parameters ``names`` to; ``key`` stands for them."""
         table = self.tables.get(key)
         if table is None:
             if len(self.tables) >= _MOST_KEPT:
                 self._settle()
-            counts = torch.zeros((len(names), _TELEMETRY_NUMBERS), dtype=torch.int64, device=device)
-            table = self.tables[key] = _Table(names, counts)
+            found = names()
+            counts = torch.zeros((len(found), _TELEMETRY_NUMBERS), dtype=torch.int64, device=device)
+            table = self.tables[key] = _Table(found, counts)
         return table.counts
 
     def reset(self) -> None:
@@ -123,20 +125,24 @@ class NumericsMonitor:
 
     def _settle(self) -> None:
         """Adds up the tables in ``settled``; those of plans that are gone need no memory then. Waits for the device."""
-        self.settled = self._parameters()
+        self._add_tables_to(self.settled)
         self.tables = {}
 
     def _parameters(self) -> dict[str, ParameterNumerics]:
         """Every parameter's counts so far. Waits for the device."""
         found = dict(self.settled)
+        self._add_tables_to(found)
+        return {name: one for name, one in found.items() if any(astuple(one))}
+
+    def _add_tables_to(self, found: dict[str, ParameterNumerics]) -> None:
         for names, counts in self.tables.values():
             table = counts.cpu()
             ratios = table.view(torch.float32)[:, 10].tolist()
             for name, numbers, ratio in zip(names, table[:, :5].tolist(), ratios):
                 old = found.get(name, ParameterNumerics(0, 0, 0, 0, 0, 0.0))
-                sums = [a + b for a, b in zip(numbers, astuple(old)[:5])]
-                found[name] = ParameterNumerics(*sums, largest_update_ratio=max(ratio, old.largest_update_ratio))
-        return {name: one for name, one in found.items() if any(astuple(one))}
+                examined, nonfinite, lost, floored, saturated = (a + b for a, b in zip(numbers, astuple(old)))
+                largest = max(ratio, old.largest_update_ratio)
+                found[name] = ParameterNumerics(examined, nonfinite, lost, floored, saturated, largest)
 
     def report(self) -> NumericsReport:
         count = sum(int(counter.item()) for counter in self.nonfinite.values())
@@ -168,8 +174,9 @@ class NumericsMonitor:
             raise NumericsError(
                 f"lr = {lr:.3g} is too small for {name}: its largest weight is {largest:.6g}, and of a {param.dtype} "
                 f"weight with {bits} bits of correction rounded to nearest only steps from {needed:.3g} up are sure to "
-                f"change it; this step counts on {taken:.3g}. Raise lr, or keep more bits (master_weight_bits), or round "
-                "without bias (state_codec='default'; stochastic_rounding=True where master_weight_bits is None), or set "
+                f"change it; this step counts on {taken:.3g}. Raise lr, or keep more bits (master_weight_bits), or "
+                "round without bias (state_codec='default'; stochastic_rounding=True where master_weight_bits is "
+                "None), or set "
                 "check_numerics=False. Weights are measured at the first step, after load_state_dict() and by "
                 "recompute_param_stats()"
             )

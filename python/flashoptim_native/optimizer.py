@@ -1,4 +1,4 @@
-"""FlashOptimizer: what the five optimizers share. The arithmetic is C++; this is the torch.optim.Optimizer around it."""
+"""FlashOptimizer: what the optimizers share. The arithmetic is C++; this is the torch.optim.Optimizer around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
 from . import _ops, _parameters, _state_dict, _states, _validate, weights
-from ._store import Controls, Store
+from ._store import Controls, Store, is_capturing
 from .numerics import NumericsMonitor, NumericsReport
 
 #: Options of a group that say how weights and states are stored; a checkpoint does not change them.
@@ -31,11 +31,11 @@ class FlashOptimizer(torch.optim.Optimizer):
         defaults: hyperparameters of groups that do not say otherwise.
         compress_state_dict: ``state_dict()`` holds states as they are stored (the default, and what makes a resumed run
             equal an uninterrupted one bit for bit); False: as fp32, which plain PyTorch optimizers can load.
-        check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded to
-            nearest, and count lost updates (docs/python_api.md, "Numerics").
+        check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded
+            to nearest, and count lost updates (docs/python_api.md, "Numerics").
         fused: accepted for compatibility; there is one implementation, and it is fused.
-        capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may be a
-            float32 tensor there, which a replay reads anew. Call step() once before the capture.
+        capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may
+            be a float32 tensor there, which a replay reads anew. Call step() once before the capture.
     """
 
     #: Name of the update rule, as the operators know it.
@@ -81,21 +81,24 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         self._store = Store(self.kind)
-        self._group_cache: list[tuple[Any, list[float]]] = []
+        # Of every group: options as they were read (None: read them again), the operators' numbers, the formats.
+        self._group_cache: list[tuple[Any, list[float], Any]] = []
         self._lrs: list[Tensor | None] = []
         self._monitor = NumericsMonitor()
         self._clip: Tensor | None = None
         self._no_controls: tuple[int, list[Controls]] = (-1, [])
-        # What captured CUDA graphs write to at every replay, beside parameters and gradients, which are the caller's.
-        self._captured: list[Any] = []
+        self._known_stride = (-1, 0)
+        # What captured CUDA graphs write to at every replay, beside parameters and gradients, which are the caller's. A
+        # graph outlives the states that load_state_dict() replaces.
+        self._captured: list[Any] = vars(self).get("_captured", [])
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
             is_narrow = any(p.dtype != torch.float32 for p in group["params"])
             if is_narrow and group["master_weight_bits"] is None and not group["stochastic_rounding"]:
                 warnings.warn(
-                    "master_weight_bits=None with 16-bit parameters keeps no bits below the parameters' own, and rounds to "
-                    "nearest: small updates are lost. Use master_weight_bits=24, or stochastic_rounding=True",
+                    "master_weight_bits=None with 16-bit parameters keeps no bits below the parameters' own, and "
+                    "rounds to nearest: small updates are lost. Use master_weight_bits=24, or stochastic_rounding=True",
                     stacklevel=4,
                 )
                 return
@@ -147,23 +150,24 @@ class FlashOptimizer(torch.optim.Optimizer):
         """The operators' numbers of every group (step still open), checked."""
         cache = self._group_cache
         if len(cache) != len(self.param_groups):
-            self._group_cache = cache = [(None, [])] * len(self.param_groups)
+            self._group_cache = cache = [(None, [], None)] * len(self.param_groups)
             self._lrs = [None] * len(self.param_groups)
         for index in range(len(self.param_groups)):
             self._read_group(index)
-        return [values for _, values in cache]
+        return [values for _, values, _ in cache]
 
     def _read_group(self, index: int) -> list[float]:
         group = self.param_groups[index]
         options = [group.get(name) for name in (_options_with_decay if "decay_lr" in group else _options)]
-        known, values = self._group_cache[index]
-        if known != options:
+        known, values, form = self._group_cache[index]
+        if known is None or known != options:
             _validate.check_hyperparameters(group)
             _validate.check_format(group)
             values = _hyper_values(group)
-            if known is not None and _format_of_options(known) != _format_of_options(options):
+            now = _format_of_options(options)
+            if form is not None and form != now:
                 self._store.forget_group(index)
-            self._group_cache[index] = (options, values)
+            self._group_cache[index] = (None if any(map(_is_mutable, options)) else options, values, now)
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.is_cuda and group["capturable"]:
             self._lrs[index] = _validate.check_lr_tensor(lr)
@@ -200,6 +204,9 @@ class FlashOptimizer(torch.optim.Optimizer):
         if scaling is None:  # the gradients overflowed: nothing changes
             self._clip = None
             return loss
+        capturing = is_capturing()
+        if capturing:
+            self._check_can_be_captured()
         if self._check_numerics:
             self._check_learning_rates(hypers, range(len(store.params)))
         lrs = self._lrs if any(lr is not None for lr in self._lrs) else None
@@ -209,10 +216,10 @@ class FlashOptimizer(torch.optim.Optimizer):
             lrs,
             lambda: self._controls(scaling),
             scaling.grad_scale,
-            self._monitor.stride(store.params) if self._check_numerics else 0,
+            self._telemetry_stride(),
             self._counts_on_device(scaling, lrs),
         )
-        if _is_capturing():
+        if capturing:
             self._keep_for_graph(scaling)
         self._clip = None
         return loss
@@ -248,22 +255,21 @@ class FlashOptimizer(torch.optim.Optimizer):
             lr,
             lambda one: self._controls_of_one(one, scaling),
             scaling.grad_scale,
-            self._monitor.stride(store.params) if self._check_numerics else 0,
-            self._counts_on_device(scaling, [lr]),
+            self._telemetry_stride(),
+            scaling.found_inf is not None or lr is not None or self.param_groups[index]["capturable"],
         )
         self._clip = None
 
     def _scaling(self) -> _Scaling | None:
-        """What GradScaler and clip_grad_norm_() left for this step; None where it is skipped, as far as the host knows."""
+        """What GradScaler and clip_grad_norm_() left for this step; None: skip it, as far as the host knows."""
         attributes = vars(self)  # where GradScaler sets them
         found_inf: Tensor | None = attributes.get("found_inf")
         scale: Tensor | float | None = attributes.get("grad_scale")
         if found_inf is None and scale is None:
             return _Scaling(clip=self._clip)
-        on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
-        if on_cuda:
+        if self._store.is_on_cuda():
             divisor = scale if isinstance(scale, Tensor) else None
-            grad_scale = 1.0 if scale is None or divisor is not None else 1.0 / scale
+            grad_scale = 1.0 if scale is None or isinstance(scale, Tensor) else 1.0 / scale
             return _Scaling(grad_scale, divisor, self._clip, found_inf)
         if found_inf is not None and float(found_inf) != 0.0:
             return None
@@ -290,7 +296,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             device = store.device(plan)
             telemetry = None
             if self._check_numerics:
-                telemetry = self._monitor.table((store.generation, plan), [store.name(r) for r in records], device)
+                telemetry = self._monitor.table((store.generation, plan), store.names(records), device)
             result.append((self._monitor.counter(device), *scaling.on(device), telemetry))
         return result
 
@@ -302,8 +308,17 @@ class FlashOptimizer(torch.optim.Optimizer):
             plan = store.plan_of(record)
             key = (store.generation, -1 - record) if plan is None else (store.generation, plan)
             records = [record] if plan is None else store.plans[plan]
-            telemetry = self._monitor.table(key, [store.name(r) for r in records], device)
+            telemetry = self._monitor.table(key, store.names(records), device)
         return (self._monitor.counter(device), *scaling.on(device), telemetry)
+
+    def _telemetry_stride(self) -> int:
+        if not self._check_numerics:
+            return 0
+        generation, stride = self._known_stride
+        if generation != self._store.generation:
+            stride = self._monitor.stride(self._store.params)
+            self._known_stride = (self._store.generation, stride)
+        return stride
 
     def _check_learning_rates(self, hypers: Any, records: Iterable[int]) -> None:
         store = self._store
@@ -314,6 +329,13 @@ class FlashOptimizer(torch.optim.Optimizer):
             lr = self._lrs[group]
             value = hypers[group][0] if lr is None else float(lr)
             self._monitor.check_learning_rate(self.kind, param, store.name(record), store.form(record), value)
+
+    def _check_can_be_captured(self) -> None:
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                "step() cannot be captured in a CUDA graph with capturable=False, because the host counts steps and "
+                "reads lr: make the optimizer with capturable=True, and call step() once before the capture"
+            )
 
     def _keep_for_graph(self, scaling: _Scaling) -> None:
         """A replay of the graph being captured writes to these: they must not be freed before this optimizer is."""
@@ -349,7 +371,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             return torch.nn.utils.clip_grad_norm_(params, max_norm)
         result = torch.zeros(4, device=next(iter(kinds))[0])
         store.gradient_norm(self.state, 1.0, max_norm, result)
-        if _is_capturing():
+        if is_capturing():
             self._captured.append(result)
         self._clip = result[3]
         return result[2]
@@ -369,11 +391,11 @@ class FlashOptimizer(torch.optim.Optimizer):
         return {**result, "state": _state_dict.expanded_states(self.kind, result["state"])}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats gave.
+        """Loads a state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats.
 
         Hyperparameters come from ``state_dict``; how weights and states are stored is this optimizer's own choice, and
-        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not fit,
-        and nothing of ``state_dict`` is shared.
+        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not
+        fit, and nothing of ``state_dict`` is shared.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -401,7 +423,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._store.follow(self.param_groups)
         for param, held in self.state.items():
             if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
-                self._store.remember_dtype(param, param.dtype)
+                self._store.remember_dtype(param)
 
     # Inspection
 
@@ -416,9 +438,9 @@ class FlashOptimizer(torch.optim.Optimizer):
     def reset_corrections(self, params: Iterable[Tensor] | None = None) -> None:
         """Sets corrections to zero: the weights are then the 16-bit parameters, exactly, as they are now.
 
-        A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from outside,
-        so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is meant to
-        last (a checkpoint loaded into the model, a re-initialized layer), call this after it.
+        A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from
+        outside, so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is
+        meant to last (a checkpoint loaded into the model, a re-initialized layer), call this after it.
 
         Args:
             params: the parameters whose corrections are meant; None: all.
@@ -434,6 +456,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             correction = self.state.get(param, {}).get(_states.CORRECTION)
             if correction is not None:
                 correction.zero_()
+                self._store.remember_dtype(param)
 
     def get_fp32_model_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
@@ -444,6 +467,11 @@ class FlashOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Loads fp32 weights into the model and into this optimizer's corrections."""
         weights.set_fp32_model_state_dict(model, fp32_state_dict, self, strict=strict)
+
+    def _dtypes_of_corrections(self) -> dict[int, torch.dtype]:
+        """By id of a parameter, the dtype that it had when its correction was made, where that is known."""
+        self._store.follow(self.param_groups)
+        return {id(p): dtype for p, dtype in zip(self._store.params, self._store.dtypes) if dtype is not None}
 
     def numerics_report(self) -> NumericsReport:
         """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
@@ -458,15 +486,17 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._monitor.largest.clear()
 
     def _state_with_correction(self, param: Tensor) -> dict[str, Any] | None:
-        """The parameter's state, made if there is none; None where its weights have no correction."""
+        """The state of a parameter that gets new weights, made if there is none; None where they have no correction."""
         record = self._store.index(param, self.param_groups)
+        self._store.remember_dtype(param)
         if self._store.form(record).master_weights not in _ops.CORRECTION_DTYPES:
+            self.state.get(param, {}).pop(_states.CORRECTION, None)
             return None
         return self._store.conforming_state(record, self.state)
 
 
 class _Scaling(NamedTuple):
-    """What all gradients of a step are multiplied with, and whether it is skipped; tensors are looked at on the device."""
+    """What a step's gradients are multiplied with, and whether it is skipped; tensors are read on the device."""
 
     grad_scale: float = 1.0
     divisor: Tensor | None = None
@@ -487,10 +517,6 @@ class _Scaling(NamedTuple):
         return moved[0], moved[1], moved[2]
 
 
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 _seen_by_wrapper = (
     (profiler, "_is_profiler_enabled"),
     (torch_optimizer, "_global_optimizer_pre_hooks"),
@@ -507,6 +533,13 @@ def _format_of_options(options: list[Any]) -> list[Any]:
     """What of a group's options decides how its parameters are stored."""
     by_name = dict(zip(_options, options))
     return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
+
+
+def _is_mutable(option: Any) -> bool:
+    """Whether an option can change without becoming another object."""
+    if isinstance(option, tuple):
+        return any(map(_is_mutable, option))
+    return isinstance(option, (Tensor, list))
 
 
 def _hyper_values(group: Mapping[str, Any]) -> list[float]:

@@ -1,5 +1,5 @@
-"""The optimizers. Names and arguments are those of the reference implementation (flashoptim 0.1.3); the keyword-only ones
-are this package's own:
+"""The optimizers. Names and arguments are those of the reference implementation (flashoptim 0.1.3); the keyword-only
+ones are this package's own:
 
     state_codec: "default" (full range, rounded without bias) or "paper" (the FlashOptim paper's, rounded to nearest).
     min_quantized_numel: parameters with fewer elements keep fp32 states; 0 quantizes all.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops
-from ._ops import CORRECTION_DTYPES, MasterWeights
-from ._states import CORRECTION
+from ._ops import CORRECTION_DTYPES, CorrectionFate, MasterWeights
+from ._states import CORRECTION, warn_of_correction
 
 _NARROW_DTYPES = (torch.bfloat16, torch.float16)
 _MASTER_OF_DTYPE = {torch.int8: MasterWeights.CORRECTION8, torch.int16: MasterWeights.CORRECTION16}
@@ -75,6 +75,7 @@ def get_fp32_model_state_dict(model: nn.Module, *optimizers: torch.optim.Optimiz
     """
     model = _unwrapped(model)
     states = _states_by_parameter(optimizers)
+    dtypes = _dtypes_by_parameter(optimizers)
     result = {
         key: value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value.detach().clone()
         for key, value in model.state_dict().items()
@@ -83,7 +84,7 @@ def get_fp32_model_state_dict(model: nn.Module, *optimizers: torch.optim.Optimiz
     for name, param in model.named_parameters(remove_duplicate=False):
         state = states.get(id(param))
         if name in result and state is not None and CORRECTION in state:
-            result[name] = reconstruct_fp32_param(param, state[CORRECTION])
+            result[name] = _with_correction(name, param, state[CORRECTION], dtypes.get(id(param), param.dtype))
     return result
 
 
@@ -99,6 +100,10 @@ def set_fp32_model_state_dict(
     Args:
         strict: also raise where ``state_dict`` lacks an entry of the model or holds one that the model lacks.
     """
+    correcting: list[Any] = list(optimizers)
+    for optimizer in correcting:
+        if not hasattr(optimizer, "_state_with_correction"):
+            raise TypeError(f"an optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
     model = _unwrapped(model)
     targets = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     if strict and targets.keys() != state_dict.keys():
@@ -113,7 +118,7 @@ def set_fp32_model_state_dict(
         if key in parameters and value.dtype != torch.float32:
             raise ValueError(f"state_dict[{key!r}] has dtype {value.dtype}; allowed for a parameter is torch.float32")
 
-    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owners = {id(p): optimizer for optimizer in correcting for group in optimizer.param_groups for p in group["params"]}
     for key, target in targets.items():
         if key not in state_dict:
             continue
@@ -128,12 +133,32 @@ def set_fp32_model_state_dict(
         narrow = torch.empty_like(correction, dtype=target.dtype)
         _ops.split_weights_(weights, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
         target.detach().copy_(narrow)
-    for optimizer in optimizers:
+    for optimizer in correcting:
         optimizer.recompute_param_stats()
 
 
 def _states_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[int, dict[str, Any]]:
     return {id(param): state for optimizer in optimizers for param, state in optimizer.state.items()}
+
+
+def _dtypes_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[int, torch.dtype]:
+    """The dtypes that parameters had when their corrections were made, as far as optimizers know them."""
+    found: dict[int, torch.dtype] = {}
+    for optimizer in optimizers:
+        if hasattr(optimizer, "_dtypes_of_corrections"):
+            found.update(optimizer._dtypes_of_corrections())
+    return found
+
+
+def _with_correction(name: str, param: Tensor, correction: Tensor, belongs_to: torch.dtype) -> Tensor:
+    """The fp32 weights of a parameter whose correction was made for a dtype: those that the next step goes on from."""
+    if belongs_to == param.dtype:
+        return reconstruct_fp32_param(param, correction)
+    before = param.detach().to(belongs_to)
+    if param.dtype == torch.bfloat16 or not torch.equal(before.to(param.dtype), param):
+        warn_of_correction(CorrectionFate.LOST, f"parameter {name!r}", param.dtype, belongs_to)
+        return param.detach().float()
+    return reconstruct_fp32_param(before, correction)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

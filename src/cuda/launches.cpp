@@ -46,7 +46,7 @@ Status Plan::Impl::upload_entries(TensorEntry* to, void* stream, Next next) cons
   int64_t index = 0;
   for (bool more = next(&index); status.is_ok() && more;) {
     args.indices[args.count] = static_cast<int32_t>(index);
-    args.entries[args.count] = make_entry(tensors.tensor(index));
+    args.entries[args.count] = tables.entry(tensors, index);
     ++args.count;
     more = next(&index);
     if (more && args.count < capacity) continue;
@@ -242,7 +242,8 @@ Status Plan::Impl::step(const Hyperparameters* given, int32_t used, const StepOp
     if (!status.is_ok()) return status;
     status = launch(what, &args, options.stream);
   }
-  return status.is_ok() ? tables.memory->after_launches(stream, target) : status;
+  tables.memory->after_launches(stream, target);
+  return status;
 }
 
 /// Everything about each tensor travels in its launch: nothing is brought to the tables.
@@ -262,7 +263,7 @@ Status Plan::Impl::step_singles(const Hyperparameters* given, const StepOptions&
         args.inline_hypers[0] = prepared(given[ready], options);
       }
     }
-    args.inline_tensor = make_entry(t);
+    args.inline_tensor = tables.entry(tensors, index);
     args.inline_tensor.hyper_index = 0;
     const TensorWork& work = work_of(index);
     const Status status = launch({work.function, work.first_chunk, work.chunks, work.tiles}, &args, options.stream);
@@ -317,7 +318,8 @@ Status Plan::Impl::step_some(const Hyperparameters* given, const StepOptions& op
   bool has_neighbours = false;
   for (size_t i = 1; i < some.size(); ++i) has_neighbours = has_neighbours || continues(i);
   status = has_neighbours ? step_runs(given, options, target) : step_singles(given, options);
-  return status.is_ok() ? tables.memory->after_launches(stream, target) : status;
+  tables.memory->after_launches(stream, target);
+  return status;
 }
 
 }  // namespace flashoptim::cuda

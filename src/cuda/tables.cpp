@@ -6,6 +6,7 @@
 
 #include "flashoptim/core/optimizer_list.h"
 #include "src/cuda/device.h"
+#include "src/place.h"
 
 namespace flashoptim::cuda {
 
@@ -87,22 +88,24 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
                         int32_t device, const MakeOptions& options) {
   const int64_t count = tensors.size();
   std::vector<TensorEntry> entry_table;
+  std::vector<TensorGroups> groups;
+  std::vector<core::PlacedGroups> pieces_table;
   std::vector<Chunk> chunk_table, inspect_table, norm_table;
   // Before tables are made of it: one that does not fit the device's counters would not fit the host's memory.
   int64_t all_groups = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t groups = tensors.tensor(i).layout.groups();
-    if (groups > (int64_t{1} << 42) - all_groups)
+    groups.push_back(tensor_groups(tensors.tensor(i)));
+    if (groups.back().count > (int64_t{1} << 42) - all_groups)
       return Status::unsupported("the plan has more than 2^42 groups of 32 elements");
-    all_groups += groups;
+    all_groups += groups.back().count;
+    if (groups.back().in_pieces) pieces_table.push_back(groups.back().pieces);
   }
   int64_t tiles = 0;
   for (int64_t i = 0; i < count; ++i) {
-    entry_table.push_back(make_entry(tensors.tensor(i)));
-    tiles += (tensors.tensor(i).layout.groups() + kTileGroups - 1) / kTileGroups;
-    add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), kInspectChunkGroups, &inspect_table);
-    add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups,
-               &norm_table);
+    const int64_t of_tensor = groups[static_cast<size_t>(i)].count, numel = tensors.tensor(i).layout.numel();
+    tiles += (of_tensor + kTileGroups - 1) / kTileGroups;
+    add_chunks(static_cast<int32_t>(i), of_tensor, kInspectChunkGroups, &inspect_table);
+    add_chunks(static_cast<int32_t>(i), (numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups, &norm_table);
   }
   const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
   // One launch per kernel.
@@ -114,10 +117,10 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
     const auto first = static_cast<int64_t>(chunk_table.size());
     int64_t last_groups = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (step_kernel_of(tensors.tensor(i), states) != kernel) continue;
-      const int64_t groups = tensors.tensor(i).layout.groups();
+      const TensorGroups& of_tensor = groups[static_cast<size_t>(i)];
+      if (step_kernel_of(tensors.tensor(i), states, of_tensor) != kernel) continue;
       const auto begin = static_cast<int64_t>(chunk_table.size());
-      add_chunks(static_cast<int32_t>(i), groups, per_chunk, &chunk_table);
+      add_chunks(static_cast<int32_t>(i), of_tensor.count, per_chunk, &chunk_table);
       const auto chunks_of = static_cast<int64_t>(chunk_table.size()) - begin;
       if (chunks_of == 0) continue;
       last_groups = chunk_table.back().groups;
@@ -141,6 +144,7 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   const int64_t chunks_at = arena.add<Chunk>(static_cast<int64_t>(chunk_table.size()));
   const int64_t inspect_chunks_at = arena.add<Chunk>(inspect_chunk_count);
   const int64_t norm_chunks_at = arena.add<Chunk>(norm_chunk_count);
+  const int64_t pieces_at = arena.add<core::PlacedGroups>(static_cast<int64_t>(pieces_table.size()));
   const int64_t uploaded = arena.size();
   const int64_t graph_entries_at = arena.add<TensorEntry>(count);
   const int64_t hypers_at = arena.add<PreparedHyper>(std::max(hyper_capacity, 1));
@@ -151,10 +155,10 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   const int64_t work_at = arena.add<WorkCounter>(1);
 
   std::vector<unsigned char> image(static_cast<size_t>(uploaded));
-  put(entry_table, entries_at, &image);
   put(chunk_table, chunks_at, &image);
   put(inspect_table, inspect_chunks_at, &image);
   put(norm_table, norm_chunks_at, &image);
+  put(pieces_table, pieces_at, &image);
 
   Status status = device_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                                 "cudaDeviceGetAttribute");
@@ -179,6 +183,13 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   partial = reinterpret_cast<double*>(data + partial_at);
   finished = reinterpret_cast<unsigned int*>(data + finished_at);
   work = reinterpret_cast<WorkCounter*>(data + work_at);
+  const auto* pieces = reinterpret_cast<const core::PlacedGroups*>(data + pieces_at);
+  for (int64_t i = 0; i < count; ++i) {
+    const TensorGroups& of_tensor = groups[static_cast<size_t>(i)];
+    places.push_back({of_tensor.first_group, of_tensor.in_pieces ? pieces++ : nullptr});
+    entry_table.push_back(entry(tensors, i));
+  }
+  put(entry_table, entries_at, &image);
   const auto stream = static_cast<cudaStream_t>(options.stream);
   if (!image.empty()) {
     status = device_status(cudaMemcpyAsync(data, image.data(), image.size(), cudaMemcpyHostToDevice, stream),
@@ -191,6 +202,15 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   // Steps on any stream must see it, and `image` goes.
   const Status done = device_status(cudaStreamSynchronize(stream), "uploading the plan");
   return status.is_ok() ? done : status;
+}
+
+TensorEntry PlanTables::entry(const flashoptim::Plan& tensors, int64_t index) const {
+  TensorEntry out = make_entry(tensors.tensor(index));
+  const EntryPlace& place = places[static_cast<size_t>(index)];
+  out.first_group = place.first_group;
+  out.pieces = place.pieces;
+  if (place.pieces != nullptr) out.flags |= kInPieces;
+  return out;
 }
 
 }  // namespace flashoptim::cuda

@@ -29,11 +29,18 @@ struct TensorWork {
   StepLaunch function = nullptr;
 };
 
+/// What an entry has beside ParameterTensors' fields: of TensorGroups.
+struct EntryPlace {
+  int64_t first_group = 0;
+  const core::PlacedGroups* pieces = nullptr;  ///< on the device; null: not in pieces
+};
+
 struct PlanTables {
   int multiprocessors = 0;
   bool takes_large_arguments = false;
   std::vector<Launch> launches;
   std::vector<TensorWork> works;
+  std::vector<EntryPlace> places;
 
   PlanMemory* memory = nullptr;  // holds all of the following
   /// Two tables of tensors: launches that run read the first; those that are captured, and so their replays, the
@@ -61,6 +68,9 @@ struct PlanTables {
   /// Lays the tables out, loads the step's kernels and uploads. `device` must be current.
   Status make(const flashoptim::Plan& tensors, RuleKind rule, int states, int32_t hyper_capacity, int32_t device,
               const MakeOptions& options);
+
+  /// Tensor `index` as the kernels read it, once the tables are made.
+  TensorEntry entry(const flashoptim::Plan& tensors, int64_t index) const;
 };
 
 }  // namespace flashoptim::cuda
