@@ -330,12 +330,14 @@ TEST(FormatOps, NewStatesFitAndConvert) {
 
   const auto fit =
       op<int64_t(std::string_view, bool, const Tensor&, at::TensorList, at::TensorList, const std::optional<Tensor>&,
-                 int64_t, int64_t, int64_t, at::IntArrayRef)>("flashoptim::fit_state");
+                 int64_t, int64_t, int64_t, at::IntArrayRef, std::string_view)>("flashoptim::fit_state");
   const std::vector<Tensor> states{made[0], made[2]}, scales{made[1], made[3]};
-  EXPECT_EQ(fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection8, kDefault, {}), 1);
-  EXPECT_EQ(fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection16, kDefault, {}), 0);
+  EXPECT_EQ(fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection8, kDefault, {}, "weight"),
+            1);
+  EXPECT_EQ(fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection16, kDefault, {}, "weight"),
+            0);
   EXPECT_EQ(fit.call("adamw", true, param.t().contiguous().t(), states, scales, made[4], kBFloat16, kCorrection8,
-                     kDefault, {}),
+                     kDefault, {}, "weight"),
             2);
 
   made[4].fill_(127);
