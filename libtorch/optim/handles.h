@@ -39,6 +39,7 @@ inline bool read_facts(const at::Tensor& tensor, store::Facts* facts) {
   facts->strides = tensor.strides().data();
   facts->dim = tensor.dim();
   facts->dtype = dtype_code(tensor.scalar_type());
+  facts->storage = static_cast<int64_t>(tensor.storage().nbytes());
   return true;
 }
 

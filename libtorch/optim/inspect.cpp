@@ -89,7 +89,7 @@ void FlashOptimizer::set_fp32_weight(const at::Tensor& param, const at::Tensor& 
   std::unique_ptr<FlashParamState> made;
   if (state == nullptr) {
     made = make_state(kind_, param, form);
-  } else if (fit_of(kind_, *state, param, form) == store::Fit::kNo) {
+  } else if (fit_of(kind_, name, *state, param, form) == store::Fit::kNo) {
     FlashParamState without = *state;  // the correction will be another
     without.master_weights = MasterWeights::kNone;
     made = convert_state(kind_, name, without, param, form).state;

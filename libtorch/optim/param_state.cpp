@@ -200,9 +200,10 @@ std::unique_ptr<FlashParamState> make_state(OptimizerKind kind, const at::Tensor
   return std::move(wanted[0].state);
 }
 
-store::Fit fit_of(OptimizerKind kind, const FlashParamState& state, const at::Tensor& param, Form form) {
+store::Fit fit_of(OptimizerKind kind, const std::string& name, const FlashParamState& state, const at::Tensor& param,
+                  Form form) {
   const store::Stored stored = stored_of(state, store::slot_count(kind, form.has_momentum));
-  return in_store([&] { return store::fit(kind, form.has_momentum, handle_of(param), stored, form.format); });
+  return in_store([&] { return store::fit(kind, form.has_momentum, handle_of(param), stored, form.format, {}, name); });
 }
 
 Conversion convert_state(OptimizerKind kind, const std::string& name, const FlashParamState& saved,

@@ -61,7 +61,9 @@ struct NewState {
 void make_states(OptimizerKind kind, std::vector<NewState>* wanted);
 std::unique_ptr<FlashParamState> make_state(OptimizerKind kind, const at::Tensor& param, Form form);
 
-store::Fit fit_of(OptimizerKind kind, const FlashParamState& state, const at::Tensor& param, Form form);
+/// Whether a step can run on a state as it is; `name` stands for the parameter in messages.
+store::Fit fit_of(OptimizerKind kind, const std::string& name, const FlashParamState& state, const at::Tensor& param,
+                  Form form);
 
 /// A state in another form.
 struct Conversion {

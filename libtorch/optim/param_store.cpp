@@ -37,6 +37,15 @@ bool same_format(const OptionValues& a, const OptionValues& b) {
 /// Whether memory holds the values: a view that negates them, or one of zeros, has to be copied.
 bool is_materialized(const at::Tensor& tensor) { return !tensor.is_neg() && !tensor._is_zerotensor(); }
 
+/// Address of a gradient that a step can take as it lies; false for one that it cannot.
+bool read_gradient(const store::Record& record, const at::Tensor& grad, const void** address) {
+  store::Facts facts;
+  if (!read_facts(grad, &facts) || !record.takes_gradient(facts, device_of(grad.device()))) return false;
+  *address = facts.data;
+  const int64_t end = (grad.storage_offset() + grad.numel()) * static_cast<int64_t>(grad.itemsize());
+  return (grad.numel() == 0 || end <= facts.storage) && is_materialized(grad);
+}
+
 }  // namespace
 
 // ---- records --------------------------------------------------------------------------------------------------------
@@ -128,10 +137,9 @@ ParamStore::Taken ParamStore::look(const Groups& groups, const States& states, i
   const at::Tensor &tensor = param(groups, record), &grad = tensor.grad();
   const auto found = states.find(tensor.unsafeGetTensorImpl());
   auto* const state = found == states.end() ? nullptr : static_cast<FlashParamState*>(found->second.get());
-  store::Facts facts;
-  const bool is_ready = is_current(record, tensor, state) && read_facts(grad, &facts) &&
-                        store_.record(record).takes_gradient(facts, device_of(grad.device())) && is_materialized(grad);
-  return {record, &tensor, state, is_ready, facts.data};
+  const void* gradient = nullptr;
+  const bool is_ready = is_current(record, tensor, state) && read_gradient(store_.record(record), grad, &gradient);
+  return {record, &tensor, state, is_ready, gradient};
 }
 
 void ParamStore::see_to(std::vector<Taken>* taken, Change* change) {
@@ -141,8 +149,15 @@ void ParamStore::see_to(std::vector<Taken>* taken, Change* change) {
     if (one.is_ready) continue;
     const std::string name = this->name(one.record);
     check_param(name, *one.param);
-    check_gradient(name + ".grad", *one.param, one.param->grad());
-    in_store([&] { store::select_backend(kOp.name, name, device_of(one.param->device())); });
+    const at::Tensor& grad = one.param->grad();
+    const std::string grad_name = name + ".grad";
+    check_gradient(grad_name, *one.param, grad);
+    in_store([&] {
+      store::select_backend(kOp.name, name, device_of(one.param->device()));
+      // These look at storages, too.
+      store::read_tensor(kOp, {name.c_str()}, handle_of(*one.param));
+      store::read_tensor(kOp, {grad_name.c_str()}, handle_of(grad));
+    });
     if (one.state != nullptr) continue;
     const GroupOptions& group = groups_[position(one.record).group];
     wanted.push_back({one.param, form_of(group.values, group.has_momentum, *one.param), nullptr});
@@ -170,7 +185,7 @@ void ParamStore::describe(Taken* taken, Made* made) {
               " is lost, and a correction cannot begin with it. Cast with cast_model(module, optimizer), or give "
               "set_fp32_model_state() what get_fp32_model_state() gave before the cast; or call reset_corrections(), "
               "and weights are what the parameter holds now");
-  if (fit_of(kind_, *taken->state, param, form) == store::Fit::kNo) {
+  if (fit_of(kind_, name, *taken->state, param, form) == store::Fit::kNo) {
     Conversion converted = convert_state(kind_, name, *taken->state, param, form);
     warn_of(converted.fate, name, *taken->state, param);
     made->state = std::move(converted.state);
@@ -186,6 +201,7 @@ void ParamStore::describe(Taken* taken, Made* made) {
   options.format = form.format;
   options.has_momentum = form.has_momentum;
   options.gradient_dtype = dtype_of(grad);
+  options.is_copy = made->weights.defined();
   // The format that the state fits, whatever it was called.
   FlashParamState described = *taken->state;
   described.master_weights = form.format.master_weights;
@@ -197,22 +213,6 @@ void ParamStore::describe(Taken* taken, Made* made) {
                     stored.arrays, stored.correction);
   });
   taken->gradient = (made->gradient.defined() ? made->gradient : grad).const_data_ptr();
-}
-
-/// Records that do not take part are planned along, but only if they are as they were described: the memory of others
-/// may be another parameter's by now.
-void ParamStore::plan(const Groups& groups, const States& states, const std::vector<Taken>& taken) {
-  if (!store_.is_stale()) return;
-  std::vector<bool> takes_part(known_.size(), false);
-  for (const Taken& one : taken) takes_part[static_cast<size_t>(one.record)] = true;
-  for (int64_t record = 0; record < store_.size(); ++record) {
-    if (takes_part[static_cast<size_t>(record)] || !store_.record(record).is_known()) continue;
-    const at::Tensor& tensor = param(groups, record);
-    const auto found = states.find(tensor.unsafeGetTensorImpl());
-    const auto* state = found == states.end() ? nullptr : static_cast<const FlashParamState*>(found->second.get());
-    if (!is_current(record, tensor, state)) store_.forget(record);
-  }
-  in_store([&] { store_.plan(kOp); });
 }
 
 // ---- steps ----------------------------------------------------------------------------------------------------------
@@ -247,11 +247,12 @@ void ParamStore::run(States& states, std::vector<Taken>* taken, const Plan& plan
     }
     in_store(step);
   } catch (...) {
-    for (const Taken& one : *taken) {
-      if (one.is_ready) continue;
-      store_.forget(one.record);
-      const auto made = change.find(one.record);
-      if (made != change.end() && made->second.before.defined()) one.param->detach().copy_(made->second.before);
+    // Backwards: parameters may turn out to share memory.
+    for (auto one = taken->rbegin(); one != taken->rend(); ++one) {
+      if (one->is_ready) continue;
+      store_.forget(one->record);
+      const auto made = change.find(one->record);
+      if (made != change.end() && made->second.before.defined()) one->param->detach().copy_(made->second.before);
     }
     throw;
   }
@@ -277,7 +278,7 @@ void ParamStore::step(const Groups& groups, States& states) {
     if (param(groups, record).grad().defined()) taken.push_back(look(groups, states, record));
   }
   if (taken.empty()) return;
-  const auto make_plans = [&] { plan(groups, states, taken); };
+  const auto make_plans = [&] { in_store([&] { store_.plan(kOp); }); };
   run(states, &taken, make_plans, [&] {
     store_.begin();
     for (const Taken& one : taken) store_.take(one.record, one.gradient, {one.state->step, nullptr});
@@ -295,7 +296,7 @@ void ParamStore::step(const Groups& groups, States& states) {
 void ParamStore::step_one(const Groups& groups, States& states, int64_t record) {
   std::vector<Taken> taken = {look(groups, states, record)};
   const auto make_plans = [&] {
-    if (store_.wants_plan(record)) plan(groups, states, taken);
+    if (store_.wants_plan(record)) in_store([&] { store_.plan(kOp); });
   };
   run(states, &taken, make_plans, [&] {
     const store::Record& known = store_.record(record);

@@ -81,7 +81,6 @@ class ParamStore {
   Taken look(const Groups& groups, const States& states, int64_t record) const;
   void see_to(std::vector<Taken>* taken, Change* change);
   void describe(Taken* taken, Made* made);
-  void plan(const Groups& groups, const States& states, const std::vector<Taken>& taken);
   store::Controls controls(store::Device device, store::Backend backend);
   /// A step: what has to be seen to, `plan`, `step`, and what follows it; or nothing, where one of them throws.
   template <class Plan, class Step>

@@ -106,7 +106,7 @@ FlashParamState checked_state(const std::string& name, const at::Tensor& param, 
 Conversion restored(const std::string& name, const at::Tensor& param, OptimizerKind kind, const FlashOptions& options,
                     FlashParamState saved) {
   const Form form = form_of(options, param);
-  if (fit_of(kind, saved, param, form) != store::Fit::kNo) {
+  if (fit_of(kind, name, saved, param, form) != store::Fit::kNo) {
     return {std::make_unique<FlashParamState>(std::move(saved)), {}, store::CorrectionFate::kKept};
   }
   Conversion converted = convert_state(kind, name, saved, param, form);

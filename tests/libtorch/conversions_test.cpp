@@ -274,6 +274,8 @@ TEST(Conversions, MomentumThatComesLaterBeginsAsAFirstStep) {
   const Tensor twin = param.detach().clone().set_requires_grad(true);
   flash::FlashSGD fresh(std::vector<Tensor>{twin}, flash::FlashSGDOptions(options).momentum(0.9));
   fresh.set_fp32_weight(twin, optimizer.fp32_weight(param));
+  fresh.param_state(twin)->correction.copy_(optimizer.param_state(param)->correction);
+  twin.detach().copy_(param.detach());
   options_of<flash::FlashSGDOptions>(optimizer).momentum(0.9);
   for (int64_t i = 3; i < 6; ++i) {
     step(optimizer, {param}, i);

@@ -222,6 +222,26 @@ TEST(Memory, ParametersAndStatesThatMoveBetweenSteps) {
   EXPECT_TRUE(Snapshot(moved) == Snapshot(stays));
 }
 
+TEST(Memory, AStorageThatWasMadeSmallerIsNeverStepped) {
+  const std::vector<Tensor> params{parameter({64, 80}, 1), parameter({30}, 2)};
+  flash::FlashAdamW optimizer(params, flash::FlashAdamWOptions(1e-2));
+  step(optimizer, params, 1);
+  const Tensor& state = optimizer.param_state(params[0])->states[1];
+  const std::pair<Tensor, std::string> shrunk[] = {{state, "'exp_avg_sq' of FlashAdamW: param_groups[0].params[0]"},
+                                                   {params[0].grad(), "FlashAdamW: param_groups[0].params[0].grad"},
+                                                   {params[0].detach(), "FlashAdamW: param_groups[0].params[0]"}};
+  for (const auto& [tensor, name] : shrunk) {
+    SCOPED_TRACE(name);
+    const size_t bytes = tensor.storage().nbytes();
+    const Tensor values = tensor.clone(), other = params[1].detach().clone();
+    tensor.storage().unsafeGetStorageImpl()->set_nbytes(bytes / 2);
+    expect_error([&, name = name] { optimizer.step(); }, {name, "needs more memory than its storage has"});
+    EXPECT_TRUE(same_bytes(other, params[1]));
+    tensor.storage().unsafeGetStorageImpl()->set_nbytes(bytes);
+    optimizer.step();
+  }
+}
+
 TEST(Memory, AnOptimizerCanBeMoved) {
   const Tensor param = parameter({64, 80}, 1), twin = parameter({64, 80}, 1);
   flash::FlashAdamW first(std::vector<Tensor>{param}, flash::FlashAdamWOptions(1e-2)),
