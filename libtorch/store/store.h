@@ -31,7 +31,7 @@ struct RecordOptions {
   bool has_momentum = true;
   DType gradient_dtype = DType::kFloat32;
   /// Where the local tensor lies in the whole; as it stands for a tensor that is the whole.
-  Place place;
+  Shard shard;
 };
 
 /// One parameter with what is stored for it: its local tensor, as it was when it was described.

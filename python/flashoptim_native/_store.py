@@ -128,9 +128,24 @@ class Store:
         """How messages call a parameter."""
         return _parameters.name_of(self._groups, *self._places[record])
 
+    def make_states(self, state: State, params: Sequence[Tensor]) -> None:
+        """States of zeros for ``params``, which have none; none is made where one cannot be."""
+        change = _Change(state)
+        try:
+            self._make_missing([self._index[id(param)] for param in params], state, change)
+        except BaseException:
+            change.undo()
+            raise
+
+    def dtype_of(self, param: Tensor) -> torch.dtype:
+        """The dtype of the weights that a parameter's correction belongs to."""
+        record = self._index.get(id(param))
+        known = None if record is None else self.dtypes[record]
+        return param.dtype if known is None else known
+
     def form(self, record: int) -> Format:
         """How a parameter is to be stored, by the options of its group as they are."""
-        return _states.format_of(_parameters.local(self.params[record]), self._groups[self.group_of(record)])
+        return _states.format_of(self.params[record], self._groups[self.group_of(record)])
 
     def forget_group(self, group: int) -> None:
         """The options of a group have changed: its parameters are described anew at their next step."""
@@ -296,7 +311,7 @@ class Store:
             local = _parameters.local(param)
             by_device.setdefault(local.tensor.device, []).append((record, local, self.form(record)))
         for items in by_device.values():
-            made = _states.new_states(self.kind, [(local, form) for _, local, form in items])
+            made = _states.new_states(self.kind, [(local, form, self.name(record)) for record, local, form in items])
             for (record, _, _), new in zip(items, made):
                 change.put(self.params[record], new)
 
@@ -329,8 +344,12 @@ class Store:
         weights = grad = None
         if fit == Fit.OWN_ORDER or not _lies(local.tensor, order):
             weights = _copy_in(local.tensor, order)
-        if param.grad is not None and not _lies(param.grad, order):
-            grad = _copy_in(param.grad, order)
+        if param.grad is not None:
+            found = _parameters.local_gradient(param, param.grad)
+            if not _lies(found, order):
+                grad = _copy_in(found, order)
+            elif _parameters.is_sharded(param) and found is not _parameters.plain(param.grad):
+                grad = found
         if weights is not None or grad is not None:
             staged[record] = (weights, grad)
         gradient_dtype = local.tensor.dtype if param.grad is None else param.grad.dtype
@@ -365,7 +384,7 @@ class Store:
         local = _parameters.local(param)
         held = state.get(param)
         if not held:
-            state[param] = held = _states.new_states(self.kind, [(local, form)])[0]
+            state[param] = held = _states.new_states(self.kind, [(local, form, self.name(record))])[0]
         elif _states.fit(self.kind, held, local, form, self.dtypes[record]) == Fit.NO:
             change = _Change(state)
             held = self._convert(record, held, local, form, change)
@@ -411,12 +430,13 @@ class _Change:
 
     def rewrite(self, param: Tensor, values: Tensor) -> None:
         """The same weight in other digits: the correction has changed with them."""
-        self._values.append((param, param.detach().clone()))
-        param.detach().copy_(values)
+        local = _parameters.plain(param).detach()
+        self._values.append((local, local.clone()))
+        local.copy_(values)
 
     def undo(self) -> None:
-        for param, values in reversed(self._values):
-            param.detach().copy_(values)
+        for local, values in reversed(self._values):
+            local.copy_(values)
         for param, before in reversed(self._before):
             if before is None:
                 self._state.pop(param, None)
@@ -425,7 +445,7 @@ class _Change:
 
 
 def _local_device(param: Tensor) -> torch.device:
-    return _parameters.local(param).tensor.device
+    return _parameters.plain(param).device
 
 
 # Order of elements in memory
@@ -433,9 +453,9 @@ def _local_device(param: Tensor) -> torch.device:
 
 def _order_of(held: dict[str, Any], slots: Sequence[str], param: Tensor) -> tuple[int, ...]:
     """Strides of a dense tensor that lies as a state does; as the parameter where the state has no array."""
-    for name in (*slots, _states.CORRECTION):
-        if name in held:
-            return tuple(held[name].stride())
+    for name in (*(_states.key_of(held, slot) for slot in slots), _states.CORRECTION):
+        if name is not None and name in held:
+            return tuple(_parameters.plain(held[name]).stride())
     return tuple(param.stride() if _is_dense(param) else torch.empty_like(param).stride())
 
 
