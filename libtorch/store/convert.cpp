@@ -69,9 +69,8 @@ Tensor rescaled(Op op, AtenTensorHandle correction, MasterWeights from, MasterWe
 void copy_elements(AtenTensorHandle to, AtenTensorHandle from) {
   const TensorInfo info = read_tensor({"copy_"}, {"scales"}, to);
   AtenTensorHandle view = nullptr;
-  int64_t offset = 0;
-  check_torch(aoti_torch_get_storage_offset(from, &offset), "get_storage_offset");
-  check_torch(aoti_torch__reinterpret_tensor(from, info.dim, info.sizes, info.strides, offset, &view), "reinterpret");
+  check_torch(aoti_torch__reinterpret_tensor(from, info.dim, info.sizes, info.strides, /*offset_increment=*/0, &view),
+              "reinterpret_tensor");
   const Tensor owned(view);
   check_torch(aoti_torch_copy_(to, owned, /*non_blocking=*/0), "copy_");
 }

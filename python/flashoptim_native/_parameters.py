@@ -209,6 +209,23 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
+def check_not_flattened(groups: Sequence[Mapping[str, Any]], caller: str) -> None:
+    """Raises RuntimeError where FSDP1 asks for states so to take them apart; ``caller``: the name of the module that asks.
+
+    Its flat parameters are pieces of several of the model's, so scales and groups are, too; torch cannot know. A
+    rank's own state_dict() is fine.
+    """
+    if not caller.startswith(("torch.distributed.fsdp.", "torch.distributed.checkpoint.")):
+        return
+    for group in groups:
+        if any(hasattr(param, "_fsdp_flattened") or hasattr(param, "_is_flat_param") for param in group["params"]):
+            raise RuntimeError(
+                "optim_state_dict of FullyShardedDataParallel (FSDP1) cannot take apart states that groups of 32 elements share "
+                "scales of; allowed are FSDP2 (torch.distributed.fsdp.fully_shard), whose checkpoints load on any number of "
+                "processes, and each rank's own optimizer.state_dict()"
+            )
+
+
 def are_zero(grads: Sequence[Tensor]) -> bool:
     """Whether all gradients are zero, in every process of the meshes of those that are DTensors."""
     here = all(not bool(plain(grad).count_nonzero()) for grad in grads if grad.layout == torch.strided)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -383,6 +384,7 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32."""
+        _parameters.check_not_flattened(self.param_groups, sys._getframe(1).f_globals.get("__name__", ""))
         result = super().state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
         number_of = dict(enumerate(params))

@@ -420,7 +420,7 @@ def test_states_on_a_device_that_is_not_current():
     optimizer = flashoptim_native.FlashAdamW(params, min_quantized_numel=64)
     optimizer.step()
     assert torch.cuda.current_device() == 0
-    assert {state["exp_avg"].device for state in optimizer.state.values()} == {torch.device("cuda:1")}
+    assert {state["exp_avg_codes"].device for state in optimizer.state.values()} == {torch.device("cuda:1")}
 
 
 def test_states_come_from_few_allocations():
@@ -449,7 +449,7 @@ def test_more_than_two_to_the_31_elements():
         optimizer.step()
         state = optimizer.state[p]
         results.append(
-            [bits(t[-9000:]) + bits(t[:9000]) for t in (p, state["correction"], state["exp_avg"], state["exp_avg_sq"])]
+            [bits(t[-9000:]) + bits(t[:9000]) for t in (p, state["correction"], state["exp_avg_codes"], state["exp_avg_sq_codes"])]
         )
         del p, optimizer, state
     assert results[0] == results[1]
