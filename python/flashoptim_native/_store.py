@@ -144,9 +144,20 @@ class Store:
         """The same of several records, for who may want them: it takes time."""
         return lambda: [self.name(record) for record in records]
 
+    def make_states(self, state: State, params: Sequence[Tensor]) -> None:
+        """States of zeros for ``params``, which have none; none is made where one cannot be."""
+        with _Change(state, self._handle) as change:
+            self._make_missing([self._index[id(param)] for param in params], state, change)
+
+    def dtype_of(self, param: Tensor) -> torch.dtype:
+        """The dtype of the weights that a parameter's correction belongs to."""
+        record = self._index.get(id(param))
+        known = None if record is None else self.dtypes[record]
+        return param.dtype if known is None else known
+
     def form(self, record: int) -> Format:
         """How a parameter is to be stored, by the options of its group as they are."""
-        return _states.format_of(_parameters.local(self.params[record]), self._groups[self.group_of(record)])
+        return _states.format_of(self.params[record], self._groups[self.group_of(record)])
 
     def forget_group(self, group: int) -> None:
         """The options of a group have changed: its parameters are described anew at their next step."""
@@ -323,7 +334,7 @@ class Store:
             local = _parameters.local(param)
             by_device.setdefault(local.tensor.device, []).append((record, local, self.form(record)))
         for items in by_device.values():
-            made = _states.new_states(self.kind, [(local, form) for _, local, form in items])
+            made = _states.new_states(self.kind, [(local, form, self.name(record)) for record, local, form in items])
             for (record, _, _), new in zip(items, made):
                 change.put(self.params[record], new)
                 change.set(self.dtypes, record, self.params[record].dtype)
@@ -360,8 +371,12 @@ class Store:
         weights = grad = None
         if fit == Fit.OWN_ORDER or not _lies(local.tensor, order):
             weights = _copy_in(local.tensor, order)
-        if param.grad is not None and (not _lies(param.grad, order) or param.grad.is_neg()):
-            grad = _copy_in(param.grad, order)
+        if param.grad is not None:
+            found = _parameters.local_gradient(param, param.grad)
+            if not _lies(found, order) or found.is_neg():
+                grad = _copy_in(found, order)
+            elif _parameters.is_sharded(param) and found is not _parameters.plain(param.grad):
+                grad = found
         staged.pop(record, None)
         if weights is not None or grad is not None:
             staged[record] = (weights, grad)
@@ -398,7 +413,7 @@ class Store:
         local = _parameters.local(param)
         held = state.get(param)
         if held is None or _is_missing(held):
-            state[param] = held = _states.new_states(self.kind, [(local, form)])[0]
+            state[param] = held = _states.new_states(self.kind, [(local, form, self.name(record))])[0]
         elif _states.fit(self.kind, held, local, form, self.name(record), self.dtypes[record]) == Fit.NO:
             with _Change(state, self._handle) as change:
                 held = self._convert(record, held, local, form, change)
@@ -467,8 +482,9 @@ class _Change:
 
     def rewrite(self, param: Tensor, values: Tensor) -> None:
         """The same weight in other digits: the correction has changed with them."""
-        self._undo.append(functools.partial(param.detach().copy_, param.detach().clone()))
-        param.detach().copy_(values)
+        local = _parameters.plain(param).detach()
+        self._undo.append(functools.partial(local.copy_, local.clone()))
+        local.copy_(values)
 
 
 def _is_missing(held: Any) -> bool:
@@ -481,7 +497,7 @@ def _is_host_count(count: Any) -> bool:
 
 
 def _local_device(param: Tensor) -> torch.device:
-    return _parameters.local(param).tensor.device
+    return _parameters.plain(param).device
 
 
 # Order of elements in memory
@@ -489,9 +505,9 @@ def _local_device(param: Tensor) -> torch.device:
 
 def _order_of(held: dict[str, Any], slots: Sequence[str], param: Tensor) -> tuple[int, ...]:
     """Strides of a dense tensor that lies as a state does; as the parameter where the state has no array."""
-    for name in (*slots, _states.CORRECTION):
-        if name in held:
-            return tuple(held[name].stride())
+    for name in (*(_states.key_of(held, slot) for slot in slots), _states.CORRECTION):
+        if name is not None and name in held:
+            return tuple(_parameters.plain(held[name]).stride())
     return tuple(param.stride() if _is_dense(param) else torch.empty_like(param).stride())
 
 

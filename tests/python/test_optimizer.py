@@ -104,7 +104,7 @@ def test_groups_have_their_own_options():
     run(optimizer, params, 0, 2)
     assert optimizer.state[params[0]]["correction"].dtype == torch.int16
     assert optimizer.state[params[1]]["exp_avg"].dtype == torch.float32
-    assert optimizer.state[params[2]]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[params[2]]["exp_avg_codes"].dtype == torch.int8
     separate = make_params()
     for number, group in enumerate(groups):
         options = {
@@ -127,7 +127,7 @@ def test_options_changed_between_steps_take_effect():
     optimizer.param_groups[0]["state_codec"] = "paper"
     optimizer.param_groups[0]["master_weight_bits"] = 32
     run(optimizer, params, 2, 3)
-    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[params[0]]["exp_avg_codes"].dtype == torch.int8
     assert optimizer.state[params[0]]["correction"].dtype == torch.int16
     assert optimizer.state[params[0]]["step"] == 3
 
@@ -165,9 +165,9 @@ def test_none_gradients_are_skipped():
     run(optimizer, params, 0, 2)
     set_grads(params, 2)
     params[0].grad = params[5].grad = None
-    before = bits(params[0]), bits(optimizer.state[params[0]]["exp_avg"])
+    before = bits(params[0]), bits(optimizer.state[params[0]]["exp_avg_codes"])
     optimizer.step()
-    assert (bits(params[0]), bits(optimizer.state[params[0]]["exp_avg"])) == before
+    assert (bits(params[0]), bits(optimizer.state[params[0]]["exp_avg_codes"])) == before
     assert [optimizer.state[p]["step"] for p in params] == [2, 3, 3, 3, 3, 2, 3, 3]
     optimizer.zero_grad()
     optimizer.step()  # nothing to do
