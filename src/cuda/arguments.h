@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "flashoptim/core/place.h"
 #include "flashoptim/cuda.h"
 #include "src/cpu/kernels.h"
 #include "src/cuda/tuning.h"
+#include "src/place.h"
 
 namespace flashoptim::cuda {
 
@@ -23,6 +25,8 @@ struct alignas(16) TensorEntry {
   int64_t groups_per_row;
   int64_t numel;
   int64_t first_element;
+  int64_t first_group;               ///< number of group 0 in the whole, for inspect()
+  const core::PlacedGroups* pieces;  ///< with kInPieces
   int32_t hyper_index;
   uint8_t parameter_dtype;
   uint8_t gradient_dtype;
@@ -35,6 +39,7 @@ enum TensorFlag : uint8_t {
   kShortRows = 2,      ///< rows end in groups of fewer than 32: group g does not start at element 32 g
   kPaperStates = 4,    ///< the codec, for kernels that take any; neither: fp32
   kDefaultStates = 8,
+  kInPieces = 16,  ///< groups are pieces of the whole's (core/place.h)
 };
 
 /// A run of groups of one tensor: what one block works on.
@@ -173,10 +178,10 @@ enum StepKernel : int {
   kHotFloat16Correction8,
   kHotBFloat16,
   kHotBFloat16Stochastic,
+  kHotBFloat16Correction8Runs,  ///< the first of them for shards in runs
   kHotKernels,
   // One format each, gradients of the parameter's type.
-  kDefaultBFloat16Correction8 =
-      kHotKernels,  ///< for rows that end in groups of fewer than 32, which the hot one leaves
+  kDefaultBFloat16Correction8 = kHotKernels,  ///< for groups of fewer than 32 elements, which the hot ones leave
   kPaperBFloat16,
   kPaperBFloat16Nearest8,
   // Any types and master weights: one for each codec.
@@ -184,11 +189,11 @@ enum StepKernel : int {
   kStepKernels = kAnyTypes + cpu::kCodecs,
 };
 
-inline StepKernel step_kernel_of(const ParameterTensors& t, int states) {
+inline StepKernel step_kernel_of(const ParameterTensors& t, int states, const TensorGroups& groups) {
   const auto any = static_cast<StepKernel>(kAnyTypes + static_cast<int>(t.state_codec));
   if (states == 0 || t.gradient_dtype != t.parameter_dtype) return any;
   const bool is_default = t.state_codec == StateCodec::kDefault, is_paper = t.state_codec == StateCodec::kPaper;
-  const bool has_short_groups = t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0;
+  const bool has_short_groups = groups.in_pieces || (t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0);
   if (t.parameter_dtype == DType::kFloat16) {
     const bool is_hot = is_default && !has_short_groups && t.master_weights == MasterWeights::kCorrection8;
     return is_hot ? kHotFloat16Correction8 : any;
@@ -199,8 +204,12 @@ inline StepKernel step_kernel_of(const ParameterTensors& t, int states) {
       return is_paper ? kPaperBFloat16 : is_default && !has_short_groups ? kHotBFloat16 : any;
     case MasterWeights::kNoneStochastic:
       return is_default && !has_short_groups ? kHotBFloat16Stochastic : any;
-    case MasterWeights::kCorrection8:
-      return !is_default ? any : has_short_groups ? kDefaultBFloat16Correction8 : kHotBFloat16Correction8;
+    case MasterWeights::kCorrection8: {
+      if (!is_default) return any;
+      const bool full_runs = groups.in_pieces && groups.pieces.lane == 0 && groups.pieces.run % kGroupSize == 0;
+      if (full_runs) return kHotBFloat16Correction8Runs;
+      return has_short_groups ? kDefaultBFloat16Correction8 : kHotBFloat16Correction8;
+    }
     case MasterWeights::kCorrection16:
       return is_default && !has_short_groups ? kHotBFloat16Correction16 : any;
     case MasterWeights::kCorrection8Nearest:

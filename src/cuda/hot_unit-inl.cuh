@@ -35,6 +35,9 @@ struct VarianceBounds<Rule, true> {
   static __device__ __forceinline__ bool hold(const typename Rule::Hyper& h) { return Rule::variance_bounds(h); }
 };
 
+/// Whether a tensor's groups follow each other in the whole, or are those of runs (core/place.h), none of them short.
+enum class HotGroups { kInOneStretch, kInRuns };
+
 /// Bits of a correction; 0: none.
 template <MasterWeights kMaster>
 inline constexpr int kHotBits = core::has_correction(kMaster) ? core::correction_bits(kMaster) : 0;
@@ -61,9 +64,26 @@ struct alignas(16) HotContext {
   uint32_t phase_variance, phase_momentum, phase_weight;
   uint32_t full;  ///< groups before this one are full and lie at 32 times their number, on addresses for vectors
   bool active;
+  /// kInRuns alone, which has no first_index: the segment's first group, and what runs are.
+  int64_t first_group, groups_per_run, stride, first_element;
+
+  /// First element of a group of the segment in the whole: core::PlacedGroups::piece, where all groups are full.
+  template <HotGroups kGroups>
+  __device__ __forceinline__ uint64_t index_of(uint32_t group) const {
+    if constexpr (kGroups == HotGroups::kInOneStretch) {
+      return first_index + static_cast<uint64_t>(group) * static_cast<uint32_t>(kGroupSize);
+    } else {
+      const int64_t in_tensor = first_group + group;
+      const bool is_small = ((in_tensor | groups_per_run) >> 32) == 0;
+      const int64_t run = is_small ? static_cast<uint32_t>(in_tensor) / static_cast<uint32_t>(groups_per_run)
+                                   : in_tensor / groups_per_run;
+      const int64_t in_run = in_tensor - run * groups_per_run;
+      return static_cast<uint64_t>(first_element + run * stride + in_run * kGroupSize);
+    }
+  }
 
   /// Every thread of the warp calls it.
-  template <class Rule, MasterWeights kMaster>
+  template <class Rule, MasterWeights kMaster, HotGroups kGroups>
   __device__ __forceinline__ void open(const StepArguments& args, int32_t tensor, uint32_t segment, int thread) {
     const TensorEntry& t = entry_of(args, tensor);
     const PreparedHyper* hyper = hyper_of(args, t);
@@ -72,22 +92,29 @@ struct alignas(16) HotContext {
       reinterpret_cast<uint32_t*>(&prepared)[thread] = reinterpret_cast<const uint32_t*>(hyper)[thread];
     }
     if (thread == 0) {
-      const int64_t first_group = static_cast<int64_t>(segment) << kSegmentBits;
-      const int64_t first = first_group * kGroupSize;
+      const int64_t segment_group = static_cast<int64_t>(segment) << kSegmentBits;
+      const int64_t first = segment_group * kGroupSize;
       parameter = static_cast<unsigned char*>(t.parameter) + first * 2;
       gradient = static_cast<const unsigned char*>(t.gradient) + first * 2;
       correction = static_cast<unsigned char*>(t.correction) + first * (kHotBits<kMaster> / 8);
       for (int k = 0; k < kMaxStates; ++k) {
         states[k] = static_cast<unsigned char*>(t.states[k]) + first;
-        scales[k] = t.scales[k] + first_group;
+        scales[k] = t.scales[k] + segment_group;
       }
-      first_index = static_cast<uint64_t>(t.first_element + first);
+      if constexpr (kGroups == HotGroups::kInOneStretch) {
+        first_index = static_cast<uint64_t>(t.first_element + first);
+      } else {
+        first_group = segment_group;
+        groups_per_run = t.pieces->groups_per_run;
+        stride = t.pieces->stride;
+        first_element = t.first_element;
+      }
       const core::DitherKey key = hyper->dither;
       phase_variance = core::dither_group_start<core::DitherStream::kVariance, float>(key, 0u);
       phase_momentum = core::dither_group_start<core::DitherStream::kMomentum, float>(key, 0u);
       phase_weight = core::dither_group_start<core::DitherStream::kWeight, float>(key, 0u);
       active = t.gradient != nullptr && !hyper->skip;
-      const int64_t left = t.numel / kGroupSize - first_group;
+      const int64_t left = t.numel / kGroupSize - segment_group;
       const bool holds = VarianceBounds<Rule>::hold(reinterpret_cast<const typename Rule::Hyper&>(hyper->rule));
       const bool vectors = active && holds && (t.flags & kVectorAligned) && !(t.flags & kShortRows) &&
                            (reinterpret_cast<uintptr_t>(t.gradient) & 15u) == 0;
@@ -637,7 +664,7 @@ __device__ __forceinline__ void store_pairs(unsigned char* p, const HotWords<8>&
 enum HotResult : int { kHotFailed = 0, kHotWithoutZeros, kHotWithZeros };
 
 /// One tile, 16 elements a thread.
-template <class Rule, class Narrow, MasterWeights kMaster, bool kZeros>
+template <class Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups, bool kZeros>
 __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMaster>& tables, const HotContext& context,
                                               HotStage<Rule, kMaster>& stage, const HotHeaders& headers,
                                               uint32_t first_group, int thread) {
@@ -734,7 +761,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
 
   const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
   const uint32_t lane = static_cast<uint32_t>(thread % kHotThreadsPerGroup * kHotUnit);
-  const uint64_t index = context.first_index + static_cast<uint64_t>(group) * static_cast<uint32_t>(kGroupSize);
+  const uint64_t index = context.index_of<kGroups>(group);
   const core::DitherKey hash_key{0u, context.prepared.dither.seed};
   const uint32_t hash =
       core::dither_group_hash<float>(hash_key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));

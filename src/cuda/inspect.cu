@@ -66,13 +66,13 @@ __device__ __forceinline__ void inspect_unit(const TensorEntry& t, const Prepare
   load_headers<Rule, kCodec>(t, group, active, stored.states);
   core::StoredElements<kUnit> elements;
   unpack<Rule, kCodec>(types, stored, unit.valid, elements);
-  const uint64_t index = static_cast<uint64_t>(t.first_element + unit.group_first);
+  const uint64_t index = static_cast<uint64_t>(unit.whole_first);
   const uint32_t hash =
       core::dither_group_hash<float>(prepared.dither, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32));
   const typename Rule::Hyper& hyper = reinterpret_cast<const typename Rule::Hyper&>(prepared.rule);
   core::inspect_elements<Rule, kCodec>({types.parameter(), types.gradient(), types.master()}, elements,
                                        core::InspectedStep<Rule>{hyper, prepared.gradient_scale, largest_update},
-                                       core::GroupDither{prepared.dither, hash, lane}, QuadGroup(), out);
+                                       core::GroupDither{prepared.dither, hash, unit.lane}, QuadGroup(), out);
 }
 
 /// Adds the threads' findings to the tensor's: integers and a maximum, so that their order does not matter.
@@ -112,18 +112,28 @@ __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant
   copy_to_shared(&prepared, args.hypers + entry->hyper_index, static_cast<int>(threadIdx.x) - 32);
   __syncthreads();
   if (tensor.gradient == nullptr || prepared.skip) return;
-  const int64_t skipped = core::groups_to_inspected(
-      core::first_inspected_group(prepared.dither, chunk.tensor, args.stride), chunk.first_group, args.stride);
+  // Which groups are looked at is counted in the whole: what shards find adds up to what the whole finds.
+  const int64_t chosen = core::first_inspected_group(prepared.dither, chunk.tensor, args.stride);
+  const bool in_pieces = (tensor.flags & kInPieces) != 0;
+  const int64_t skipped =
+      in_pieces ? 0 : core::groups_to_inspected(chosen, chunk.first_group + tensor.first_group, args.stride);
   if (skipped >= chunk.groups) return;
-  const int count = static_cast<int>((chunk.groups - skipped - 1) / args.stride + 1);
+  const int64_t step = in_pieces ? 1 : args.stride;
+  const int count = static_cast<int>((chunk.groups - skipped - 1) / step + 1);
   const float largest_update = args.largest_updates[tensor.hyper_index];
   const int lane = static_cast<int>(threadIdx.x % kThreadsPerGroup) * kUnit;
   core::Inspection found;
 #pragma unroll 1
   for (int tile = 0; tile < count; tile += kThreads / kThreadsPerGroup) {
     const int local = tile + static_cast<int>(threadIdx.x / kThreadsPerGroup);
-    const bool active = local < count;
-    const int64_t group = chunk.first_group + skipped + local * args.stride;
+    bool active = local < count;
+    const int64_t group = chunk.first_group + skipped + local * step;
+    if (in_pieces) {
+      const core::PlacedGroups& pieces = *tensor.pieces;
+      const int64_t whole_first = locate_unit(tensor, active ? group : 0, 0).whole_first;
+      active = active && core::groups_to_inspected(chosen, pieces.group_of(whole_first), args.stride) == 0;
+      if (!__any_sync(0xffffffffu, active)) continue;
+    }
     if constexpr (Rule::kStateCount > 0) {
       if (tensor.flags & kPaperStates) {
         inspect_unit<Rule, StateCodec::kPaper>(tensor, prepared, largest_update, group, lane, active, found);

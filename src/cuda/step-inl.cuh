@@ -13,36 +13,52 @@
 
 namespace flashoptim::cuda {
 
-/// Where a thread's unit lies in its tensor.
+/// Where a thread's unit lies in its tensor, and for the dither in the whole.
 struct Unit {
-  int64_t group_first;  ///< first element of the group
+  int64_t whole_first;  ///< first element of the group, in the whole
   int64_t first;        ///< first element of the unit
   int valid;            ///< elements of it that exist, 0 ... 8
+  int lane;             ///< of its first element in the group
 };
 
+/// Elements of a unit of which `left` are left in its group.
+__device__ __forceinline__ int valid_of(int64_t left) {
+  return left <= 0 ? 0 : left >= kUnit ? kUnit : static_cast<int>(left);
+}
+
+/// *quotient = a / b, returns the rest: mostly both have 32 bits.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b, int64_t* quotient) {
+  if (((a | b) >> 32) == 0) {
+    const uint32_t q = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+    *quotient = q;
+    return static_cast<uint32_t>(a) - q * static_cast<uint32_t>(b);
+  }
+  *quotient = a / b;
+  return a - *quotient * b;
+}
+
+/// `lane` counts from the piece's first element: no two elements of a piece that is no whole group depend on each
+/// other.
+__device__ __forceinline__ Unit locate_in_piece(const core::PlacedGroups& pieces, int64_t group, int lane) {
+  int64_t run;
+  const int64_t in_run = divide(group, pieces.groups_per_run, &run);
+  const core::GroupPiece piece = pieces.piece(run, in_run);
+  return {piece.whole_first, piece.first + lane, valid_of(piece.count - lane), piece.lane + lane};
+}
+
 __device__ __forceinline__ Unit locate_unit(const TensorEntry& t, int64_t group, int lane) {
-  Unit unit;
-  int64_t left;
-  if (t.flags & kShortRows) {
-    int64_t row, column;
-    if (((group | t.groups_per_row) >> 32) == 0) {
-      const uint32_t r = static_cast<uint32_t>(group) / static_cast<uint32_t>(t.groups_per_row);
-      row = r;
-      column = static_cast<uint32_t>(group) - r * static_cast<uint32_t>(t.groups_per_row);
-    } else {
-      row = group / t.groups_per_row;
-      column = group - row * t.groups_per_row;
-    }
-    unit.group_first = row * t.row_size + column * kGroupSize;
+  int64_t group_first, left;
+  if (t.flags & (kShortRows | kInPieces)) {
+    if (t.flags & kInPieces) return locate_in_piece(*t.pieces, group, lane);
+    int64_t row;
+    const int64_t column = divide(group, t.groups_per_row, &row);
+    group_first = row * t.row_size + column * kGroupSize;
     left = t.row_size - column * kGroupSize;
   } else {
-    unit.group_first = group * kGroupSize;
-    left = t.numel - unit.group_first;
+    group_first = group * kGroupSize;
+    left = t.numel - group_first;
   }
-  unit.first = unit.group_first + lane;
-  left -= lane;
-  unit.valid = left <= 0 ? 0 : left >= kUnit ? kUnit : static_cast<int>(left);
-  return unit;
+  return {t.first_element + group_first, group_first + lane, valid_of(left - lane), lane};
 }
 
 /// Elements with NaN or infinite gradients.
@@ -125,10 +141,11 @@ __device__ __forceinline__ void scaled_gradients(const TensorContext& context, c
   }
 }
 
-__device__ __forceinline__ DitherSource dither_source(const TensorContext& context, int64_t group_first, int lane) {
+__device__ __forceinline__ DitherSource dither_source(const TensorContext& context, const Unit& unit) {
   const core::DitherKey key = context.prepared.dither;
-  const uint64_t index = static_cast<uint64_t>(context.tensor.first_element + group_first);
-  return {key, core::dither_group_hash<F>(key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32)), lane};
+  const uint64_t index = static_cast<uint64_t>(unit.whole_first);
+  return {key, core::dither_group_hash<F>(key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32)),
+          unit.lane};
 }
 
 /// One unit by core's formulas: any values, any alignment, short groups.
@@ -139,6 +156,7 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
   Unit unit = locate_unit(t, group, lane);
   if (!active) unit.valid = 0;
   const bool vector = aligned && unit.valid == kUnit && unit.first % kUnit == 0;
+  const DitherSource dither = dither_source(context, unit);  // here, for the group's index takes two registers
 
   // One branch around all loads and one around all stores: they are then in flight together.
   StoredUnit<kCodec> stored;
@@ -161,7 +179,6 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
     delta[i] = Rule::update(ExactLane(w[i]), ExactLane(g[i]), state, hyper).v;
     for (int k = 0; k < Rule::kStateCount; ++k) s[i][k] = state[k].v;
   }
-  const DitherSource dither = dither_source(context, unit.group_first, lane);
   update_weights(types, w, delta, dither, stored.weights);
   Codec<Rule, kCodec>::encode(s, dither, stored.states);
 
@@ -237,7 +254,7 @@ using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>, kMaster>;
 /// 16-bit weights and gradients of one type, default codec, nothing rounded to nearest but weights without corrections.
 /// Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then as they come, so that all
 /// warps together sweep through memory.
-template <class Rule, class Narrow, MasterWeights kMaster>
+template <class Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
@@ -277,7 +294,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   bool zeros = false;  // the tile before had some: the next one probably has, too
   HotHeaders next_headers;
   if (exists) {
-    contexts[warp][0].template open<Rule, kMaster>(args, tile.tensor, tile.segment, thread);
+    contexts[warp][0].template open<Rule, kMaster, kGroups>(args, tile.tensor, tile.segment, thread);
     if (contexts[warp][0].takes(tile.first, tile.groups))
       next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
@@ -295,7 +312,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
       taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
-        contexts[warp][next_slot].template open<Rule, kMaster>(args, next.tensor, next.segment, thread);
+        contexts[warp][next_slot].template open<Rule, kMaster, kGroups>(args, next.tensor, next.segment, thread);
       }
       if (contexts[warp][next_slot].takes(next.first, next.groups)) {
         next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
@@ -306,11 +323,11 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     HotResult result = kHotFailed;
     if (context.takes(tile.first, tile.groups)) {
       if (!zeros)
-        result =
-            hot_unit<Rule, Narrow, kMaster, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
+        result = hot_unit<Rule, Narrow, kMaster, kGroups, false>(tables, context, stages[warp][stage], headers,
+                                                                 tile.first, thread);
       if (result == kHotFailed) {
-        result =
-            hot_unit<Rule, Narrow, kMaster, true>(tables, context, stages[warp][stage], headers, tile.first, thread);
+        result = hot_unit<Rule, Narrow, kMaster, kGroups, true>(tables, context, stages[warp][stage], headers,
+                                                                tile.first, thread);
         zeros = result == kHotWithZeros;
       }
     }
@@ -348,9 +365,9 @@ int launch_step(const StepArguments& args, void* stream) {
 template <MasterWeights kMaster>
 using BFloat16Types = HotTypes<core::BFloat16, kMaster>;
 
-template <class Rule, class Narrow, MasterWeights kMaster>
+template <class Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups = HotGroups::kInOneStretch>
 int launch_hot(const StepArguments& args, void* stream) {
-  if (args.chunk_count == 0) return load_kernel(hot_kernel<Rule, Narrow, kMaster>);
+  if (args.chunk_count == 0) return load_kernel(hot_kernel<Rule, Narrow, kMaster, kGroups>);
   // As many blocks as fit the device at a time.
   constexpr uint32_t kWarps = kHotThreads / 32;
   const uint32_t tiles = args.tile_count;
@@ -358,7 +375,7 @@ int launch_hot(const StepArguments& args, void* stream) {
   const uint32_t rounds = tiles / (grid * kWarps);
   StepArguments launched = args;
   launched.fixed_rounds = std::max(1u, rounds * kFixedPercent / 100u);
-  hot_kernel<Rule, Narrow, kMaster><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
+  hot_kernel<Rule, Narrow, kMaster, kGroups><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -376,6 +393,8 @@ StepLaunches make_step_launches() {
     out.kernel[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, MasterWeights::kCorrection8>;
     out.kernel[kHotBFloat16] = launch_hot<Rule, core::BFloat16, MasterWeights::kNone>;
     out.kernel[kHotBFloat16Stochastic] = launch_hot<Rule, core::BFloat16, MasterWeights::kNoneStochastic>;
+    out.kernel[kHotBFloat16Correction8Runs] =
+        launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection8, HotGroups::kInRuns>;
     out.kernel[kDefaultBFloat16Correction8] =
         launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kCorrection8>>;
     out.kernel[kPaperBFloat16] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kNone>>;

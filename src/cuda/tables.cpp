@@ -90,19 +90,23 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   std::vector<Chunk> chunk_table, inspect_table, norm_table;
   // Before tables are made of it: one that does not fit the device's counters would not fit the host's memory.
   int64_t all_groups = 0;
+  std::vector<TensorGroups> groups;
+  std::vector<core::PlacedGroups> pieces_table;
+  groups.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t groups = tensors.tensor(i).layout.groups();
-    if (groups > (int64_t{1} << 42) - all_groups)
+    groups.push_back(tensor_groups(tensors.tensor(i)));
+    if (groups.back().count > (int64_t{1} << 42) - all_groups)
       return Status::unsupported("the plan has more than 2^42 groups of 32 elements");
-    all_groups += groups;
+    all_groups += groups.back().count;
+    if (groups.back().in_pieces) pieces_table.push_back(groups.back().pieces);
   }
   int64_t tiles = 0;
   for (int64_t i = 0; i < count; ++i) {
-    entry_table.push_back(make_entry(tensors.tensor(i)));
-    tiles += (tensors.tensor(i).layout.groups() + kTileGroups - 1) / kTileGroups;
-    add_chunks(static_cast<int32_t>(i), tensors.tensor(i).layout.groups(), kInspectChunkGroups, &inspect_table);
-    add_chunks(static_cast<int32_t>(i), (entry_table.back().numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups,
-               &norm_table);
+    const int64_t of_tensor = groups[static_cast<size_t>(i)].count;
+    tiles += (of_tensor + kTileGroups - 1) / kTileGroups;
+    add_chunks(static_cast<int32_t>(i), of_tensor, kInspectChunkGroups, &inspect_table);
+    add_chunks(static_cast<int32_t>(i), (tensors.tensor(i).layout.numel() + kGroupSize - 1) / kGroupSize,
+               kNormChunkGroups, &norm_table);
   }
   const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
   // One launch per kernel.
@@ -114,14 +118,19 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
     const auto first = static_cast<int64_t>(chunk_table.size());
     int64_t last_groups = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (step_kernel_of(tensors.tensor(i), states) != kernel) continue;
-      const int64_t groups = tensors.tensor(i).layout.groups();
+      const TensorGroups& of_tensor = groups[static_cast<size_t>(i)];
+      if (step_kernel_of(tensors.tensor(i), states, of_tensor) != kernel) continue;
       const auto begin = static_cast<int64_t>(chunk_table.size());
-      add_chunks(static_cast<int32_t>(i), groups, per_chunk, &chunk_table);
+      add_chunks(static_cast<int32_t>(i), of_tensor.count, per_chunk, &chunk_table);
       const auto chunks_of = static_cast<int64_t>(chunk_table.size()) - begin;
       if (chunks_of == 0) continue;
       last_groups = chunk_table.back().groups;
-      works[static_cast<size_t>(i)] = {begin, chunks_of, tiles_of(chunks_of, last_groups), functions.kernel[kernel]};
+      TensorWork& work = works[static_cast<size_t>(i)];
+      work.first_chunk = begin;
+      work.chunks = chunks_of;
+      work.tiles = tiles_of(chunks_of, last_groups);
+      work.function = functions.kernel[kernel];
+      work.first_group = of_tensor.first_group;
     }
     const auto end = static_cast<int64_t>(chunk_table.size());
     if (hot) make_hot(chunk_table.data() + first, chunk_table.data() + end);
@@ -141,6 +150,7 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   const int64_t chunks_at = arena.add<Chunk>(static_cast<int64_t>(chunk_table.size()));
   const int64_t inspect_chunks_at = arena.add<Chunk>(inspect_chunk_count);
   const int64_t norm_chunks_at = arena.add<Chunk>(norm_chunk_count);
+  const int64_t pieces_at = arena.add<core::PlacedGroups>(static_cast<int64_t>(pieces_table.size()));
   const int64_t uploaded = arena.size();
   const int64_t graph_entries_at = arena.add<TensorEntry>(count);
   const int64_t hypers_at = arena.add<PreparedHyper>(std::max(hyper_capacity, 1));
@@ -151,10 +161,10 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   const int64_t work_at = arena.add<WorkCounter>(1);
 
   std::vector<unsigned char> image(static_cast<size_t>(uploaded));
-  put(entry_table, entries_at, &image);
   put(chunk_table, chunks_at, &image);
   put(inspect_table, inspect_chunks_at, &image);
   put(norm_table, norm_chunks_at, &image);
+  put(pieces_table, pieces_at, &image);
 
   Status status = device_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                                 "cudaDeviceGetAttribute");
@@ -179,6 +189,12 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   partial = reinterpret_cast<double*>(data + partial_at);
   finished = reinterpret_cast<unsigned int*>(data + finished_at);
   work = reinterpret_cast<WorkCounter*>(data + work_at);
+  const auto* pieces = reinterpret_cast<const core::PlacedGroups*>(data + pieces_at);
+  for (int64_t i = 0; i < count; ++i) {
+    if (groups[static_cast<size_t>(i)].in_pieces) works[static_cast<size_t>(i)].pieces = pieces++;
+    entry_table.push_back(entry(tensors.tensor(i), i));
+  }
+  put(entry_table, entries_at, &image);
   const auto stream = static_cast<cudaStream_t>(options.stream);
   if (!image.empty()) {
     status = device_status(cudaMemcpyAsync(data, image.data(), image.size(), cudaMemcpyHostToDevice, stream),
@@ -191,6 +207,15 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   // Steps on any stream must see it, and `image` goes.
   const Status done = device_status(cudaStreamSynchronize(stream), "uploading the plan");
   return status.is_ok() ? done : status;
+}
+
+TensorEntry PlanTables::entry(const ParameterTensors& tensor, int64_t index) const {
+  const TensorWork& work = works[static_cast<size_t>(index)];
+  TensorEntry entry = make_entry(tensor);
+  entry.first_group = work.first_group;
+  entry.pieces = work.pieces;
+  if (work.pieces != nullptr) entry.flags |= kInPieces;
+  return entry;
 }
 
 }  // namespace flashoptim::cuda

@@ -27,6 +27,8 @@ struct TensorWork {
   int64_t chunks = 0;
   int64_t tiles = 0;
   StepLaunch function = nullptr;
+  int64_t first_group = 0;                     ///< of the tensor, in the whole
+  const core::PlacedGroups* pieces = nullptr;  ///< on the device; null: not in pieces
 };
 
 struct PlanTables {
@@ -61,6 +63,10 @@ struct PlanTables {
   /// Lays the tables out, loads the step's kernels and uploads. `device` must be current.
   Status make(const flashoptim::Plan& tensors, RuleKind rule, int states, int32_t hyper_capacity, int32_t device,
               const MakeOptions& options);
+
+  /// What the device's tables have of tensor `index`, which make() was given as it is but for its addresses and
+  /// hyper_index.
+  TensorEntry entry(const ParameterTensors& tensor, int64_t index) const;
 };
 
 }  // namespace flashoptim::cuda

@@ -178,8 +178,7 @@ inline void narrow(DType dtype, const float* values, void* out, int64_t count) {
 class TensorPair {
  public:
   /// `offsets` misaligns every array by so many bytes.
-  TensorPair(const Config& config, GroupLayout layout, std::mt19937& random, size_t offset = 0,
-             int64_t first_element = 0)
+  TensorPair(const Config& config, GroupLayout layout, std::mt19937& random, size_t offset = 0, const Place& place = {})
       : config_(config) {
     const int64_t n = layout.numel();
     const size_t parameter_bytes = config.parameter_dtype == DType::kFloat32 ? 4 : 2;
@@ -201,7 +200,7 @@ class TensorPair {
         scale_[k] = Mirror(static_cast<size_t>(layout.groups()) * 2, offset & ~size_t{1});
     }
     host_.layout = layout;
-    host_.place.first_element = first_element;
+    host_.place = place;
     host_.parameter_dtype = config.parameter_dtype;
     host_.gradient_dtype = config.gradient_dtype;
     host_.master_weights = config.master;
@@ -293,7 +292,10 @@ class PlanPair {
     add(config_, layout, offset, first_element);
   }
   void add(const Config& config, GroupLayout layout, size_t offset = 0, int64_t first_element = 0) {
-    tensors_.emplace_back(config, layout, random_, offset, first_element);
+    add(config, layout, offset, Place{first_element, 0, 0, {}});
+  }
+  void add(const Config& config, GroupLayout layout, size_t offset, const Place& place) {
+    tensors_.emplace_back(config, layout, random_, offset, place);
   }
   TensorPair& tensor(size_t i) { return tensors_[i]; }
   size_t size() const { return tensors_.size(); }

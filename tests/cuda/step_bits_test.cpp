@@ -38,7 +38,7 @@ TEST(CudaSmall, EveryKernel) {
     t.gradient_dtype = config.gradient_dtype;
     t.master_weights = config.master;
     t.state_codec = config.codec;
-    const int kernel = cuda::step_kernel_of(t, state_count(config.optimizer, config.has_momentum));
+    const int kernel = cuda::step_kernel_of(t, state_count(config.optimizer, config.has_momentum), TensorGroups{});
     // The kernels of any types once more, where they have the most to do.
     const bool usual = config.parameter_dtype == DType::kFloat16 && config.gradient_dtype == DType::kFloat32 &&
                        config.master == MasterWeights::kCorrection8;

@@ -164,6 +164,15 @@ class TestTensor {
   }
   TestTensor(const TestTensor&) = delete;
 
+  /// Other rows of the same elements, and scales for them.
+  void set_layout(const OptimizerChoice& optimizer, const GroupLayout& layout) {
+    t_.layout = layout;
+    for (int k = 0; k < optimizer.states && t_.scales[k] != nullptr; ++k) {
+      scales_[k] = GuardedArray(layout.groups(), 2, 0);
+      t_.scales[k] = scales_[k].data();
+    }
+  }
+
   const ParameterTensors& tensors() const { return t_; }
   ParameterTensors& tensors() { return t_; }
   int64_t numel() const { return t_.layout.numel(); }
