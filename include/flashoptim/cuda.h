@@ -121,8 +121,9 @@ class Plan {
   Status step_some(const int64_t* indices, int64_t count, const Hyperparameters* hypers, int64_t hyper_count,
                    const StepOptions& options = {});
 
-  /// Everything that step() checks before its first launch, and nothing else. What is left to fail then is the device
-  /// itself, on which no tensor can be relied on any more.
+  /// Everything that step() checks of its arguments, and nothing else. What is left to fail then is the device: an
+  /// error that an earlier call has left, which step() says before it launches anything, or one that ends the CUDA
+  /// context and every tensor in it.
   Status check_step(const Hyperparameters* hypers, int64_t count, const StepOptions& options = {}) const;
 
   /// As flashoptim::Plan::inspect, in one launch and the small ones that prepare it: what step() with the same

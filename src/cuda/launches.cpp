@@ -242,7 +242,8 @@ Status Plan::Impl::step(const Hyperparameters* given, int32_t used, const StepOp
     if (!status.is_ok()) return status;
     status = launch(what, &args, options.stream);
   }
-  return status.is_ok() ? tables.memory->after_launches(stream, target) : status;
+  tables.memory->after_launches(stream, target);
+  return status;
 }
 
 /// Everything about each tensor travels in its launch: nothing is brought to the tables.
@@ -317,7 +318,8 @@ Status Plan::Impl::step_some(const Hyperparameters* given, const StepOptions& op
   bool has_neighbours = false;
   for (size_t i = 1; i < some.size(); ++i) has_neighbours = has_neighbours || continues(i);
   status = has_neighbours ? step_runs(given, options, target) : step_singles(given, options);
-  return status.is_ok() ? tables.memory->after_launches(stream, target) : status;
+  tables.memory->after_launches(stream, target);
+  return status;
 }
 
 }  // namespace flashoptim::cuda

@@ -123,12 +123,14 @@ void PlanMemory::give_to(cudaGraph_t graph) {
   forget_error();
 }
 
-Status PlanMemory::after_launches(cudaStream_t stream, LaunchTarget target) {
+void PlanMemory::after_launches(cudaStream_t stream, LaunchTarget target) {
   // CUDA's own cudaFree waits for the device; an allocator's owner was promised that other streams have finished. A
   // graph's replays have, when its user object goes.
-  if (other_stream_ == nullptr || target == LaunchTarget::kGraph || stream == stream_) return Status::ok();
+  if (other_stream_ == nullptr || target == LaunchTarget::kGraph || stream == stream_) return;
   other_stream_used_ = true;
-  return device_status(cudaEventRecord(other_stream_, stream), "cudaEventRecord behind the plan's launches");
+  if (cudaEventRecord(other_stream_, stream) == cudaSuccess) return;
+  other_stream_lost_ = true;  // the step has been launched: no reason to call it failed
+  forget_error();
 }
 
 void PlanMemory::release() {
@@ -163,7 +165,11 @@ void PlanMemory::destroy() {
   const RelaxedCapture relaxed;
   // Errors have nobody to go to here; they are those of a device or driver that is gone, and its memory with it.
   if (other_stream_ != nullptr) {
-    if (other_stream_used_) static_cast<void>(cudaEventSynchronize(other_stream_));
+    if (other_stream_lost_) {
+      static_cast<void>(cudaDeviceSynchronize());
+    } else if (other_stream_used_) {
+      static_cast<void>(cudaEventSynchronize(other_stream_));
+    }
     static_cast<void>(cudaEventDestroy(other_stream_));
   }
   if (data_ != nullptr) {

@@ -38,7 +38,7 @@ class PlanMemory {
   /// In front of a plan's launches on `stream`: where it is being captured, its graph becomes an owner.
   Status before_launches(cudaStream_t stream, LaunchTarget* target);
   /// And behind them.
-  Status after_launches(cudaStream_t stream, LaunchTarget target);
+  void after_launches(cudaStream_t stream, LaunchTarget target);
   /// The plan gives its share back.
   void release();
   bool is_retained_forever() const { return is_retained_forever_; }
@@ -61,6 +61,7 @@ class PlanMemory {
   cudaEvent_t other_stream_ =
       nullptr;  // behind the last launches on another stream than stream_; only with an allocator
   bool other_stream_used_ = false;
+  bool other_stream_lost_ = false;  // could not be marked
   PlanMemory* next_abandoned_ = nullptr;
 };
 

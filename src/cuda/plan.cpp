@@ -171,7 +171,8 @@ Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOpt
       args.stride = inspect_options.stride;
       args.chunk_count = static_cast<uint32_t>(tables.inspect_chunk_count);
       result = launched(launch_inspect(impl_->rule, args, options.stream), "launching the inspection");
-      return result.is_ok() ? tables.memory->after_launches(stream, target) : result;
+      tables.memory->after_launches(stream, target);
+      return result;
     });
   });
 }
@@ -200,7 +201,8 @@ Status Plan::gradient_norm(const NormOptions& options, GradientNorm* result) {
       args.max_norm = options.max_norm;
       args.epsilon = options.epsilon;
       status = launched(launch_norm(args, options.stream), "launching the gradient norm");
-      return status.is_ok() ? tables.memory->after_launches(stream, target) : status;
+      tables.memory->after_launches(stream, target);
+      return status;
     });
   });
 }

@@ -79,8 +79,12 @@ class Capture {
     return params.gridDim.x;
   }
   void destroy_graph() {
-    if (executable_ != nullptr) EXPECT_EQ(cudaGraphExecDestroy(executable_), cudaSuccess);
-    if (graph_ != nullptr) EXPECT_EQ(cudaGraphDestroy(graph_), cudaSuccess);
+    if (executable_ != nullptr) {
+      EXPECT_EQ(cudaGraphExecDestroy(executable_), cudaSuccess);
+    }
+    if (graph_ != nullptr) {
+      EXPECT_EQ(cudaGraphDestroy(graph_), cudaSuccess);
+    }
     executable_ = nullptr;
     graph_ = nullptr;
   }
@@ -376,7 +380,9 @@ TEST(CudaGraph, ReplaysWhatWasCapturedWhateverIsSetBehindIt) {
     const auto index = static_cast<int64_t>(i);
     ASSERT_OK(pair.cuda().set_tensor(index, other.tensor(i).device()));
     ASSERT_OK(pair.cuda().set_hyper_index(index, 1));
-    if (i % 3 == 0) ASSERT_OK(pair.cuda().set_gradient(index, nullptr));
+    if (i % 3 == 0) {
+      ASSERT_OK(pair.cuda().set_gradient(index, nullptr));
+    }
   }
   for (int round = 0; round < 3; ++round) {
     // The graph: the tensors of the capture.
@@ -387,7 +393,9 @@ TEST(CudaGraph, ReplaysWhatWasCapturedWhateverIsSetBehindIt) {
     // The plan: the others, with the gradients that are left.
     for (size_t i = 0; i < other.size(); ++i) {
       ASSERT_OK(other.cpu().set_hyper_index(static_cast<int64_t>(i), 1));
-      if (i % 3 == 0) ASSERT_OK(other.cpu().set_gradient(static_cast<int64_t>(i), nullptr));
+      if (i % 3 == 0) {
+        ASSERT_OK(other.cpu().set_gradient(static_cast<int64_t>(i), nullptr));
+      }
     }
     ASSERT_OK(other.cpu().step(hypers.data(), 2));
     ASSERT_OK(pair.cuda().step(hypers.data(), 2, options));
