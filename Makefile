@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all that a reader of the README needs; both install what they lack.
-.PHONY: help demo test test-all setup build bench format clean
+.PHONY: help demo test test-all setup build bench format style clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -7,10 +7,10 @@ help:  ## this list
 demo:  ## train a GPT on real text with FlashAdamW and with torch's fp32 AdamW, and compare (7 minutes)
 	tools/demo.sh
 
-test:  ## build everything and run the tests (12 minutes)
+test:  ## check style, build everything and run the tests (under 20 minutes on 2 cores)
 	tools/test.sh
 
-test-all:  ## the tests with the long sweeps (25 minutes)
+test-all:  ## the tests with the long sweeps too
 	tools/test.sh --all
 
 setup:  ## install what is missing: apt packages, .venv
@@ -22,8 +22,11 @@ build:  ## build everything into build/dev
 bench:  ## time the CPU step beside torch's AdamW; writes benchmarks/results/<machine>.md
 	tools/bench_cpu.sh
 
-format:  ## clang-format over the C++ sources
-	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
+format: setup  ## clang-format, ruff format, sorted imports, wrapped Markdown: what the style checks can mend
+	.venv/bin/python tools/style.py --mend
+
+style: setup  ## the style checks alone: formatting, ruff, mypy, 120 columns (seconds)
+	.venv/bin/python tools/style.py
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build demo_out

@@ -30,8 +30,8 @@ macro(flashoptim_find_cuda)
     if(CMAKE_CUDA_COMPILER)
       set(FLASHOPTIM_HAS_CUDA ON)
     elseif(FLASHOPTIM_CUDA STREQUAL "ON")
-      message(FATAL_ERROR "FLASHOPTIM_CUDA=ON, but no CUDA compiler was found: install the CUDA toolkit (12.1 or later) "
-                          "and put nvcc on PATH, or set FLASHOPTIM_CUDA=OFF")
+      message(FATAL_ERROR "FLASHOPTIM_CUDA=ON, but no CUDA compiler was found: install the CUDA toolkit (12.1 or "
+                          "later) and put nvcc on PATH, or set FLASHOPTIM_CUDA=OFF")
     else()
       message(STATUS "flashoptim: no nvcc found, building for CPU only")
     endif()

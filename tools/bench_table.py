@@ -81,15 +81,17 @@ def tables(results: dict[str, dict[str, float]], rmw: dict[int, float]) -> list[
         lines += [
             f"### {title(workload)}, {threads} thread{'s' if threads > 1 else ''}",
             "",
-            "| step | ms | ns / element | cycles / element and core | GB/s | of RMW bandwidth | bytes held | speed-up |",
+            "| step | ms | ns / element | cycles / element and core | GB/s | of RMW bandwidth | bytes held "
+            "| speed-up |",
             "|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for what, v in sorted(rows, key=lambda row: (not row[0].startswith("torch"), row[0])):
             faster = f"{base / v['ms']:.2f}" if base else ""
-            foreach = "foreach" in what  # moves more than the counter says
+            bandwidth, share = f"{v['GB_per_s']:.1f}", f"{v['GB_per_s'] / rmw[threads]:.0%}"
+            if "foreach" in what:  # moves more than the counter says
+                bandwidth = share = ""
             lines.append(
-                f"| {what} | {v['ms']:.4g} | {v['ns']:.3g} | {v.get('cycles', 0):.2f} | "
-                f"{'' if foreach else format(v['GB_per_s'], '.1f')} | {'' if foreach else format(v['GB_per_s'] / rmw[threads], '.0%')} | "
+                f"| {what} | {v['ms']:.4g} | {v['ns']:.3g} | {v.get('cycles', 0):.2f} | {bandwidth} | {share} | "
                 f"{v['held_B']:.4g} | {faster} |"
             )
         lines.append("")
@@ -120,8 +122,8 @@ def main() -> None:
         f"- Read-modify-write bandwidth in the same run (best): {rmw}",
         "- Medians over repetitions; repetitions of all benchmarks of a run take turns in random order.",
         "- Speed-up: time of torch's fused fp32 AdamW over this row's, same run, same tensors, same threads.",
-        "- Bytes held: parameter, gradient, correction and states, per parameter. What moves in a step is that and what is",
-        "  written of it; where it fits into the caches, the share of the bandwidth exceeds 100 %.",
+        "- Bytes held: parameter, gradient, correction and states, per parameter. What moves in a step is that and",
+        "  what is written of it; where it fits into the caches, the share of the bandwidth exceeds 100 %.",
         "",
     ]
     for file in files:

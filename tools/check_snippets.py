@@ -1,7 +1,7 @@
-"""Checks the documentation against the tree: code blocks that name a file are that file's lines, and links lead somewhere.
+"""Checks the documentation against the tree: code blocks that name a file are that file's lines, links lead somewhere.
 
-A block is checked where the line before its fence is `<!-- snippet: path -->`: its lines must stand in that file, in one
-piece, up to indentation. usage: check_snippets.py REPOSITORY
+A block is checked where the line before its fence is `<!-- snippet: path -->`: its lines must stand in that file, in
+one piece, up to indentation. usage: check_snippets.py REPOSITORY
 """
 
 import re

@@ -5,12 +5,12 @@
 #   tools/gpu_check.sh run DIR       there: bit equality, front ends, arithmetic, sanitizer, benchmarks; writes
 #                                    benchmarks/results/<h100>.md
 #
-# GPU_CHECK_ARCH (default 90) is the architecture built. GPU_CHECK_FULL=1 also tries every division (a minute), a tensor of
-# more than 2^31 elements, and a model of 8B parameters in training (54 GiB of the device's memory). GPU_CHECK_LIBTORCH=1 also
-# builds and runs the C++ front end's tests, against the torch of that machine's python3 (CMake, a compiler, nvcc and
-# GoogleTest needed there; GPU_CHECK_PREFIX: where else CMake finds packages; GPU_CHECK_BUILD: a build folder to keep).
-# GPU_CHECK_COMMIT names the commit where there is no git; PYTHON and GPU_CHECK_JOBS are build's python3 and number of
-# compilers.
+# GPU_CHECK_ARCH (default 90) is the architecture built. GPU_CHECK_FULL=1 also tries every division (a minute), a tensor
+# of more than 2^31 elements, and a model of 8B parameters in training (54 GiB of the device's memory).
+# GPU_CHECK_LIBTORCH=1 also builds and runs the C++ front end's tests, against the torch of that machine's python3
+# (CMake, a compiler, nvcc and GoogleTest needed there; GPU_CHECK_PREFIX: where else CMake finds packages;
+# GPU_CHECK_BUILD: a build folder to keep). GPU_CHECK_COMMIT names the commit where there is no git; PYTHON and
+# GPU_CHECK_JOBS are build's python3 and number of compilers.
 set -u -o pipefail
 mode=${1:-} directory=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,15 +18,18 @@ usage() { sed -n '2,13p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
 [ -n "$directory" ] || usage
 
 build() {
-  cmake -S "$root" -B "$directory-cmake" -DFLASHOPTIM_CUDA=ON -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_LIBTORCH_FRONTEND=OFF \
-    -DCMAKE_PREFIX_PATH="$(${PYTHON:-python3} -c 'import torch; print(torch.utils.cmake_prefix_path)')" -DFLASHOPTIM_BUILD_TESTS=OFF -DFLASHOPTIM_BUILD_EXAMPLES=OFF \
-    -DFLASHOPTIM_CUDA_CHECKS=ON -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON \
+  cmake -S "$root" -B "$directory-cmake" \
+    -DFLASHOPTIM_CUDA=ON -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_LIBTORCH_FRONTEND=OFF \
+    -DCMAKE_PREFIX_PATH="$(${PYTHON:-python3} -c 'import torch; print(torch.utils.cmake_prefix_path)')" \
+    -DFLASHOPTIM_BUILD_TESTS=OFF -DFLASHOPTIM_BUILD_EXAMPLES=OFF -DFLASHOPTIM_CUDA_CHECKS=ON \
+    -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON \
     -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" >/dev/null || exit 1
   cmake --build "$directory-cmake" -j"${GPU_CHECK_JOBS:-2}" \
     --target flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda flashoptim_ops || exit 1
   local program
   for program in flashoptim_cuda_test flashoptim_cuda_benchmark plain_cuda; do
-    cp "$(find "$directory-cmake" -name "$program" -type f -perm -u+x | head -1)" "$directory/" && strip "$directory/$program" || exit 1
+    cp "$(find "$directory-cmake" -name "$program" -type f -perm -u+x | head -1)" "$directory/" &&
+      strip "$directory/$program" || exit 1
   done
   cp "$directory-cmake/libtorch/ops/libflashoptim_ops.so" "$directory/" && strip "$directory/libflashoptim_ops.so"
 }
@@ -35,17 +38,23 @@ failures=0
 # row NAME COMMAND...: one line of the table; the command's output goes to a log.
 row() {
   local name=$1 start=$SECONDS result=ok
+  local log="$logs/${name// /_}.log"
   shift
-  "$@" >"$logs/${name// /_}.log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
-  printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$logs/${name// /_}.log")" | tee -a "$logs/checks.txt"
+  "$@" >"$log" 2>&1 || { result=FAILED; failures=$((failures + 1)); }
+  printf '%-44s %-8s %4d s   %s\n' "$name" "$result" $((SECONDS - start)) "$(summary "$log")" |
+    tee -a "$logs/checks.txt"
 }
 # with_package COMMAND...: sees the Python package with the library that was brought.
 with_package() { PYTHONPATH="$root/python" FLASHOPTIM_OPS_LIBRARY="$directory/libflashoptim_ops.so" "$@"; }
-summary() { grep -E 'PASSED|FAILED  \]|(ERROR|RACECHECK) SUMMARY|^learned|(^|[ =])[0-9]+ (passed|failed|skipped)|all quantized |peak [0-9.]+ GiB' "$1" | tail -1 | tr -s ' ='; }
+summary() {
+  local telling='PASSED|FAILED  \]|(ERROR|RACECHECK) SUMMARY|^learned|(^|[ =])[0-9]+ (passed|failed|skipped)'
+  grep -E "$telling|all quantized |peak [0-9.]+ GiB" "$1" | tail -1 | tr -s ' ='
+}
 
 libtorch() {
   local build=${GPU_CHECK_BUILD:-$logs/libtorch}
-  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(sed 's/.$/.&/' <<<"${GPU_CHECK_ARCH:-90}")} cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DFLASHOPTIM_CUDA=ON \
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(sed 's/.$/.&/' <<<"${GPU_CHECK_ARCH:-90}")} \
+    cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DFLASHOPTIM_CUDA=ON \
     -DFLASHOPTIM_CUDA_ARCHITECTURES="${GPU_CHECK_ARCH:-90}" -DFLASHOPTIM_BUILD_TORCH=ON -DFLASHOPTIM_BUILD_TESTS=ON \
     -DCMAKE_PREFIX_PATH="$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)');${GPU_CHECK_PREFIX:-}" &&
     cmake --build "$build" -j"$(nproc)" --target libtorch_test && "$build/tests/libtorch/libtorch_test" --gtest_brief=1
@@ -69,10 +78,13 @@ run() {
   {
     echo "device=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -1)"
     echo "commit=$commit"
-    echo "command=${GPU_CHECK_FULL:+GPU_CHECK_FULL=$GPU_CHECK_FULL }${GPU_CHECK_LIBTORCH:+GPU_CHECK_LIBTORCH=$GPU_CHECK_LIBTORCH }tools/gpu_check.sh run DIR"
+    local settings=${GPU_CHECK_FULL:+GPU_CHECK_FULL=$GPU_CHECK_FULL }
+    settings+=${GPU_CHECK_LIBTORCH:+GPU_CHECK_LIBTORCH=$GPU_CHECK_LIBTORCH }
+    echo "command=${settings}tools/gpu_check.sh run DIR"
   } | tee "$logs/facts.txt"
   row "bits against the CPU, plans, graphs, norm" ./flashoptim_cuda_test --gtest_brief=1
-  [ "${GPU_CHECK_FULL:-0}" = 1 ] && row "every division" env FLASHOPTIM_TEST_ALL=1 ./flashoptim_cuda_test --gtest_filter='CudaArithmetic.*'
+  [ "${GPU_CHECK_FULL:-0}" = 1 ] &&
+    row "every division" env FLASHOPTIM_TEST_ALL=1 ./flashoptim_cuda_test --gtest_filter='CudaArithmetic.*'
   row "plain_cuda example" ./plain_cuda
   local has_python=0
   python3 -c 'import pytest, hypothesis, torch' 2>/dev/null && has_python=1

@@ -16,7 +16,8 @@ AIMS = {
     "GPT-2 124M": (0.60, 0.54, False),
     "ResNet-50": (0.25, 0.16, True),
 }
-#: The same behind the backward pass of a model of 8B parameters (benchmarks/memory/llama_shape.py), and its bytes of 24-bit AdamW.
+#: The same behind the backward pass of a model of 8B parameters (benchmarks/memory/llama_shape.py), and its bytes of
+#: 24-bit AdamW.
 TRAINING_AIMS, BYTES = (36, 34), 12.25
 USUAL = "AdamW default, bf16 g bf16, 24"
 ROW = re.compile(r"^(.{28}) (.{32,38}?)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+(\d+)\s+([\d.]+)%\s+([\d.]+)\s+([\d.]+)$")
@@ -73,9 +74,8 @@ def main() -> None:
     )
     out.append("[docs/cuda.md](../../docs/cuda.md), training runs in [h100_memory.md](h100_memory.md).")
     out += ["", f"- {facts.get('device', '')}; {device}"]
-    out.append(
-        f"- commit {facts.get('commit', 'unknown')}, everything from one run: `{facts.get('command', 'tools/gpu_check.sh run DIR')}`; copy"
-    )
+    command = facts.get("command", "tools/gpu_check.sh run DIR")
+    out.append(f"- commit {facts.get('commit', 'unknown')}, everything from one run: `{command}`; copy")
     out.append(f"  bandwidth in the same run {copy[1] if copy else '?'} GB/s (bytes read and written)")
     out += ["- times are medians by events, the next steps queued behind; wall is a step that is waited for", ""]
     rows = []

@@ -42,27 +42,43 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
 fi
 pip=(.venv/bin/python -m pip install --disable-pip-version-check --quiet)
 
-has_version() {  # has_version PACKAGE PREFIX: is it in .venv, with a version that starts so?
-  .venv/bin/python - "$@" 2>/dev/null <<'PY'
-import importlib.metadata, sys
-sys.exit(not importlib.metadata.version(sys.argv[1]).startswith(sys.argv[2]))
+# absent PACKAGE[==VERSION]...: those that .venv lacks, or has in another version (of which +cpu, +cu130 is no part)
+absent() {
+  .venv/bin/python - "$@" <<'PY'
+import importlib.metadata
+import sys
+
+for wanted in sys.argv[1:]:
+    name, _, version = wanted.partition("==")
+    try:
+        installed = importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    if installed is None or version not in ("", installed):
+        print(wanted)
 PY
 }
 
-if ! has_version torch 2.13.0; then
-  say "pip install torch==2.13.0 (the largest part; a few minutes)"
-  "${pip[@]}" torch==2.13.0
+cmake_is_new_enough() {
+  command -v cmake && cmake --version | awk 'NR == 1 {split($3, v, "."); exit !(v[1] > 3 || v[1] == 3 && v[2] >= 25)}'
+}
+
+torch=2.13.0
+if [[ -n $(absent torch==$torch) ]]; then
+  say "pip install torch==$torch (the largest part; a few minutes)"
+  "${pip[@]}" torch==$torch
 fi
-missing=()
-for package in numpy pytest hypothesis matplotlib scikit-learn scikit-build-core ninja; do
-  has_version "$package" "" || missing+=("$package")
-done
-# The machine's own cmake will do where it is new enough.
-if ! has_version cmake "" && ! { command -v cmake && cmake --version | awk 'NR == 1 {split($3, v, "."); exit !(v[1] > 3 || v[1] == 3 && v[2] >= 25)}'; } >/dev/null 2>&1; then
-  missing+=("cmake")
-fi
-if ((${#missing[@]})); then
+# Formatters and checkers have one version: another would find something else in the same sources.
+wanted=(numpy pytest hypothesis matplotlib scikit-learn scikit-build-core ninja
+  clang-format==18.1.8 ruff==0.17.6 mypy==2.4.1)
+cmake_is_new_enough >/dev/null 2>&1 || wanted+=(cmake)
+missing=$(absent "${wanted[@]}")
+if [[ -n $missing ]]; then
+  mapfile -t missing <<<"$missing"
   say "pip install ${missing[*]}"
-  "${pip[@]}" "${missing[@]}"
+  # The torch that is there stays, whatever its build (+cpu, +cu130).
+  "${pip[@]}" --constraint <(.venv/bin/python -c \
+    'import importlib.metadata as m; print("torch==" + m.version("torch"))') "${missing[@]}"
 fi
-say "ready: $(.venv/bin/python -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")')"
+say "ready: $(.venv/bin/python -c \
+  'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")')"

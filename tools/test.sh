@@ -4,23 +4,51 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [[ ${1:-} == --all ]] && export FLASHOPTIM_TEST_ALL=1
+export NINJA_STATUS="[%f/%t, %e s] "
 
 results=$PWD/build/test-results
+# How long each phase took when it last went well, "SECONDS NAME" a line; not in $results, which .ci/run removes.
+times=$PWD/build/test-times${FLASHOPTIM_TEST_ALL:+-all}.txt
 rm -rf "$results"
 mkdir -p "$results"
-phases=()
+touch "$times"
+phases=() ended=() passed=()
 
-# phase NAME COMMAND...: runs it, keeps its time and result. Its tests write to $junit.
-phase() {
-  local name=$1 start=$SECONDS code=0
-  junit=$results/$1.xml
-  shift
-  echo "[test] == $name"
-  "$@" || code=$?
-  phases+=("$name:$code:$((SECONDS - start))")
-  echo "[test] == $name: $([[ $code == 0 ]] && echo ok || echo "failed, exit code $code"), $((SECONDS - start)) s"
-  return "$code"
+# phase NAME NEEDED COMMAND...: plans a phase. It runs where the phase NEEDED ("" for none) went well.
+phase() { phases+=("$(printf '%q ' "$@")"); }
+
+# Runs what is planned, keeps times and results. A phase's tests write to $junit.
+run_phases() {
+  local number=0 planned name needed start code last
+  for planned in "${phases[@]}"; do
+    eval "set -- $planned"
+    name=$1 needed=$2
+    shift 2
+    number=$((number + 1))
+    if [[ -n $needed && " ${passed[*]} " != *" $needed "* ]]; then
+      echo "[test] [$number/${#phases[@]}] == $name: not run, because \"$needed\" failed"
+      ended+=("$name:not run:0")
+      continue
+    fi
+    last=$(sed -n "s/^\([0-9]*\) $name\$/last time \1 s/p" "$times")
+    echo "[test] [$number/${#phases[@]}] == $name ($(date +%H:%M:%S), ${last:-no time known})"
+    junit=$results/$name.xml start=$SECONDS code=0
+    "$@" || code=$?
+    ended+=("$name:$code:$((SECONDS - start))")
+    if [[ $code == 0 ]]; then
+      passed+=("$name")
+      sed -i "/^[0-9]* $name\$/d" "$times"
+      echo "$((SECONDS - start)) $name" >>"$times"
+      echo "[test] [$number/${#phases[@]}] == $name: ok, $((SECONDS - start)) s"
+    else
+      echo "[test] [$number/${#phases[@]}] == $name: failed, exit code $code, $((SECONDS - start)) s"
+    fi
+  done
 }
+
+set_up() { tools/setup.sh && source tools/common.sh; }
+
+style() { "$python" tools/style.py --junit "$junit"; }
 
 # run_ctest DIRECTORY OPTIONS...
 run_ctest() {
@@ -36,7 +64,7 @@ build_all() {
 python_tests() {
   PYTHONPATH=$PWD/python FLASHOPTIM_OPS_LIBRARY=$PWD/build/dev/libtorch/ops/libflashoptim_ops.so \
     FLASHOPTIM_FRONT_END_BYTES=$PWD/build/dev/tests/front_ends/front_end_bytes \
-    "$python" -m pytest tests/python -q --durations=5 --junitxml="$junit"
+    "$python" -m pytest tests/python --durations=5 --junitxml="$junit"
 }
 
 sanitizers() {
@@ -52,17 +80,12 @@ cuda() {
   [[ $device == OFF ]] || run_ctest build/cuda --tests-regex cuda
 }
 
-finish() {
-  "${python:-python3}" tools/sum_up_tests.py "$results" $SECONDS "${phases[@]}"
-  exit
-}
-
-phase "set-up" tools/setup.sh || finish
-source tools/common.sh
-if phase "build" build_all; then
-  phase "C++ tests" run_ctest build/dev
-  [[ ! -d tests/python ]] || phase "Python tests" python_tests
-fi
-phase "C++ tests with ASan and UBSan" sanitizers
-if command -v nvcc >/dev/null && [[ -d src/cuda ]]; then phase "CUDA" cuda; fi
-finish
+phase "set-up" "" set_up
+phase "style" "set-up" style
+phase "build" "set-up" build_all
+phase "C++ tests" "build" run_ctest build/dev
+phase "Python tests" "build" python_tests
+phase "C++ tests with ASan and UBSan" "set-up" sanitizers
+if command -v nvcc >/dev/null; then phase "CUDA" "set-up" cuda; fi
+run_phases
+"${python:-python3}" tools/sum_up_tests.py "$results" $SECONDS "${ended[@]}"

@@ -1,4 +1,4 @@
-"""Times a step alone and right behind matrix products, as it stands behind a backward pass: a chip that was busy is slower.
+"""Times a step alone and right behind matrix products, as behind a backward pass: a chip that was busy is slower.
 
     python benchmarks/cuda/after_products.py        268 M parameters in bf16, some 15 seconds
 
@@ -40,7 +40,8 @@ def main() -> None:
         "torch AdamW fused, bf16": (lambda: torch.optim.AdamW([param], lr=1e-5, fused=True), dense),
     }
     print(
-        f"{torch.cuda.get_device_name()}, {ROWS * COLUMNS / 1e6:.1f} M parameters\n{'':24}    alone   behind products   ms"
+        f"{torch.cuda.get_device_name()}, {ROWS * COLUMNS / 1e6:.1f} M parameters\n"
+        f"{'':24}    alone   behind products   ms"
     )
     for name, (make, grad) in makers.items():
         param.grad = grad

@@ -5,6 +5,7 @@
 Medians of 40 steps by CUDA events, the next ones queued behind; wall time of a step that is waited for.
 """
 
+import itertools
 import statistics
 import time
 
@@ -76,7 +77,7 @@ def main() -> None:
             optimizer.step()
             event.record()
         torch.cuda.synchronize()
-        ms = statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:]))
+        ms = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
         wall = []
         for _ in range(20):
             start = time.perf_counter()
@@ -85,7 +86,8 @@ def main() -> None:
             wall.append(1e3 * (time.perf_counter() - start))
         count = sum(param.numel() for param in params)
         print(
-            f"{name:28} {'torch AdamW fused, fp32':32} {count / 1e6:10.1f} {ms:8.4f} {min(wall):8.4f} {statistics.median(wall):9.4f}"
+            f"{name:28} {'torch AdamW fused, fp32':32} {count / 1e6:10.1f} {ms:8.4f} "
+            f"{min(wall):8.4f} {statistics.median(wall):9.4f}"
         )
 
 

@@ -11,7 +11,7 @@ import pathlib
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 # The library's rows and bitsandbytes stand out, candidates stay in the background.
 STYLES = {

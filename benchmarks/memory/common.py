@@ -1,4 +1,4 @@
-"""What the benchmarks of this folder share: the loss, clocks, memory figures, facts about the machine, a JSON file per run.
+"""What this folder's benchmarks share: the loss, clocks, memory figures, facts about the machine, a JSON file a run.
 
 A run is a dict:
     benchmark, variant    which run it is
@@ -77,8 +77,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(hidden, weight, targets, chunk=256):
     """Mean cross entropy in fp32 of ``hidden @ weight.T``: logits exist for ``chunk`` rows at a time.
 
-    Beside the result it holds 4 + 2 bytes for each of ``chunk`` x vocabulary logits, and the gradient of ``weight`` (in its
-    dtype) from the forward pass on, instead of logits for all rows.
+    Beside the result it holds 4 + 2 bytes for each of ``chunk`` x vocabulary logits, and the gradient of ``weight`` (in
+    its dtype) from the forward pass on, instead of logits for all rows.
     """
     return _ChunkedCrossEntropy.apply(
         hidden.flatten(0, -2), weight, targets.flatten(), chunk, torch.is_grad_enabled() and weight.requires_grad

@@ -1,12 +1,14 @@
-"""Trains a model of GPT-2 124M's shape on the demo's text: FlashAdamW in bf16, with and without gradient release, beside
-torch's fused AdamW with fp32 weights under bf16 autocast. Same initial weights (those that bf16 holds), same batches.
+"""Trains a model of GPT-2 124M's shape on the demo's text: FlashAdamW in bf16, with and without gradient release,
+beside torch's fused AdamW with fp32 weights under bf16 autocast. Same initial weights (those that bf16 holds), same
+batches.
 
     python benchmarks/memory/gpt2.py                       all three: some 90 seconds expected on an H100
     python benchmarks/memory/gpt2.py --variants flash --steps 50
     python benchmarks/memory/gpt2.py --device cpu --tiny   tries the script
 
-Tokens are the text's bytes; the vocabulary keeps its 50,304 rows, so that the shape is GPT-2's. Losses are nats per byte, not
-to be compared with other tokenizers'. No variant clips gradients, which gradient release could not do by their global norm.
+Tokens are the text's bytes; the vocabulary keeps its 50,304 rows, so that the shape is GPT-2's. Losses are nats per
+byte, not to be compared with other tokenizers'. No variant clips gradients, which gradient release could not do by
+their global norm.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Memory and time of training steps of a model of Llama-3.1-8B's shape, with random weights and one batch of random tokens.
+"""Memory and time of training steps of a model of Llama-3.1-8B's shape, random weights and one batch of random tokens.
 
     python benchmarks/memory/llama_shape.py                                  FlashAdamW
     python benchmarks/memory/llama_shape.py --gradient-release
@@ -6,10 +6,10 @@
     python benchmarks/memory/llama_shape.py --layers 8 --optimizer torch-fused
     python benchmarks/memory/llama_shape.py --device cpu --tiny              tries the script
 
-Each is one process; on an H100 with 80 GB some 30 seconds are expected. Weights are made on the device in the dtype that they
-have; every block is checkpointed, or every few (--checkpoint-blocks); the loss is computed for 256 tokens at a time
-(chunked_cross_entropy in common.py), so that logits take 0.3 GB and not 2. torch-fused has fp32 weights under autocast (16
-bytes a parameter: not for 80 GB with all layers). report.py makes tables of the JSON files.
+Each is one process; on an H100 with 80 GB some 30 seconds are expected. Weights are made on the device in the dtype
+that they have; every block is checkpointed, or every few (--checkpoint-blocks); the loss is computed for 256 tokens at
+a time (chunked_cross_entropy in common.py), so that logits take 0.3 GB and not 2. torch-fused has fp32 weights under
+autocast (16 bytes a parameter: not for 80 GB with all layers). report.py makes tables of the JSON files.
 """
 
 import argparse
@@ -106,7 +106,7 @@ class Llama(nn.Module):
 
 @torch.no_grad()
 def make_model(shape: dict, device: torch.device, dtype: torch.dtype, seed: int) -> Llama:
-    """Made without memory first, then given its final memory and random weights: there is never a copy in another dtype."""
+    """Made without memory first, then given its final memory and random weights: never a copy in another dtype."""
     with torch.device("meta"):
         model = Llama(shape)
     model = model.to(dtype).to_empty(device=device)

@@ -40,12 +40,13 @@ COLUMNS = {
     ],
 }
 INTRODUCTIONS = {
-    "llama_shape": "A decoder of Llama-3.1-8B's shape ({layers} layers, dim {dim}, {heads} heads, {kv_heads} key-value heads, ffn "
-    "{ffn}, vocabulary {vocab:,}; {parameters:,} parameters), random weights, batch {batch} x {tokens} tokens, blocks by "
-    "checkpoint: {checkpoint_blocks}, cross entropy for {chunk} tokens at a time; {steps} steps on one batch.",
+    "llama_shape": "A decoder of Llama-3.1-8B's shape ({layers} layers, dim {dim}, {heads} heads, {kv_heads} key-value "
+    "heads, ffn {ffn}, vocabulary {vocab:,}; {parameters:,} parameters), random weights, batch {batch} x {tokens} "
+    "tokens, blocks by checkpoint: {checkpoint_blocks}, cross entropy for {chunk} tokens at a time; {steps} steps on "
+    "one batch.",
     "gpt2": "A decoder of GPT-2's shape ({layers} layers, dim {dim}, {heads} heads, vocabulary {vocab:,}, tied head; "
-    "{parameters:,} parameters), bytes of pydoc's topics, batch {batch} x {context}, {steps} steps, the same batches and initial "
-    "weights for all; no clipping. Losses in nats a byte.",
+    "{parameters:,} parameters), bytes of pydoc's topics, batch {batch} x {context}, {steps} steps, the same batches "
+    "and initial weights for all; no clipping. Losses in nats a byte.",
 }
 
 
@@ -92,7 +93,8 @@ def curves(runs: list[dict]) -> list[str]:
 def machine_line(machine: dict) -> str:
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
     cuda = f", CUDA {machine['cuda']}" if machine["cuda"] else ""
-    return f"- {machine['device']}{driver}; torch {machine['torch']}{cuda}, Python {machine['python']}; commit {machine['commit']}"
+    versions = f"torch {machine['torch']}{cuda}, Python {machine['python']}; commit {machine['commit']}"
+    return f"- {machine['device']}{driver}; {versions}"
 
 
 def unique(items: list[str]) -> list[str]:

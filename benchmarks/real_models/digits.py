@@ -3,8 +3,8 @@
     PYTHONPATH=python FLASHOPTIM_OPS_LIBRARY=build/dev/libtorch/ops/libflashoptim_ops.so \\
         python benchmarks/real_models/digits.py --seeds 10 --jobs 2
 
-1,797 pictures of 8 x 8, a third of them held out, the same ones in every run. The seed decides initial weights, the order of
-the pictures and their shifts. Finished runs are not run again. report.py makes tables and pictures.
+1,797 pictures of 8 x 8, a third of them held out, the same ones in every run. The seed decides initial weights, the
+order of the pictures and their shifts. Finished runs are not run again. report.py makes tables and pictures.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Trains examples/train_gpt's model with torch's fp32 AdamW and with FlashAdamW's two codecs, from the same seeds on the
-same text with the same hyperparameters.
+"""Trains examples/train_gpt's model with torch's fp32 AdamW and with FlashAdamW's two codecs, from the same seeds on
+the same text with the same hyperparameters.
 
     python benchmarks/real_models/gpt.py --program build/dev/examples/train_gpt/train_gpt --seeds 3 --jobs 2
 

@@ -1,5 +1,5 @@
-"""Tables, pictures and numbers of finished runs: real_models.md, a PNG per task, and real_models.json, which can itself be
-read again.
+"""Tables, pictures and numbers of finished runs: real_models.md, a PNG per task, and real_models.json, which can itself
+be read again.
 
     python benchmarks/real_models/report.py
     python benchmarks/real_models/report.py --runs benchmarks/results/real_models.json --out elsewhere
@@ -43,13 +43,15 @@ METRICS = {
     ],
 }
 INTRODUCTIONS = {
-    "gpt": "`examples/train_gpt`, model `{model}` ({parameters:,} parameters), bytes of pydoc's topics, {steps} steps, the "
-    "whole held-out tenth of the text evaluated. fp32: LibTorch's AdamW, parameters and activations in fp32. flashoptim: "
-    "FlashAdamW, parameters and gradients in bf16 with 8-bit corrections, activations in bf16. Learning rate, decay, clipping "
-    "and batches are the same; the loss of a model that knows byte frequencies only is {unigram_loss:.3f}.",
-    "digits": "A residual network ({parameters:,} parameters, batch norms in fp32) on scikit-learn's digits, {epochs} epochs, a "
-    "third of the pictures held out. fp32: `torch.optim`, for Lion 15 lines of torch. flashoptim: parameters and gradients in "
-    "bf16 with 8-bit corrections, bf16 arithmetic; its third row has fp32 states and shows what bf16 alone changes.",
+    "gpt": "`examples/train_gpt`, model `{model}` ({parameters:,} parameters), bytes of pydoc's topics, {steps} steps, "
+    "the whole held-out tenth of the text evaluated. fp32: LibTorch's AdamW, parameters and activations in fp32. "
+    "flashoptim: FlashAdamW, parameters and gradients in bf16 with 8-bit corrections, activations in bf16. Learning "
+    "rate, decay, clipping and batches are the same; the loss of a model that knows byte frequencies only is "
+    "{unigram_loss:.3f}.",
+    "digits": "A residual network ({parameters:,} parameters, batch norms in fp32) on scikit-learn's digits, {epochs} "
+    "epochs, a third of the pictures held out. fp32: `torch.optim`, for Lion 15 lines of torch. flashoptim: parameters "
+    "and gradients in bf16 with 8-bit corrections, bf16 arithmetic; its third row has fp32 states and shows what bf16 "
+    "alone changes.",
 }
 
 
@@ -93,8 +95,8 @@ def value_of(run: dict, metric: str) -> float:
 
 
 def compare(variants: dict, metric: str) -> dict:
-    """Per variant: values, mean, deviation between seeds, difference to fp32 (also in units of fp32's deviation), and mean
-    and standard error of the differences of equal seeds."""
+    """Per variant: values, mean, deviation between seeds, difference to fp32 (also in units of fp32's deviation), and
+    mean and standard error of the differences of equal seeds."""
 
     def deviation(values):
         return statistics.stdev(values) if len(values) > 1 else math.nan
@@ -123,8 +125,8 @@ def order(variants: dict) -> list[str]:
 
 
 def drift(run: dict) -> float:
-    """Change of the validation loss over the last fifth of the steps, by a straight line through its values there (single
-    values scatter by more than that)."""
+    """Change of the validation loss over the last fifth of the steps, by a straight line through its values there
+    (single values scatter by more than that)."""
     points = tail(run)
     if len(points) < 3:
         return math.nan
@@ -205,16 +207,16 @@ def introduction(task: str, run: dict) -> str:
 def make_report(all_runs: list[dict]) -> str:
     parts = [
         "# Real models",
-        "Made by `benchmarks/real_models/report.py` from `real_models.json` beside this file. All runs again, some 55 minutes on "
-        "two cores after `tools/build.sh`:",
+        "Made by `benchmarks/real_models/report.py` from `real_models.json` beside this file. All runs again, some 55 "
+        "minutes on two cores after `tools/build.sh`:",
         "    export PYTHONPATH=python FLASHOPTIM_OPS_LIBRARY=build/dev/libtorch/ops/libflashoptim_ops.so\n"
         "    .venv/bin/python benchmarks/real_models/gpt.py --seeds 5 --jobs 2\n"
         "    .venv/bin/python benchmarks/real_models/digits.py --seeds 20 --jobs 2\n"
         "    .venv/bin/python benchmarks/real_models/report.py",
-        "Equal seeds have equal initial weights and batches. *Within*: |mean - fp32's mean| is at most the standard deviation of "
-        "fp32 between seeds. *Same seeds*: mean and standard error of the differences of runs with equal seeds. Two sets of "
-        "fp32 runs, with different seeds, would themselves differ by a standard deviation or more in 1 of 3 cases with 3 seeds, "
-        "in 1 of 5 with 5, in 1 of 200 with 20.",
+        "Equal seeds have equal initial weights and batches. *Within*: |mean - fp32's mean| is at most the standard "
+        "deviation of fp32 between seeds. *Same seeds*: mean and standard error of the differences of runs with equal "
+        "seeds. Two sets of fp32 runs, with different seeds, would themselves differ by a standard deviation or more "
+        "in 1 of 3 cases with 3 seeds, in 1 of 5 with 5, in 1 of 200 with 20.",
     ]
     for task, optimizers in sorted(group_runs(all_runs).items(), reverse=True):
         task_runs = [run for variants in optimizers.values() for seeds in variants.values() for run in seeds.values()]
@@ -223,8 +225,8 @@ def make_report(all_runs: list[dict]) -> str:
             parts.append("\n".join(table(optimizers, metric, title, scale, digits)))
         parts.append("\n".join(seed_table(optimizers, *[METRICS[kind(task)][0][i] for i in (0, 3)])))
         parts.append(
-            f"Change of the validation loss over the last {100 * FLAT_SHARE:g} % of the steps, nats, mean over seeds (of a "
-            "straight line through the values there):"
+            f"Change of the validation loss over the last {100 * FLAT_SHARE:g} % of the steps, nats, mean over seeds "
+            "(of a straight line through the values there):"
         )
         parts.append("\n".join(flatness(task, optimizers)))
         parts.append(f"![curves](real_models_{task}.png)")

@@ -78,8 +78,8 @@ def clock(seconds: float) -> str:
 def execute(jobs: list[dict], folder: Path, executor: Executor, work, fraction=lambda job: 0.0) -> list[dict]:
     """Runs `work(job)`, which returns a run, for every job that has no result in `folder` yet; returns all runs.
 
-    `fraction(job)` tells how much of a running job is done. A job that fails does not stop the others; the first failure
-    is raised at the end.
+    `fraction(job)` tells how much of a running job is done. A job that fails does not stop the others; the first
+    failure is raised at the end.
     """
     results = {run_name(job): finished_run(folder, job) for job in jobs}
     pending = [job for job in jobs if results[run_name(job)] is None]

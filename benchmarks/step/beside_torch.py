@@ -3,7 +3,7 @@
 usage: beside_torch.py [--numel 67108864] [--threads N] [--turns 15]
 
 For machines without what step_benchmark is built of. One tensor; the steps take turns; least and median milliseconds.
-Prints the instruction set that flashoptim has chosen and the bandwidth of a copy in the same run (bytes read and written).
+Prints flashoptim's instruction set and the bandwidth of a copy in the same run (bytes read and written).
 """
 
 import argparse
@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Callable
 
-import flashoptim_native
 import torch
+
+import flashoptim_native
 
 
 def steps(numel: int) -> dict[str, Callable[[], object]]:
@@ -61,7 +62,8 @@ def main() -> None:
     print(file=sys.stderr)
     copy = 8 * args.numel / min(times["copy"]) / 1e6
     print(
-        f"{args.numel} elements, {torch.get_num_threads()} threads, {flashoptim_native.cpu_isa()}, copy {copy:.1f} GB/s, ",
+        f"{args.numel} elements, {torch.get_num_threads()} threads, {flashoptim_native.cpu_isa()}, "
+        f"copy {copy:.1f} GB/s, ",
         end="",
     )
     print(f"torch {torch.__version__}")

@@ -11,7 +11,7 @@ optimizer = flashoptim_native.FlashAdamW(model.parameters(), lr=3e-3, weight_dec
 
 x = torch.randn(256, 64, dtype=torch.bfloat16)
 y = x[:, :8].sum(1, keepdim=True)
-for step in range(200):
+for _ in range(200):
     optimizer.zero_grad()
     loss = torch.nn.functional.mse_loss(model(x), y)
     loss.backward()

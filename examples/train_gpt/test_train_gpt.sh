@@ -103,11 +103,13 @@ done
 "$program" "${common[@]}" "${full[@]}" --out "$work/recompute" --activation-checkpointing >/dev/null
 same_run "$work/whole" "$work/recompute" "activation checkpointing changes no bit"
 
-"$program" "${common[@]}" "${full[@]}" --out "$work/all_windows" --eval-windows 0 --stop-after 20 >"$work/all_windows.log"
+"$program" "${common[@]}" "${full[@]}" --out "$work/all_windows" --eval-windows 0 --stop-after 20 \
+  >"$work/all_windows.log"
 eval "$(sed -n 's/^to resume: *//p' "$work/all_windows.log")" >/dev/null
 [[ $(field "$work/whole" state_fingerprint) == $(field "$work/all_windows" state_fingerprint) ]] ||
   fail "--eval-windows changes training"
-[[ $(field "$work/whole" val_loss) != $(field "$work/all_windows" val_loss) ]] || fail "--eval-windows 0 evaluates the same"
+[[ $(field "$work/whole" val_loss) != $(field "$work/all_windows" val_loss) ]] ||
+  fail "--eval-windows 0 evaluates the same"
 pass "--eval-windows changes evaluations, also of a resumed run, and no training"
 
 "$program" --data "$here" --tokenizer bpe --vocab-size 300 --optimizer "$optimizer" --context 32 --batch 4 --steps 6 \

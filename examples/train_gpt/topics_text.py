@@ -7,7 +7,6 @@ much that the training part has shown already.
 
 import sys
 from pathlib import Path
-
 from pydoc_data import topics
 
 MIN_REPEAT = 80  # characters; shorter paragraphs (headings, one-line examples) may repeat

@@ -206,6 +206,11 @@ Status merge_weights(DType dtype, MasterWeights master_weights, const void* para
 Status split_weights(DType dtype, MasterWeights master_weights, const float* weights, void* parameter, void* correction,
                      int64_t count);
 
+/// Corrections of the same narrow weights in another width, each the nearest: kInvalidArgument where either has none.
+/// Host memory.
+Status rescale_corrections(MasterWeights from, const void* corrections, MasterWeights to, void* rescaled,
+                           int64_t count);
+
 /// fp32 values of every slot of one tensor, from its codes and scales; values[k] has numel floats.
 Status decode_states(OptimizerKind optimizer, bool has_momentum, const ParameterTensors& tensor, float* const* values);
 /// Codes and scales of every slot from fp32 values, rounded to nearest: the inverse of decode_states up to rounding.

@@ -53,19 +53,6 @@ StableListHandle new_list(size_t size) {
 
 }  // namespace
 
-void check_torch(AOTITorchError error, const char* what) {
-  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("flashoptim: torch's ") + what + " failed");
-}
-
-Tensor& Tensor::operator=(Tensor&& other) noexcept {
-  std::swap(handle_, other.handle_);
-  return *this;
-}
-
-Tensor::~Tensor() {
-  if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
-}
-
 Tensor take_tensor(StableIValue value) { return Tensor(from_bits<AtenTensorHandle>(value)); }
 
 Tensor take_optional_tensor(StableIValue value) {

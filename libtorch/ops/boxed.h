@@ -5,7 +5,6 @@
 // step_ has one.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cstdint>
@@ -13,29 +12,11 @@
 #include <utility>
 #include <vector>
 
+#include "libtorch/store/tensor.h"
+
 namespace flashoptim::ops {
 
-/// Throws std::runtime_error where a call into torch failed.
-void check_torch(AOTITorchError error, const char* what);
-
-/// One owned tensor, or none.
-class Tensor {
- public:
-  Tensor() = default;
-  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
-  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
-  Tensor& operator=(Tensor&& other) noexcept;
-  ~Tensor();
-
-  AtenTensorHandle get() const { return handle_; }
-  bool has_value() const { return handle_ != nullptr; }
-  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
-
- private:
-  AtenTensorHandle handle_ = nullptr;
-};
-
-using TensorList = std::vector<Tensor>;
+using namespace store;  // NOLINT: the operators are written in the store's words
 
 // Each takes over one value of a stack.
 Tensor take_tensor(StableIValue value);

@@ -1,288 +1,108 @@
-// The operators: schemas, boxed kernels, registration against torch's stable ABI.
+// The operators: schemas, boxed kernels, registration against torch's stable ABI. What they do is the store's.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <cstring>
 #include <functional>
-#include <memory>
-#include <mutex>
 
 #include "libtorch/ops/boxed.h"
 #include "libtorch/ops/checks.h"
-#include "libtorch/ops/device.h"
-#include "libtorch/ops/plan_cache.h"
-#include "libtorch/ops/prepared.h"
+#include "libtorch/store/store.h"
 
 namespace flashoptim::ops {
 namespace {
 
-/// Elements of one slice of a conversion, and how many of them are worth a thread.
-constexpr int64_t kSliceElements = 64 * 512;
-
-/// int64 places of one tensor's telemetry.
-constexpr int64_t kTelemetryNumbers = 6;
-
-/// float32 places of a gradient norm.
-constexpr int64_t kNormNumbers = 4;
-
-Tensor new_float_like(const TensorInfo& like) {
-  AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch_empty_strided(like.dim, like.sizes, like.strides, aoti_torch_dtype_float32(), like.device.type,
-                                       like.device.index, &handle),
-              "empty_strided");
-  return Tensor(handle);
-}
-
-float* float_data(const Tensor& tensor) {
-  void* data = nullptr;
-  check_torch(torch_get_mutable_data_ptr(tensor.get(), &data), "get_mutable_data_ptr");
-  return static_cast<float*>(data);
-}
-
-/// Pointer to element `first` of an array of elements of `bytes` bytes; null stays null.
-void* advance(void* data, int64_t first, int64_t bytes) {
-  return data == nullptr ? nullptr : static_cast<char*>(data) + first * bytes;
-}
-
-/// Runs convert(first, count) over slices of [0, numel) in torch's pool; throws the first failure.
-void convert_slices(Op op, int64_t numel, const std::function<Status(int64_t first, int64_t count)>& convert) {
-  const int64_t slices = (numel + kSliceElements - 1) / kSliceElements;
-  std::vector<Status> failed(static_cast<size_t>(slices));
-  parallel_for(slices, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      failed[static_cast<size_t>(s)] =
-          convert(s * kSliceElements, std::min(kSliceElements, numel - s * kSliceElements));
-    }
-  });
-  for (const Status& status : failed) op.check(status);
-}
-
-/// Runs convert(tensor, first) over slices of a tensor's states that begin at group boundaries.
-void convert_state_slices(Op op, const ParameterTensors& whole,
-                          const std::function<Status(const ParameterTensors& slice, int64_t first)>& convert) {
-  const GroupLayout& layout = whole.layout;
-  if (layout.numel() == 0) return;
-  const int64_t width = whole.state_codec == StateCodec::kFloat32 ? 4 : 1;
-  const bool by_row = layout.rows > 1;
-  const int64_t unit = by_row ? layout.row_size : kGroupSize, units = by_row ? layout.rows : layout.groups();
-  const int64_t unit_groups = by_row ? layout.groups_per_row() : 1;
-  const int64_t per_slice = std::max<int64_t>(1, kSliceElements / unit), slices = (units + per_slice - 1) / per_slice;
-  std::vector<Status> failed(static_cast<size_t>(slices));
-  parallel_for(slices, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      const int64_t first_unit = s * per_slice, count = std::min(per_slice, units - first_unit),
-                    first = first_unit * unit;
-      ParameterTensors slice = whole;
-      slice.layout =
-          by_row ? GroupLayout{count, unit} : GroupLayout{1, std::min(count * unit, layout.row_size - first)};
-      for (int k = 0; k < kMaxStates; ++k) {
-        slice.states[k] = advance(whole.states[k], first, width);
-        slice.scales[k] = advance(whole.scales[k], first_unit * unit_groups, 2);
-      }
-      failed[static_cast<size_t>(s)] = convert(slice, first);
-    }
-  });
-  for (const Status& status : failed) op.check(status);
-}
-
-int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-int64_t correction_bytes(MasterWeights master) {
-  return master == MasterWeights::kCorrection16 || master == MasterWeights::kCorrection16Nearest ? 2 : 1;
-}
+std::vector<AtenTensorHandle> handles(const TensorList& tensors) { return {tensors.begin(), tensors.end()}; }
 
 // ---- step_ ----------------------------------------------------------------------------------------------------------
 
+// One step over tensors that are all given, by a store of its own: nothing is kept from call to call. states, scales:
+// slot by slot for every parameter; scales and corrections of 0 elements where there is none. hypers: sets of numbers
+// (checks.h), among which hyper_index chooses.
 constexpr const char* kStepSchema =
     "step_(str optimizer, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] corrections, Tensor(c!)[] states, "
-    "Tensor(d!)[] scales, int[] master_weights, int[] state_codecs, int[] rows, int[] first_elements, "
-    "int[] hyper_index, float[] hypers, float grad_scale, Tensor? found_inf, Tensor(e!)? nonfinite) -> ()";
+    "Tensor(d!)[] scales, int[] master_weights, int[] state_codecs, int[] first_elements, int[] hyper_index, "
+    "float[] hypers, float grad_scale, Tensor? found_inf, Tensor(e!)? nonfinite) -> ()";
 
-void step_on_device(Op op, StepInput& input) {
-  PlanCache& cache = PlanCache::instance();
-  std::unique_ptr<PlanCache::Entry> entry = cache.take(input.optimizer, input.has_momentum, input.tensors);
-  if (entry == nullptr) {
-    check_no_overlap(op, input.tensors);
-    entry = std::make_unique<PlanCache::Entry>();
-    entry->hash = PlanCache::hash(input.optimizer, input.has_momentum, input.tensors);
-    entry->optimizer = input.optimizer;
-    entry->has_momentum = input.has_momentum;
-    op.check(DevicePlan::make(input.backend, input.device, input.optimizer, input.has_momentum, input.tensors,
-                              &entry->plan));
-  } else {
-    for (size_t i = 0; i < input.tensors.size(); ++i) {
-      op.check(entry->plan.set_gradient(static_cast<int64_t>(i), input.tensors[i].gradient));
-      op.check(entry->plan.set_hyper_index(static_cast<int64_t>(i), input.tensors[i].hyper_index));
-    }
-  }
-  const Status status = entry->plan.step(input.hypers, input.controls);
-  cache.put(std::move(entry));
-  op.check(status);
-}
-
-/// Takes over what the stacks of step_ and plan_new begin with: optimizer ... first_elements.
-StepArguments take_step_lists(StableIValue* stack) {
-  StepArguments arguments;
-  arguments.optimizer = take_string(stack[0]);
-  arguments.params = take_tensors(stack[1]);
-  arguments.grads = take_tensors(stack[2]);
-  arguments.corrections = take_tensors(stack[3]);
-  arguments.states = take_tensors(stack[4]);
-  arguments.scales = take_tensors(stack[5]);
-  arguments.master_weights = take_ints(stack[6]);
-  arguments.state_codecs = take_ints(stack[7]);
-  arguments.rows = take_ints(stack[8]);
-  arguments.first_elements = take_ints(stack[9]);
-  return arguments;
+DType gradient_dtype(Op op, Name name, AtenTensorHandle gradient) {
+  return parse_param_dtype(op, name, read_tensor(op, name, gradient).dtype);
 }
 
 void step_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"step_"};
-  StepArguments arguments = take_step_lists(stack);
-  arguments.hyper_index = take_ints(stack[10]);
-  arguments.hypers = take_floats(stack[11]);
-  arguments.grad_scale = take_float(stack[12]);
-  arguments.found_inf = take_optional_tensor(stack[13]);
-  arguments.nonfinite = take_optional_tensor(stack[14]);
+  const std::string name = take_string(stack[0]);
+  const TensorList params = take_tensors(stack[1]), grads = take_tensors(stack[2]),
+                   corrections = take_tensors(stack[3]), states = take_tensors(stack[4]),
+                   scales = take_tensors(stack[5]);
+  const std::vector<int64_t> master_weights = take_ints(stack[6]), codecs = take_ints(stack[7]),
+                             first_elements = take_ints(stack[8]), hyper_index = take_ints(stack[9]);
+  const std::vector<double> values = take_floats(stack[10]);
+  const double grad_scale = take_float(stack[11]);
+  const Tensor found_inf = take_optional_tensor(stack[12]), nonfinite = take_optional_tensor(stack[13]);
 
-  thread_local StepInput input;  // keeps its memory from step to step
-  unpack_step(op, arguments, &input);
-  if (input.tensors.empty()) return;
-  if (input.backend != Backend::kMeta) step_on_device(op, input);
-}
-
-// ---- plans that callers hold ----------------------------------------------------------------------------------------
-
-constexpr const char* kPlanNewSchema =
-    "plan_new(str optimizer, Tensor[] params, Tensor[] grads, Tensor[] corrections, Tensor[] states, Tensor[] scales, "
-    "int[] master_weights, int[] state_codecs, int[] rows, int[] first_elements) -> int";
-
-void plan_new_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const Op op{"plan_new"};
-  StepArguments arguments = take_step_lists(stack);
-  arguments.hyper_index.assign(arguments.params.size(), 0);
-  // Hyperparameters come with the steps; what they must say about momentum follows from the states.
-  const OptimizerKind optimizer = parse_optimizer(op, arguments.optimizer);
-  const auto with = static_cast<size_t>(state_count(optimizer, true));
-  const bool has_momentum = arguments.states.size() == with * arguments.params.size();
-  arguments.hypers = {0, 0, 0, 0, 0, has_momentum ? 0.5 : 0.0, 0, 0, 0, 0, 1, 0};
-
-  if (arguments.params.empty()) op.fail("params is empty; a plan needs at least one tensor");
-  StepInput input;
-  unpack_step(op, arguments, &input);
-  stack[0] = give_int(PreparedPlans::instance().add(std::make_shared<PreparedPlan>(op, input, arguments.params)));
-}
-
-constexpr const char* kPlanFreeSchema = "plan_free(int plan) -> ()";
-
-void plan_free_kernel(StableIValue* stack, uint64_t, uint64_t) { PreparedPlans::instance().remove(take_int(stack[0])); }
-
-constexpr const char* kPlanCheckSchema = "plan_check(int plan, Tensor[] grads) -> ()";
-
-void plan_check_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const Op op{"plan_check"};
-  const int64_t plan_number = take_int(stack[0]);
-  const TensorList grads = take_tensors(stack[1]);
-  const std::shared_ptr<PreparedPlan> plan = PreparedPlans::instance().find(op, plan_number);
-  const std::lock_guard lock(plan->mutex());
-  plan->set_gradients(op, grads);
-}
-
-// grads: one per tensor of the plan, of 0 elements where one is left out; none where take_gradients() of python.cpp has
-// just given the plan theirs. hyper_index: one per tensor, or empty for those of the step before. lrs, steps: one per
-// set of hypers, or empty; 0 elements where a set has none. telemetry: [tensors, 6].
-constexpr const char* kPlanStepSchema =
-    "plan_step_(int plan, Tensor[] grads, int[] hyper_index, float[] hypers, float grad_scale, Tensor? grad_divisor, "
-    "Tensor? clip_coefficient, Tensor? found_inf, Tensor[] lrs, Tensor(a!)[] steps, Tensor(b!)? nonfinite, "
-    "Tensor(c!)? telemetry, int telemetry_stride) -> ()";
-
-/// Addresses of one optional scalar per set.
-template <class T>
-std::vector<T*> unpack_per_set(Op op, const char* argument, const TensorList& tensors, size_t sets, int32_t dtype,
-                               Device device) {
-  if (!tensors.empty() && tensors.size() != sets) {
-    op.fail(std::string(argument) + " has " + std::to_string(tensors.size()) + " entries; needed are none or " +
-            std::to_string(sets) + ", one per set of hypers");
+  const OptimizerKind optimizer = parse_optimizer(op, name);
+  const size_t count = params.size();
+  check_count(op, "grads", grads.size(), count);
+  check_count(op, "corrections", corrections.size(), count);
+  check_count(op, "master_weights", master_weights.size(), count);
+  check_count(op, "state_codecs", codecs.size(), count);
+  check_count(op, "first_elements", first_elements.size(), count);
+  check_count(op, "hyper_index", hyper_index.size(), count);
+  if (scales.size() != states.size()) {
+    op.fail("scales has " + std::to_string(scales.size()) + " tensors; needed are " + std::to_string(states.size()) +
+            ", one per tensor of states (of 0 elements for float32 states)");
   }
-  std::vector<T*> out;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const Name name{argument, static_cast<int64_t>(i)};
-    const bool absent = read_tensor(op, name, tensors[i]).numel == 0;
-    out.push_back(absent ? nullptr : static_cast<T*>(unpack_array(op, name, tensors[i], dtype, 1, device)));
+  bool has_momentum = false;
+  const auto slots =
+      static_cast<size_t>(slots_per_tensor(op, optimizer, "states", states.size(), count, &has_momentum));
+  if (count == 0) return;
+  std::vector<Hyperparameters> sets;
+  unpack_hypers(op, values, optimizer, &sets);
+
+  store::Store store(optimizer);
+  store.reset(static_cast<int64_t>(count));
+  for (size_t i = 0; i < count; ++i) {
+    const auto index = static_cast<int64_t>(i);
+    store::RecordOptions options;
+    options.group = hyper_index[i];
+    if (options.group < 0 || options.group >= static_cast<int64_t>(sets.size())) {
+      op.fail(Name{"hyper_index", index}.str() + " = " + std::to_string(options.group) + "; hypers has " +
+              std::to_string(sets.size()) + " sets");
+    }
+    options.format.master_weights = parse_master_weights(op, Name{"master_weights", index}.str(), master_weights[i]);
+    options.format.codec = parse_state_codec(op, Name{"state_codecs", index}.str(), codecs[i]);
+    options.has_momentum = has_momentum;
+    options.gradient_dtype = gradient_dtype(op, {"grads", index}, grads[i]);
+    options.place.first_element = first_elements[i];
+    store::StateTensors stored;
+    for (size_t k = 0; k < slots; ++k) {
+      stored.states.push_back(states[i * slots + k]);
+      stored.scales.push_back(scales[i * slots + k]);
+    }
+    store.describe(op, index, Name{"params", index}.str(), options, params[i], stored, corrections[i]);
+    const Device device = store.record(index).device();
+    check_device(op, {"params", index}, device, {"params", 0}, store.record(0).device());
+    check_like(op, {"grads", index}, read_tensor(op, {"grads", index}, grads[i]), {"params", index},
+               read_tensor(op, {"params", index}, params[i]));
   }
-  return out;
-}
-
-void plan_step_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const Op op{"plan_step_"};
-  const int64_t number = take_int(stack[0]);
-  const TensorList grads = take_tensors(stack[1]);
-  const std::vector<int64_t> hyper_index = take_ints(stack[2]);
-  const std::vector<double> values = take_floats(stack[3]);
-  const double grad_scale = take_float(stack[4]);
-  const Tensor grad_divisor = take_optional_tensor(stack[5]), clip_coefficient = take_optional_tensor(stack[6]),
-               found_inf = take_optional_tensor(stack[7]);
-  const TensorList lrs = take_tensors(stack[8]), steps = take_tensors(stack[9]);
-  const Tensor nonfinite = take_optional_tensor(stack[10]), telemetry = take_optional_tensor(stack[11]);
-  const int64_t stride = take_int(stack[12]);
-
-  const std::shared_ptr<PreparedPlan> plan = PreparedPlans::instance().find(op, number);
-  const std::lock_guard lock(plan->mutex());
-  const size_t sets = plan->set_hypers(op, values, hyper_index);
-  if (stride < 1) op.fail("telemetry_stride = " + std::to_string(stride) + "; must be at least 1");
-  const Device device = plan->device();
-  StepControls controls;
+  store.plan(op);
+  if (store.record(0).backend() == Backend::kMeta) return;
+  store.begin();
+  std::vector<store::GroupHyperparameters> groups;
+  for (const Hyperparameters& set : sets) {
+    if (set.step < 1) op.fail("hypers (step) = " + std::to_string(set.step) + "; must be an integer of at least 1");
+    groups.push_back({set, nullptr});
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const auto index = static_cast<int64_t>(i);
+    store.take(index, const_data(grads[i]), {sets[static_cast<size_t>(hyper_index[i])].step - 1, nullptr});
+  }
+  const Device device = store.record(0).device();
+  store::Controls controls;
   controls.gradient_scale = checked_grad_scale(op, grad_scale);
-  const DtypeCodes& c = codes();
-  const bool is_meta = plan->backend() == Backend::kMeta;
-  if (!is_meta) {
-    const auto scalar = [&](const char* name, const Tensor& tensor, int32_t dtype) {
-      return unpack_array(op, {name}, tensor, dtype, 1, device);
-    };
-    controls.gradient_divisor = static_cast<const float*>(scalar("grad_divisor", grad_divisor, c.float32));
-    controls.clip_coefficient = static_cast<const float*>(scalar("clip_coefficient", clip_coefficient, c.float32));
-    controls.found_inf = static_cast<const float*>(scalar("found_inf", found_inf, c.float32));
-    controls.nonfinite_gradients = static_cast<int64_t*>(scalar("nonfinite", nonfinite, c.int64));
-    controls.lrs = unpack_per_set<const float>(op, "lrs", lrs, sets, c.float32, device);
-    controls.steps = unpack_per_set<int64_t>(op, "steps", steps, sets, c.int64, device);
-    static_assert(sizeof(StepTelemetry) == kTelemetryNumbers * sizeof(int64_t));
-    controls.telemetry = static_cast<StepTelemetry*>(
-        unpack_array(op, {"telemetry"}, telemetry, c.int64, plan->size() * kTelemetryNumbers, device));
-    controls.telemetry_stride = stride;
-  }
-  plan->set_or_use_gradients(op, grads);
-  if (!is_meta) plan->step(op, controls);
-}
-
-// grads: as for plan_step_. result: 4 float32: the sum of squares as one double, the norm, the clipping coefficient.
-constexpr const char* kPlanNormSchema =
-    "plan_norm_(int plan, Tensor[] grads, float grad_scale, Tensor? grad_divisor, float max_norm, Tensor(a!) result) "
-    "-> ()";
-
-void plan_norm_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const Op op{"plan_norm_"};
-  const int64_t plan_number = take_int(stack[0]);
-  const TensorList grads = take_tensors(stack[1]);
-  const double grad_scale = take_float(stack[2]);
-  const Tensor grad_divisor = take_optional_tensor(stack[3]);
-  const double max_norm = take_float(stack[4]);
-  const Tensor result = take_tensor(stack[5]);
-  const std::shared_ptr<PreparedPlan> plan = PreparedPlans::instance().find(op, plan_number);
-  const std::lock_guard lock(plan->mutex());
-  const float scale = checked_grad_scale(op, grad_scale);
-  if (!(max_norm >= 0.0)) op.fail("max_norm = " + number(max_norm) + "; must be at least 0 (0: no clipping)");
-  const int32_t float32 = codes().float32;
-  const Device device = plan->device();
-  const bool is_meta = plan->backend() == Backend::kMeta;
-  const float* const divisor =
-      is_meta ? nullptr
-              : static_cast<const float*>(unpack_array(op, {"grad_divisor"}, grad_divisor, float32, 1, device));
-  static_assert(sizeof(cuda::GradientNorm) == kNormNumbers * sizeof(float));
-  auto* const out =
-      is_meta ? nullptr
-              : static_cast<cuda::GradientNorm*>(unpack_array(op, {"result"}, result, float32, kNormNumbers, device));
-  plan->set_or_use_gradients(op, grads);
-  if (!is_meta) op.check(plan->plan().gradient_norm(scale, divisor, static_cast<float>(max_norm), out));
+  controls.found_inf =
+      static_cast<const float*>(unpack_array(op, {"found_inf"}, found_inf, codes().float32, 1, device));
+  controls.nonfinite_gradients =
+      static_cast<int64_t*>(unpack_array(op, {"nonfinite"}, nonfinite, codes().int64, 1, device));
+  store.step(op, groups, {controls});
 }
 
 // ---- weights --------------------------------------------------------------------------------------------------------
@@ -292,23 +112,8 @@ constexpr const char* kMergeSchema = "merge_weights(Tensor param, Tensor? correc
 void merge_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"merge_weights"};
   const Tensor param = take_tensor(stack[0]), correction = take_optional_tensor(stack[1]);
-  const WeightInput input = unpack_weight(op, param, correction, take_int(stack[2]));
-  Tensor weights = new_float_like(input.param);
-  if (input.backend == Backend::kCuda) {
-#if FLASHOPTIM_HAS_CUDA
-    const Device device = input.param.device;
-    op.check(cuda::merge_weights(input.dtype, input.master_weights, input.param.data, input.correction,
-                                 float_data(weights), input.param.numel, device.index, current_stream(device)));
-#endif
-  } else if (input.backend != Backend::kMeta) {
-    float* const to = float_data(weights);
-    convert_slices(op, input.param.numel, [&](int64_t first, int64_t count) {
-      return merge_weights(input.dtype, input.master_weights,
-                           advance(input.param.data, first, dtype_bytes(input.dtype)),
-                           advance(input.correction, first, correction_bytes(input.master_weights)), to + first, count);
-    });
-  }
-  stack[0] = give_tensor(std::move(weights));
+  const MasterWeights master = parse_master_weights(op, "master_weights", take_int(stack[2]));
+  stack[0] = give_tensor(merge_weights(op, param, correction, master));
 }
 
 constexpr const char* kSplitSchema =
@@ -318,124 +123,188 @@ void split_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"split_weights_"};
   const Tensor weights = take_tensor(stack[0]), param = take_tensor(stack[1]),
                correction = take_optional_tensor(stack[2]);
-  const WeightInput input = unpack_weight(op, param, correction, take_int(stack[3]));
-  const TensorInfo from = unpack_float_like(op, "weights", weights, input.param, "param");
-  if (input.backend == Backend::kMeta) return;
-#if FLASHOPTIM_HAS_CUDA
-  if (input.backend == Backend::kCuda) {
-    const Device device = input.param.device;
-    return op.check(cuda::split_weights(input.dtype, input.master_weights, static_cast<const float*>(from.data),
-                                        input.param.data, input.correction, input.param.numel, device.index,
-                                        current_stream(device)));
-  }
-#endif
-  convert_slices(op, input.param.numel, [&](int64_t first, int64_t count) {
-    return split_weights(input.dtype, input.master_weights, static_cast<const float*>(from.data) + first,
-                         advance(input.param.data, first, dtype_bytes(input.dtype)),
-                         advance(input.correction, first, correction_bytes(input.master_weights)), count);
-  });
+  split_weights(op, weights, param, correction, parse_master_weights(op, "master_weights", take_int(stack[3])));
 }
 
 // ---- states ---------------------------------------------------------------------------------------------------------
 
+/// [first_element, run, stride, rows and row size of the whole], or nothing: the tensor is the whole.
+Place parse_place(Op op, const std::vector<int64_t>& numbers) {
+  if (numbers.empty()) return {};
+  if (numbers.size() != 5) op.fail("place has " + std::to_string(numbers.size()) + " numbers; needed are none or 5");
+  Place place;
+  place.first_element = numbers[0];
+  place.run = numbers[1];
+  place.stride = numbers[2];
+  place.whole = {numbers[3], numbers[4]};
+  return place;
+}
+
 constexpr const char* kDecodeSchema =
-    "decode_states(str optimizer, Tensor[] states, Tensor[] scales, int state_codec, int rows) -> Tensor[]";
+    "decode_states(str optimizer, Tensor[] states, Tensor[] scales, int state_codec, int[] place) -> Tensor[]";
 
 void decode_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"decode_states"};
   const std::string optimizer = take_string(stack[0]);
   const TensorList states = take_tensors(stack[1]), scales = take_tensors(stack[2]);
-  const StatesInput input = unpack_states(op, optimizer, states, scales, take_int(stack[3]), take_int(stack[4]));
-  TensorList values;
-  for (const TensorInfo& info : input.infos) values.push_back(new_float_like(info));
-  if (input.backend != Backend::kMeta) {
-    float* to[kMaxStates] = {};
-    for (size_t k = 0; k < values.size(); ++k) to[k] = float_data(values[k]);
-#if FLASHOPTIM_HAS_CUDA
-    if (input.backend == Backend::kCuda && !values.empty()) {
-      const Device device = input.infos[0].device;
-      op.check(cuda::decode_states(input.optimizer, input.has_momentum, input.tensor, to, device.index,
-                                   current_stream(device)));
-    }
-#endif
-    if (input.backend == Backend::kCpu)
-      convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
-        float* slice_to[kMaxStates];
-        for (int k = 0; k < kMaxStates; ++k) slice_to[k] = to[k] == nullptr ? nullptr : to[k] + first;
-        return decode_states(input.optimizer, input.has_momentum, slice, slice_to);
-      });
-  }
-  stack[0] = give_tensors(std::move(values));
+  const StateCodec codec = parse_state_codec(op, "state_codec", take_int(stack[3]));
+  const std::vector<int64_t> place = take_ints(stack[4]);
+  stack[0] = give_tensors(decode_states(op, parse_optimizer(op, optimizer), {handles(states), handles(scales)}, codec,
+                                        parse_place(op, place)));
 }
 
 constexpr const char* kEncodeSchema =
     "encode_states_(str optimizer, Tensor[] values, Tensor(a!)[] states, Tensor(b!)[] scales, int state_codec, "
-    "int rows) -> ()";
+    "int[] place) -> ()";
 
 void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"encode_states_"};
   const std::string optimizer = take_string(stack[0]);
   const TensorList values = take_tensors(stack[1]), states = take_tensors(stack[2]), scales = take_tensors(stack[3]);
-  const StatesInput input = unpack_states(op, optimizer, states, scales, take_int(stack[4]), take_int(stack[5]));
-  if (values.size() != states.size()) {
-    op.fail("values has " + std::to_string(values.size()) + " tensors; needed are " + std::to_string(states.size()) +
-            ", one per tensor of states");
+  const StateCodec codec = parse_state_codec(op, "state_codec", take_int(stack[4]));
+  const std::vector<int64_t> place = take_ints(stack[5]);
+  encode_states(op, parse_optimizer(op, optimizer), handles(values), {handles(states), handles(scales)}, codec,
+                parse_place(op, place));
+}
+
+// ---- formats --------------------------------------------------------------------------------------------------------
+
+// Which master_weights and codec a group's options mean for a parameter. codec: 1 (paper) or 2 (default), of states
+// that are quantized; master_weight_bits: 0, 24 or 32.
+constexpr const char* kFormatSchema =
+    "format_of(int dtype, int whole_numel, bool quantize, int codec, int master_weight_bits, bool stochastic_rounding, "
+    "int min_quantized_numel) -> int[]";
+
+void format_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"format_of"};
+  store::FormatOptions options;
+  const DType dtype = parse_dtype(op, "dtype", take_int(stack[0]));
+  options.quantize = take_bool(stack[2]);
+  options.codec = parse_state_codec(op, "codec", take_int(stack[3]));
+  options.master_weight_bits = take_int(stack[4]);
+  options.stochastic_rounding = take_bool(stack[5]);
+  options.min_quantized_numel = take_int(stack[6]);
+  const store::Format format = store::format_of(dtype, take_int(stack[1]), options);
+  stack[0] = give_ints({static_cast<int64_t>(format.master_weights), static_cast<int64_t>(format.codec)});
+}
+
+constexpr const char* kArrayNamesSchema =
+    "array_names(str optimizer, bool has_momentum, int master_weights, int codec) -> str";
+
+/// Names of the arrays of a state, in new_states' order, joined by commas.
+void array_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"array_names"};
+  const OptimizerKind optimizer = parse_optimizer(op, take_string(stack[0]));
+  const store::Format format{parse_master_weights(op, "master_weights", take_int(stack[2])),
+                             parse_state_codec(op, "codec", take_int(stack[3]))};
+  std::string names;
+  for (const store::ArraySpec& spec : store::arrays_of(optimizer, take_bool(stack[1]), format, {1}, {})) {
+    names += (names.empty() ? "" : ",") + store::array_name(optimizer, spec.role, spec.slot);
   }
-  const float* from[kMaxStates] = {};
-  for (size_t k = 0; k < values.size(); ++k) {
-    const std::string index = std::to_string(k);
-    from[k] = static_cast<const float*>(
-        unpack_float_like(op, "values[" + index + "]", values[k], input.infos[k], "states[" + index + "]").data);
+  stack[0] = give_string(names);
+}
+
+// Arrays of zeros for the states of parameters of one device, one parameter's behind the other's. places: 5 numbers a
+// parameter (decode_states), or none at all.
+constexpr const char* kNewStatesSchema =
+    "new_states(str optimizer, Tensor[] params, int[] has_momentum, int[] master_weights, int[] codecs, int[] places) "
+    "-> Tensor[]";
+
+void new_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"new_states"};
+  const std::string name = take_string(stack[0]);
+  const TensorList params = take_tensors(stack[1]);
+  const std::vector<int64_t> has_momentum = take_ints(stack[2]), master_weights = take_ints(stack[3]),
+                             codecs = take_ints(stack[4]), places = take_ints(stack[5]);
+  const OptimizerKind optimizer = parse_optimizer(op, name);
+  check_count(op, "has_momentum", has_momentum.size(), params.size());
+  check_count(op, "master_weights", master_weights.size(), params.size());
+  check_count(op, "codecs", codecs.size(), params.size());
+  if (!places.empty()) check_count(op, "places", places.size(), 5 * params.size());
+  std::vector<store::ArraySpec> specs;
+  Device device;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const auto index = static_cast<int64_t>(i);
+    const TensorInfo info = read_tensor(op, {"params", index}, params[i]);
+    if (i == 0) device = info.device;
+    check_device(op, {"params", index}, info.device, {"params", 0}, device);
+    const store::Format format{parse_master_weights(op, Name{"master_weights", index}.str(), master_weights[i]),
+                               parse_state_codec(op, Name{"codecs", index}.str(), codecs[i])};
+    Place place;
+    if (!places.empty()) {
+      const auto first = places.begin() + 5 * index;
+      place = parse_place(op, {first, first + 5});
+    }
+    const std::vector<store::ArraySpec> arrays =
+        store::arrays_of(optimizer, has_momentum[i] != 0, format, {info.sizes, info.sizes + info.dim},
+                         store::storage_order(info.sizes, info.strides, info.dim), place);
+    specs.insert(specs.end(), arrays.begin(), arrays.end());
   }
-  if (input.backend == Backend::kMeta) return;
-#if FLASHOPTIM_HAS_CUDA
-  if (input.backend == Backend::kCuda) {
-    const Device device = input.infos[0].device;
-    return op.check(cuda::encode_states(input.optimizer, input.has_momentum, input.tensor, from, device.index,
-                                        current_stream(device)));
-  }
-#endif
-  convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
-    const float* slice_from[kMaxStates];
-    for (int k = 0; k < kMaxStates; ++k) slice_from[k] = from[k] == nullptr ? nullptr : from[k] + first;
-    return encode_states(input.optimizer, input.has_momentum, slice, slice_from);
-  });
+  stack[0] = give_tensors(store::new_arrays(op, specs, device));
+}
+
+/// states ... correction of fit_state and convert_state, taken off the stack.
+struct StoredArguments {
+  TensorList states, scales;
+  Tensor correction;
+  DType correction_of;
+
+  StoredArguments(Op op, const StableIValue* stack)
+      : states(take_tensors(stack[0])),
+        scales(take_tensors(stack[1])),
+        correction(take_optional_tensor(stack[2])),
+        correction_of(parse_dtype(op, "correction_of", take_int(stack[3]))) {}
+  store::Stored stored() const { return {{handles(states), handles(scales)}, correction, correction_of}; }
+};
+
+// Whether a step can run on a state as it is: store::Fit. correction_of: dtype of the parameter that the correction
+// belongs to, 0: the parameter's own.
+constexpr const char* kFitSchema =
+    "fit_state(str optimizer, bool has_momentum, Tensor param, Tensor[] states, Tensor[] scales, Tensor? correction, "
+    "int correction_of, int master_weights, int codec, int[] place) -> int";
+
+void fit_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"fit_state"};
+  const OptimizerKind optimizer = parse_optimizer(op, take_string(stack[0]));
+  const bool has_momentum = take_bool(stack[1]);
+  const Tensor param = take_tensor(stack[2]);
+  const StoredArguments arguments(op, stack + 3);
+  const store::Format format{parse_master_weights(op, "master_weights", take_int(stack[7])),
+                             parse_state_codec(op, "codec", take_int(stack[8]))};
+  const Place place = parse_place(op, take_ints(stack[9]));
+  stack[0] =
+      give_int(static_cast<int64_t>(store::fit(optimizer, has_momentum, param, arguments.stored(), format, place)));
+}
+
+// The arrays of a state in another format (store::convert): the arrays, the parameter's new values (one tensor, or
+// none), and the correction's fate.
+constexpr const char* kConvertSchema =
+    "convert_state(str optimizer, bool has_momentum, Tensor param, Tensor[] states, Tensor[] scales, "
+    "Tensor? correction, int correction_of, int master_weights, int codec, int[] place, str name) -> (Tensor[], "
+    "Tensor[], int)";
+
+void convert_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"convert_state"};
+  const OptimizerKind optimizer = parse_optimizer(op, take_string(stack[0]));
+  const bool has_momentum = take_bool(stack[1]);
+  const Tensor param = take_tensor(stack[2]);
+  const StoredArguments arguments(op, stack + 3);
+  const store::Format format{parse_master_weights(op, "master_weights", take_int(stack[7])),
+                             parse_state_codec(op, "codec", take_int(stack[8]))};
+  const std::vector<int64_t> place = take_ints(stack[9]);
+  const std::string name = take_string(stack[10]);
+  store::Converted converted =
+      store::convert(op, name, optimizer, has_momentum, param, arguments.stored(), format, parse_place(op, place));
+  TensorList rewritten;
+  if (converted.param.has_value()) rewritten.push_back(std::move(converted.param));
+  stack[0] = give_tensors(std::move(converted.arrays));
+  stack[1] = give_tensors(std::move(rewritten));
+  stack[2] = give_int(static_cast<int64_t>(converted.fate));
 }
 
 constexpr const char* kZeroSchema = "zero_(Tensor(a!)[] tensors) -> ()";
 
-/// Dense tensors of one device and any dtypes; on CUDA in one launch, which torch._foreach_zero_ is not.
-void zero_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const Op op{"zero_"};
-  const TensorList tensors = take_tensors(stack[0]);
-  std::vector<void*> arrays;
-  std::vector<int64_t> bytes;
-  Device device;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const Name name{"tensors", static_cast<int64_t>(i)};
-    const TensorInfo info = read_tensor(op, name, tensors[i]);
-    if (i == 0) device = info.device;
-    check_device(op, name, info.device, {"tensors", 0}, device);
-    if (!is_dense(info)) {
-      op.fail(name.str() + " has shape " + ints(info.sizes, info.dim) + " and strides " + ints(info.strides, info.dim) +
-              "; its elements must fill their memory without gaps or overlap");
-    }
-    bytes.push_back(info.numel * static_cast<int64_t>(aoti_torch_dtype_element_size(info.dtype)));
-  }
-  if (tensors.empty()) return;
-  const Backend backend = select_backend(op.name, "tensors[0]", device);
-  if (backend == Backend::kMeta) return;
-  for (const Tensor& tensor : tensors) arrays.push_back(mutable_data(tensor));
-#if FLASHOPTIM_HAS_CUDA
-  if (backend == Backend::kCuda) {
-    return op.check(cuda::zero(arrays.data(), bytes.data(), static_cast<int64_t>(arrays.size()), device.index,
-                               current_stream(device)));
-  }
-#endif
-  for (size_t i = 0; i < arrays.size(); ++i) {
-    if (bytes[i] != 0) std::memset(arrays[i], 0, static_cast<size_t>(bytes[i]));
-  }
-}
+void zero_kernel(StableIValue* stack, uint64_t, uint64_t) { store::zero({"zero_"}, handles(take_tensors(stack[0]))); }
 
 // ---- facts ----------------------------------------------------------------------------------------------------------
 
@@ -478,16 +347,12 @@ void state_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give_string(names);
 }
 
-constexpr const char* kStateSignsSchema = "state_signs(str optimizer, bool has_momentum) -> int[]";
+constexpr const char* kImplementationSchema = "implementation(Tensor tensor) -> int";
 
-/// 1 for slots that take both signs (the paper's codec stores them as int8), 0 for the others (uint8).
-void state_signs_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const OptimizerKind optimizer = parse_optimizer({"state_signs"}, take_string(stack[0]));
-  std::vector<int64_t> signs;
-  for (int k = 0; k < state_count(optimizer, take_bool(stack[1])); ++k) {
-    signs.push_back(state_slot(optimizer, k).is_signed ? 1 : 0);
-  }
-  stack[0] = give_ints(signs);
+/// Address of the tensor's implementation, by which Python's objects are known (python_objects.h).
+void implementation_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor tensor = take_tensor(stack[0]);
+  stack[0] = give_int(*reinterpret_cast<const int64_t*>(tensor.get()));
 }
 
 }  // namespace
@@ -498,9 +363,10 @@ extern "C" __attribute__((visibility("default"))) int flashoptim_ops_version() {
 
 STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
-  for (const char* schema : {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kGroupLayoutSchema,
-                             kCpuIsaSchema, kStateNamesSchema, kStateSignsSchema, kHasCudaSchema, kPlanNewSchema,
-                             kPlanFreeSchema, kPlanCheckSchema, kPlanStepSchema, kPlanNormSchema, kZeroSchema}) {
+  for (const char* schema :
+       {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kFormatSchema, kArrayNamesSchema,
+        kNewStatesSchema, kFitSchema, kConvertSchema, kZeroSchema, kGroupLayoutSchema, kCpuIsaSchema, kHasCudaSchema,
+        kStateNamesSchema, kImplementationSchema}) {
     m.def(schema);
   }
 }
@@ -513,15 +379,15 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("split_weights_", split_kernel);
   m.impl("decode_states", decode_kernel);
   m.impl("encode_states_", encode_kernel);
+  m.impl("format_of", format_kernel);
+  m.impl("array_names", array_names_kernel);
+  m.impl("new_states", new_states_kernel);
+  m.impl("fit_state", fit_kernel);
+  m.impl("convert_state", convert_kernel);
+  m.impl("zero_", zero_kernel);
   m.impl("group_layout", group_layout_kernel);
   m.impl("cpu_isa", cpu_isa_kernel);
-  m.impl("state_names", state_names_kernel);
-  m.impl("state_signs", state_signs_kernel);
   m.impl("has_cuda", has_cuda_kernel);
-  m.impl("plan_new", plan_new_kernel);
-  m.impl("plan_free", plan_free_kernel);
-  m.impl("plan_check", plan_check_kernel);
-  m.impl("plan_step_", plan_step_kernel);
-  m.impl("plan_norm_", plan_norm_kernel);
-  m.impl("zero_", zero_kernel);
+  m.impl("state_names", state_names_kernel);
+  m.impl("implementation", implementation_kernel);
 }

@@ -1,298 +1,299 @@
-// What a step looks at in Python, as loops in C. 300 tensors with 1800 entries of state: 18 us to see that nothing
-// moved, where Python takes 38; 20 us to take the gradients, where a list through the operator
-// takes 40.
+// The store's functions for Python, as a dict: each takes a store's capsule first. Called as C functions, without
+// torch's dispatcher: handing 1,500 tensors to an operator costs more than stepping them.
 //
-// The library names no Python at link time: it uses functions of CPython's stable ABI, as weak symbols, which are there
-// where Python has loaded the library, and two beyond it that it can do without (DictWatcher). Tensors are read through
-// torch's DLPack exchange table (DLPack 1.3), a stable ABI as well. Whatever is not as expected is left to the
-// operators, which take lists and name what is wrong.
-//
-// The plan keeps no tensor of its own: a held reference would make torch.utils.swap_tensors refuse the parameter.
-#include <atomic>
-#include <cstdint>
-#include <memory>
-#include <mutex>
-#include <vector>
+// Whatever is wrong is RuntimeError, with nothing changed.
+#include <algorithm>
+#include <string>
 
-#include "libtorch/ops/prepared.h"
-#include "libtorch/ops/python_abi.h"
+#include "libtorch/ops/checks.h"
+#include "libtorch/ops/python_store.h"
 
 namespace flashoptim::ops {
 namespace {
 
-/// What flashoptim_python_functions was given; lives as long as the process.
-struct PythonSide {
-  dlpack::TensorFromPyObject read = nullptr;
-  PyObject *tensor_type = nullptr, *parameter_type = nullptr;
-  PyObject* grad = nullptr;  // "grad"
+/// Arguments of one call.
+struct Arguments {
+  PyObject* const* values;
+  PySsize count;
+  PyObject* operator[](PySsize i) const { return values[i]; }
 };
-PythonSide g_python;
-
-/// Whether this is of one of torch's own types: a subclass may mean something else by its memory.
-bool is_plain(PyObject* object) {
-  PyObject* const type = PyObject_Type(object);
-  Py_DecRef(type);  // it has an instance that keeps it
-  return type == g_python.tensor_type || type == g_python.parameter_type;
-}
-
-/// False, with no exception set, for what is no tensor or has no memory to look at.
-bool read(PyObject* object, dlpack::Tensor* tensor) {
-  if (g_python.read(object, tensor) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
-
-std::shared_ptr<PreparedPlan> find_plan(PyObject* number) {
-  return PreparedPlans::instance().find(Op{"plan"}, PyLong_AsLongLong(number));
-}
 
 PyObject* none() {
   Py_IncRef(&_Py_NoneStruct);
   return &_Py_NoneStruct;
 }
 
-PyObject* to_bool(bool value) { return PyBool_FromLong(value ? 1 : 0); }
-
 /// A function of Python: no C++ exception gets out.
-template <PyObject* (*body)(PyObject* const* arguments)>
-PyObject* guarded(PyObject*, PyObject* const* arguments, PySsize) {
+template <PySsize kCount, PyObject* (*body)(Arguments)>
+PyObject* guarded(PyObject*, PyObject* const* values, PySsize count) {
   try {
-    return body(arguments);
+    if (count != kCount)
+      throw std::runtime_error("flashoptim: a function of the store got " + std::to_string(count) +
+                               " arguments; it takes " + std::to_string(kCount));
+    return body({values, count});
   } catch (const std::exception& error) {
     if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
 }
 
+PyObject* to_list(const std::vector<int64_t>& numbers) {
+  Reference list(PyList_New(0));
+  for (const int64_t number : numbers) {
+    const Reference item(PyLong_FromLongLong(number));
+    if (PyList_Append(list.get(), item.get()) != 0) throw PythonError();
+  }
+  return list.release();
+}
+
+/// new_store(optimizer: str) -> capsule
+PyObject* new_store(Arguments a) { return PythonStore::new_capsule(parse_optimizer({"new_store"}, to_string(a[0]))); }
+
+/// reset(store, params: list[Tensor])
+PyObject* reset(Arguments a) {
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  store.reset(a[1]);
+  return none();
+}
+
+/// forget(store, index: int)
+PyObject* forget(Arguments a) {
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  store.store().forget(to_int(a[1]));
+  return none();
+}
+
+/// (first_element, run, stride, rows of the whole, row size of the whole); None: the whole itself.
+Place to_place(PyObject* tuple) {
+  Place place;
+  if (is_none(tuple)) return place;
+  int64_t* const fields[] = {&place.first_element, &place.run, &place.stride, &place.whole.rows, &place.whole.row_size};
+  for (PySsize i = 0; i < 5; ++i) *fields[i] = to_int(PyTuple_GetItem(tuple, i));
+  return place;
+}
+
+/// describe(store, index: int, name: str, group: int, master_weights: int, codec: int, has_momentum: int,
+///          gradient_dtype: int, place: tuple | None, param: Tensor, state: dict)
+PyObject* describe(Arguments a) {
+  const Op op{"describe"};
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  store::RecordOptions options;
+  options.group = to_int(a[3]);
+  options.format.master_weights = parse_master_weights(op, "master_weights", to_int(a[4]));
+  options.format.codec = parse_state_codec(op, "codec", to_int(a[5]));
+  options.has_momentum = to_int(a[6]) != 0;
+  options.gradient_dtype = static_cast<DType>(to_int(a[7]));
+  options.place = to_place(a[8]);
+  store.describe(op, to_int(a[1]), to_string(a[2]), options, a[9], a[10]);
+  return none();
+}
+
+/// plan(store) -> list[list[int]]: makes the plans that are missing; the records of every plan.
+PyObject* plan(Arguments a) {
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  store.store().plan({"plan"});
+  Reference list(PyList_New(0));
+  for (int64_t p = 0; p < store.store().plans(); ++p) {
+    const Reference records(to_list(store.store().plan_view(p).records));
+    if (PyList_Append(list.get(), records.get()) != 0) throw PythonError();
+  }
+  return list.release();
+}
+
+/// Address of an optional tensor of `count` elements of a dtype on `device`.
+void* address(Op op, const char* name, PyObject* object, int32_t dtype, int64_t count, Device device) {
+  if (is_none(object)) return nullptr;
+  const LocalTensor tensor(object);
+  if (!tensor.has_value()) op.fail(std::string(name) + " is no plain tensor; allowed are None and a torch.Tensor");
+  return unpack_array(op, {name}, tensor.handle(), dtype, count, device);
+}
+
+/// From the tuple (nonfinite, grad_divisor, clip_coefficient, found_inf, telemetry) of tensors or None.
+store::Controls to_controls(Op op, PyObject* tuple, Device device, size_t records, double grad_scale, int64_t stride) {
+  if (PyTuple_Size(tuple) != 5) throw PythonError();
+  const DtypeCodes& c = codes();
+  const auto scalar = [&](PySsize place, const char* name, int32_t dtype) {
+    return address(op, name, PyTuple_GetItem(tuple, place), dtype, 1, device);
+  };
+  constexpr int64_t kTelemetryNumbers = sizeof(StepTelemetry) / sizeof(int64_t);
+  store::Controls controls;
+  controls.gradient_scale = checked_grad_scale(op, grad_scale);
+  controls.nonfinite_gradients = static_cast<int64_t*>(scalar(0, "nonfinite", c.int64));
+  controls.gradient_divisor = static_cast<const float*>(scalar(1, "grad_divisor", c.float32));
+  controls.clip_coefficient = static_cast<const float*>(scalar(2, "clip_coefficient", c.float32));
+  controls.found_inf = static_cast<const float*>(scalar(3, "found_inf", c.float32));
+  controls.telemetry = static_cast<StepTelemetry*>(address(op, "telemetry", PyTuple_GetItem(tuple, 4), c.int64,
+                                                           static_cast<int64_t>(records) * kTelemetryNumbers, device));
+  controls.telemetry_stride = stride;
+  if (stride < 1) op.fail("telemetry_stride = " + std::to_string(stride) + "; must be at least 1");
+  return controls;
+}
+
+store::GroupHyperparameters to_group(Op op, PythonStore& store, PyObject* values, PyObject* lr, Device device) {
+  std::vector<Hyperparameters> sets;
+  unpack_hypers(op, to_doubles(values), store.store().optimizer(), &sets);
+  if (sets.size() != 1) op.fail("hypers holds " + std::to_string(sets.size()) + " sets for one group");
+  return {sets[0], static_cast<const float*>(address(op, "lr", lr, codes().float32, 1, device))};
+}
+
+/// Runs a step; on the CPU, where it takes its time, without Python's lock.
+template <class Body>
+void run(bool on_cpu, Body body) {
+  if (!on_cpu) return body();
+  const WithoutLock without_lock;
+  body();
+}
+
+/// step(store, state: dict, staged: dict | None, counts_on_device: int, hypers: list[list[float]],
+///      lrs: list[Tensor | None] | None, controls: list[tuple], grad_scale: float, telemetry_stride: int)
+///   -> list[int] | int: what has to be seen to first (PythonStore::Step::needs), with nothing changed, or the number
+///   of
+/// parameters that were stepped. hypers and lrs have an entry a group, controls one a plan. Staged parameters are
+/// copied back and counts set in the same call: no signal of Python's comes between.
+PyObject* step(Arguments a) {
+  const Op op{"step"};
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  const PythonStore::Step step = store.look(a[1], a[2], to_int(a[3]) != 0);
+  if (!step.needs.empty()) return to_list(step.needs);
+  if (step.stepped.empty()) return PyLong_FromLongLong(0);
+  const double grad_scale = PyFloat_AsDouble(a[7]);
+  const int64_t stride = to_int(a[8]), plans = store.store().plans();
+  if (PyList_Size(a[6]) != plans) op.fail("controls must have " + std::to_string(plans) + " entries, one per plan");
+  std::vector<store::Controls> controls;
+  for (int64_t p = 0; p < plans; ++p) {
+    const auto view = store.store().plan_view(p);
+    const bool is_meta = view.backend == Backend::kMeta;
+    controls.push_back(
+        is_meta ? store::Controls()
+                : to_controls(op, PyList_GetItem(a[6], p), view.device, view.records.size(), grad_scale, stride));
+  }
+  std::vector<store::GroupHyperparameters> groups;
+  std::vector<Device> devices(static_cast<size_t>(PyList_Size(a[4])));  // of each group that steps
+  for (const int64_t i : step.stepped) {
+    const store::Record& record = store.store().record(i);
+    devices.at(static_cast<size_t>(record.options().group)) = record.device();
+  }
+  for (size_t g = 0; g < devices.size(); ++g) {
+    const auto at = static_cast<PySsize>(g);
+    PyObject* const lr = is_none(a[5]) ? a[5] : PyList_GetItem(a[5], at);
+    groups.push_back(to_group(op, store, PyList_GetItem(a[4], at), lr, devices[g]));
+  }
+  if (PyErr_Occurred() != nullptr) throw PythonError();
+  run(store.has_cpu_plan(), [&] { store.store().step(op, groups, controls); });
+  store.copy_back(step, a[2]);
+  store.count(step);
+  return PyLong_FromLongLong(static_cast<long long>(step.stepped.size()));
+}
+
+/// step_one(store, index: int, state: dict | None, staged: tuple | None, hypers: list[float], lr: Tensor | None,
+///          controls: tuple, grad_scale: float, telemetry_stride: int) -> int: 1: done; 0: describe it first; -1:
+///          plan()
+/// first. Telemetry is that of the record's whole plan; of one record, where it has none yet.
+PyObject* step_one(Arguments a) {
+  const Op op{"step_one"};
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  const int64_t index = to_int(a[1]);
+  PythonStore::One one;
+  if (!store.look_at(index, a[2], a[3], &one)) return PyLong_FromLongLong(0);
+  if (store.store().wants_plan(index)) return PyLong_FromLongLong(-1);
+  const store::Record& record = store.store().record(index);
+  if (record.backend() != Backend::kMeta) {
+    const store::GroupHyperparameters group = to_group(op, store, a[4], a[5], record.device());
+    const store::Controls controls =
+        to_controls(op, a[6], record.device(), store.store().plan_size(index), PyFloat_AsDouble(a[7]), to_int(a[8]));
+    run(record.backend() == Backend::kCpu,
+        [&] { store.store().step_one(op, index, one.gradient, one.count, group, controls); });
+  }
+  if (!is_none(a[3])) store.copy_back(index, a[3]);
+  store.count_one(index, a[2], one.count);
+  return PyLong_FromLongLong(1);
+}
+
+/// gradient_norm(store, state, staged, grad_scale: float, grad_divisor: Tensor | None, max_norm: float,
+///               result: Tensor) -> list[int] | int: as step(); result: 4 float32, the sum of squares as one double,
+///               the
+/// norm, the clipping coefficient. All gradients must be of one plan.
+PyObject* gradient_norm(Arguments a) {
+  const Op op{"gradient_norm"};
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  const PythonStore::Step step = store.look(a[1], a[2], false);
+  if (!step.needs.empty()) return to_list(step.needs);
+  const float scale = checked_grad_scale(op, PyFloat_AsDouble(a[3]));
+  const double max_norm = PyFloat_AsDouble(a[5]);
+  if (!(max_norm >= 0.0)) op.fail("max_norm = " + number(max_norm) + "; must be at least 0 (0: no clipping)");
+  if (step.stepped.empty()) return PyLong_FromLongLong(0);
+  const int64_t plan = store.store().only_plan(op);
+  const Device device = store.store().plan_view(plan).device;
+  const auto* const divisor = static_cast<const float*>(address(op, "grad_divisor", a[4], codes().float32, 1, device));
+  auto* const result = static_cast<cuda::GradientNorm*>(address(op, "result", a[6], codes().float32, 4, device));
+  store.store().gradient_norm(op, plan, scale, divisor, static_cast<float>(max_norm), result);
+  return PyLong_FromLongLong(static_cast<long long>(step.stepped.size()));
+}
+
 /// same_objects(list, known: list) -> bool: whether both hold the same objects.
-PyObject* same_objects(PyObject* const* arguments) {
-  PyObject *const now = arguments[0], *const known = arguments[1];
-  const PySsize count = PyList_Size(known);
-  bool same = PyList_Size(now) == count;
-  for (PySsize i = 0; same && i < count; ++i) same = PyList_GetItem(now, i) == PyList_GetItem(known, i);
-  return PyErr_Occurred() != nullptr ? nullptr : to_bool(same);
+PyObject* same_objects(Arguments a) {
+  const PySsize count = PyList_Size(a[1]);
+  bool same = PyList_Size(a[0]) == count;
+  for (PySsize i = 0; same && i < count; ++i) same = PyList_GetItem(a[0], i) == PyList_GetItem(a[1], i);
+  if (PyErr_Occurred() != nullptr) throw PythonError();
+  return PyBool_FromLong(same ? 1 : 0);
 }
 
-/// same_states(state: dict, dicts: list) -> bool: whether the values of `state` are `dicts`.
-PyObject* same_states(PyObject* const* arguments) {
-  PyObject *key = nullptr, *value = nullptr, *const dicts = arguments[1];
-  const PySsize count = PyList_Size(dicts);
-  PySsize place = 0;
-  for (PySsize position = 0; PyDict_Next(arguments[0], &position, &key, &value) != 0; ++place) {
-    if (place >= count || PyList_GetItem(dicts, place) != value) return to_bool(false);
-  }
-  return to_bool(place == count);
-}
-
-/// Counts changes of watched dicts by others than count(): a step need not look into 300 of them where none has changed
-/// (a third of is_current()'s time). From Python 3.12 on.
-class DictWatcher {
- public:
-  void start() {
-    if (&PyDict_AddWatcher == nullptr || id_ >= 0) return;
-    id_ = PyDict_AddWatcher(&on_change);
-    if (id_ < 0) PyErr_Clear();  // others have taken all that there are
-  }
-  /// Whether it will count the changes of all of them.
-  bool watch(PyObject* dicts) const {
-    if (id_ < 0) return false;
-    for (PySsize i = 0, count = PyList_Size(dicts); i < count; ++i) {
-      if (PyDict_Watch(id_, PyList_GetItem(dicts, i)) == 0) continue;
-      PyErr_Clear();
-      return false;
-    }
-    return true;
-  }
-  static uint64_t changes() { return g_changes.load(std::memory_order_acquire); }
-  /// The dict that is about to be changed by count().
-  static void set_own(const PyObject* dict) { g_own.store(dict, std::memory_order_relaxed); }
-
- private:
-  static int on_change(int, PyObject* dict, PyObject*, PyObject*) {
-    if (dict != g_own.load(std::memory_order_relaxed)) g_changes.fetch_add(1, std::memory_order_acq_rel);
-    return 0;
-  }
-
-  static inline std::atomic<uint64_t> g_changes = 0;
-  static inline std::atomic<const PyObject*> g_own = nullptr;  // of one thread: setting an entry keeps Python's lock
-  int id_ = -1;
-};
-DictWatcher g_watcher;
-
-/// remember(plan, dicts: list, known: list, counts: list[int]): the dicts' values, one behind the other, which
-/// is_current() compares with, and the places of the step counts among them. The caller keeps the values.
-PyObject* remember(PyObject* const* arguments) {
-  const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
-  PyObject* const values = arguments[2];
-  KnownStates& known = plan->known();
-  known.values.resize(static_cast<size_t>(PyList_Size(values)));
-  for (size_t i = 0; i < known.values.size(); ++i) known.values[i] = PyList_GetItem(values, static_cast<PySsize>(i));
-  known.counts.resize(static_cast<size_t>(PyList_Size(arguments[3])));
-  for (size_t i = 0; i < known.counts.size(); ++i)
-    known.counts[i] = static_cast<size_t>(PyLong_AsLongLong(PyList_GetItem(arguments[3], static_cast<PySsize>(i))));
-  known.is_watched = g_watcher.watch(arguments[1]);
-  known.is_seen = false;  // the next look is a real one
-  return none();
-}
-
-/// Whether the values of all dicts, one behind the other, are those remembered.
-bool same_values(PyObject* dicts, const std::vector<const PyObject*>& known) {
-  size_t place = 0;
-  for (PySsize i = 0, count = PyList_Size(dicts); i < count; ++i) {
-    PyObject *const dict = PyList_GetItem(dicts, i), *key = nullptr, *value = nullptr;
-    for (PySsize position = 0; PyDict_Next(dict, &position, &key, &value) != 0; ++place) {
-      if (place >= known.size() || known[place] != value) return false;
-    }
-  }
-  return place == known.size();
-}
-
-/// is_current(plan, params: list, dicts: list) -> bool: whether the parameters are where the plan takes them to be, and
-/// the dicts, those of remember(), hold what they held.
-PyObject* is_current(PyObject* const* arguments) {
-  const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
-  PyObject *const params = arguments[1], *const dicts = arguments[2];
-  KnownStates& known = plan->known();
-  const uint64_t changes = DictWatcher::changes();
-  if (!known.is_watched || !known.is_seen || known.changes != changes) {
-    if (!same_values(dicts, known.values)) return to_bool(false);
-    known.is_seen = true;
-    known.changes = changes;
-  }
-  if (PyList_Size(params) != plan->size()) return to_bool(false);
-  for (PySsize i = 0; i < plan->size(); ++i) {
-    dlpack::Tensor tensor;
-    if (!read(PyList_GetItem(params, i), &tensor) || !plan->is_parameter(i, tensor)) return to_bool(false);
-  }
-  return to_bool(true);
-}
-
-/// take_gradients(plan, params: list) -> tuple[list, list] | None: gives the plan the addresses of the parameters'
-/// gradients for its next step. The gradients, to be kept until then, and the places of parameters that have none.
-/// None, where the operators have to look at the gradients.
-PyObject* take_gradients(PyObject* const* arguments) {
-  const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
-  PyObject* const params = arguments[1];
-  const PySsize count = PyList_Size(params);
-  if (count != plan->size() || plan->backend() == Backend::kMeta) return none();
-  const Reference grads(PyList_New(count)), absent(PyList_New(0));
-  // Not in the plan before the end: Python's lock may change hands at every attribute, so the plan's must not be held.
-  std::vector<const void*> addresses(static_cast<size_t>(count));
-  for (PySsize i = 0; i < count; ++i) {
-    PyObject* const grad = PyObject_GetAttr(PyList_GetItem(params, i), g_python.grad);
-    if (grad == nullptr) return nullptr;
-    PyList_SetItem(grads.get(), i, grad);  // takes the reference over
-    if (grad == &_Py_NoneStruct) {
-      const Reference index(PyLong_FromLongLong(i));
-      PyList_Append(absent.get(), index.get());
-      continue;
-    }
-    dlpack::Tensor tensor;
-    if (!is_plain(grad) || !read(grad, &tensor) || !plan->is_gradient(i, tensor)) return none();
-    addresses[static_cast<size_t>(i)] = tensor.address();
-  }
-  {
-    const std::lock_guard lock(plan->mutex());
-    plan->offer_gradients(Op{"plan"}, addresses);
-  }
-  return PyTuple_Pack(2, grads.get(), absent.get());
-}
-
-/// Lets other threads of Python run for a scope.
-class WithoutLock {
- public:
-  WithoutLock() : state_(PyEval_SaveThread()) {}
-  WithoutLock(const WithoutLock&) = delete;
-  WithoutLock& operator=(const WithoutLock&) = delete;
-  ~WithoutLock() { PyEval_RestoreThread(state_); }
-
- private:
-  void* state_;
-};
-
-/// step(plan, hyper_index: list[int], hypers: list[float], grad_scale: float, nonfinite: Tensor) -> bool: plan_step_
-/// with the gradients that take_gradients() has just given the plan, without the dispatcher. False, with nothing done,
-/// where `nonfinite` is not what the operator wants.
-PyObject* step(PyObject* const* arguments) {
-  const Op op{"plan_step_"};
-  const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
-  std::vector<int64_t> hyper_index(static_cast<size_t>(PyList_Size(arguments[1])));
-  for (size_t i = 0; i < hyper_index.size(); ++i)
-    hyper_index[i] = PyLong_AsLongLong(PyList_GetItem(arguments[1], static_cast<PySsize>(i)));
-  std::vector<double> hypers(static_cast<size_t>(PyList_Size(arguments[2])));
-  for (size_t i = 0; i < hypers.size(); ++i)
-    hypers[i] = PyFloat_AsDouble(PyList_GetItem(arguments[2], static_cast<PySsize>(i)));
-  StepControls controls;
-  controls.gradient_scale = checked_grad_scale(op, PyFloat_AsDouble(arguments[3]));
-  if (PyErr_Occurred() != nullptr) return nullptr;
-  dlpack::Tensor nonfinite;
-  if (!read(arguments[4], &nonfinite) || !plan->is_counter(nonfinite)) return to_bool(false);
-  controls.nonfinite_gradients = static_cast<int64_t*>(const_cast<void*>(nonfinite.address()));
-  {
-    const WithoutLock without_lock;
-    const std::lock_guard lock(plan->mutex());
-    plan->set_hypers(op, hypers, hyper_index);
-    plan->set_or_use_gradients(op, {});
-    plan->step(op, controls);
-  }
-  return to_bool(true);
-}
-
-/// count(plan, dicts: list, key, value): dict[key] = value for every dict, as what the plan remembers.
-PyObject* count(PyObject* const* arguments) {
-  const std::shared_ptr<PreparedPlan> plan = find_plan(arguments[0]);
-  PyObject *const dicts = arguments[1], *const key = arguments[2], *const value = arguments[3];
-  KnownStates& known = plan->known();
-  for (size_t i = 0; i < known.counts.size(); ++i) {
-    PyObject* const dict = PyList_GetItem(dicts, static_cast<PySsize>(i));
-    if (dict == nullptr) return nullptr;
-    DictWatcher::set_own(dict);
-    const int failed = PyDict_SetItem(dict, key, value);
-    DictWatcher::set_own(nullptr);
-    if (failed != 0) return nullptr;
-    known.values.at(known.counts[i]) = value;
+/// wrap(type): tensors of this type stand for their `_local_tensor`.
+PyObject* wrap(Arguments a) {
+  std::vector<PyObject*>& types = python_side().wrapper_types;
+  if (std::find(types.begin(), types.end(), a[0]) == types.end()) {
+    Py_IncRef(a[0]);
+    types.push_back(a[0]);
   }
   return none();
 }
 
+#define FLASHOPTIM_FUNCTION(name, count) {#name, reinterpret_cast<void*>(&guarded<count, name>), kPyFastCall, nullptr}
 PyMethod g_functions[] = {
-    {"same_objects", reinterpret_cast<void*>(&guarded<same_objects>), kPyFastCall, nullptr},
-    {"same_states", reinterpret_cast<void*>(&guarded<same_states>), kPyFastCall, nullptr},
-    {"remember", reinterpret_cast<void*>(&guarded<remember>), kPyFastCall, nullptr},
-    {"is_current", reinterpret_cast<void*>(&guarded<is_current>), kPyFastCall, nullptr},
-    {"take_gradients", reinterpret_cast<void*>(&guarded<take_gradients>), kPyFastCall, nullptr},
-    {"step", reinterpret_cast<void*>(&guarded<step>), kPyFastCall, nullptr},
-    {"count", reinterpret_cast<void*>(&guarded<count>), kPyFastCall, nullptr},
+    FLASHOPTIM_FUNCTION(new_store, 1), FLASHOPTIM_FUNCTION(reset, 2),         FLASHOPTIM_FUNCTION(forget, 2),
+    FLASHOPTIM_FUNCTION(describe, 11), FLASHOPTIM_FUNCTION(plan, 1),          FLASHOPTIM_FUNCTION(step, 9),
+    FLASHOPTIM_FUNCTION(step_one, 9),  FLASHOPTIM_FUNCTION(gradient_norm, 7), FLASHOPTIM_FUNCTION(same_objects, 2),
+    FLASHOPTIM_FUNCTION(wrap, 1),
 };
+#undef FLASHOPTIM_FUNCTION
 
 }  // namespace
 }  // namespace flashoptim::ops
 
-/// For ctypes.PyDLL: the functions above as a dict, from torch.Tensor, torch.nn.Parameter and
-/// torch.Tensor.__dlpack_c_exchange_api__. Empty, where that table is of another version; null, where Python's
-/// functions are not to be found.
-extern "C" __attribute__((visibility("default"))) PyObject* flashoptim_python_functions(PyObject* tensor_type,
-                                                                                        PyObject* parameter_type,
-                                                                                        PyObject* capsule) {
+/// For ctypes.PyDLL: the functions above as a dict. `sample` is a tensor whose implementation
+/// flashoptim::implementation says to be at `implementation`, an object of `object_size` bytes; null, with an
+/// exception, where it is not to be found in it.
+extern "C" __attribute__((visibility("default"))) PyObject* flashoptim_python_functions(
+    PyObject* tensor_type, PyObject* parameter_type, PyObject* sample, int64_t object_size, int64_t implementation,
+    int free_threaded) {
   using namespace flashoptim::ops;
-  if (&PyCFunction_NewEx == nullptr) return nullptr;
-  const auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  if (table == nullptr) return nullptr;
-  PyObject* const functions = PyDict_New();
-  if (functions == nullptr || table->major != 1 || table->tensor_from_py_object == nullptr) return functions;
-  if (g_python.grad == nullptr) {
-    PyObject* const grad = PyUnicode_InternFromString("grad");
-    if (grad == nullptr) return functions;
-    Py_IncRef(tensor_type);
-    Py_IncRef(parameter_type);
-    g_python = {table->tensor_from_py_object, tensor_type, parameter_type, grad};
+  try {
+    PythonSide& side = python_side();
+    const std::intptr_t offset = find_tensor(sample, object_size, reinterpret_cast<const void*>(implementation));
+    if (side.grad == nullptr) {
+      side.grad = Reference(PyUnicode_InternFromString("grad")).release();
+      side.local_tensor = Reference(PyUnicode_InternFromString("_local_tensor")).release();
+      side.tensor_type = Reference::borrowed(tensor_type).release();
+      side.parameter_type = Reference::borrowed(parameter_type).release();
+    }
+    side.tensor_offset = offset;
+    side.is_free_threaded = free_threaded != 0;
+    Reference functions(PyDict_New());
+    for (PyMethod& function : g_functions) {
+      const Reference made(PyCFunction_NewEx(&function, nullptr, nullptr));
+      if (PyDict_SetItemString(functions.get(), function.name, made.get()) != 0) throw PythonError();
+    }
+    return functions.release();
+  } catch (const std::exception& error) {
+    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
   }
-  g_watcher.start();
-  for (PyMethod& function : g_functions) {
-    PyObject* const made = PyCFunction_NewEx(&function, nullptr, nullptr);
-    if (made == nullptr) continue;
-    PyDict_SetItemString(functions, function.name, made);
-    Py_DecRef(made);
-  }
-  return functions;
 }

@@ -12,7 +12,7 @@
 
 #include "flashoptim/torch/optimizer.h"
 
-namespace flashoptim::torch {
+namespace flashoptim::libtorch {
 namespace {
 
 using Dict = ::torch::OrderedDict<std::string, at::Tensor>;
@@ -167,4 +167,4 @@ void set_fp32_model_state(Module& module, ::torch::optim::Optimizer& optimizer, 
   }
 }
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch

@@ -9,7 +9,7 @@
 
 extern "C" int flashoptim_ops_version();
 
-namespace flashoptim::torch::operators {
+namespace flashoptim::libtorch::operators {
 namespace {
 
 template <class Signature>
@@ -119,4 +119,4 @@ std::vector<int64_t> state_signs(OptimizerKind kind) {
   return call(op, name_of(kind), true);
 }
 
-}  // namespace flashoptim::torch::operators
+}  // namespace flashoptim::libtorch::operators

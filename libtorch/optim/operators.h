@@ -10,7 +10,7 @@
 
 #include "flashoptim/types.h"
 
-namespace flashoptim::torch::operators {
+namespace flashoptim::libtorch::operators {
 
 /// The optimizer's name in the operators' schemas.
 const char* name_of(OptimizerKind kind);
@@ -37,4 +37,4 @@ const std::vector<std::string>& state_names(OptimizerKind kind);
 /// Per slot: 1 where it takes both signs, else 0.
 std::vector<int64_t> state_signs(OptimizerKind kind);
 
-}  // namespace flashoptim::torch::operators
+}  // namespace flashoptim::libtorch::operators

@@ -11,7 +11,7 @@
 #include "libtorch/optim/operators.h"
 #include "libtorch/optim/param_state.h"
 
-namespace flashoptim::torch {
+namespace flashoptim::libtorch {
 
 /// One parameter of a step.
 struct FlashOptimizer::Work {
@@ -62,11 +62,12 @@ FlashOptimizer::FlashOptimizer(const std::vector<::torch::optim::OptimizerParamG
   const auto& options = static_cast<const FlashOptions&>(*defaults_);
   kind_ = options.kind();
   options.check(prefix(kind_));
+  static_cast<FlashOptions&>(*defaults_).role_.kind = FlashOptions::Role::kDefaults;
   for (const auto& group : groups) add_param_group(group);
 }
 
 void FlashOptimizer::add_param_group(const ::torch::optim::OptimizerParamGroup& group) {
-  const std::string where = prefix(kind_) + "param_groups[" + std::to_string(param_groups_.size()) + "].";
+  const std::string where = group_prefix(param_groups_.size());
   std::unordered_set<const void*> known;
   for (const auto& existing : param_groups_) {
     for (const auto& param : existing.params()) known.insert(param.unsafeGetTensorImpl());
@@ -78,28 +79,49 @@ void FlashOptimizer::add_param_group(const ::torch::optim::OptimizerParamGroup& 
     TORCH_CHECK(known.insert(param.unsafeGetTensorImpl()).second, name,
                 " is already a parameter of this optimizer; each must be given once");
   }
-  std::unique_ptr<::torch::optim::OptimizerOptions> options = defaults_->clone();
-  if (group.has_options()) {
-    const auto* given = dynamic_cast<const FlashOptions*>(&group.options());
-    TORCH_CHECK(given != nullptr && given->kind() == kind_, where, "options are of another optimizer; must be ",
-                class_name(kind_), "Options");
-    options = given->clone();
-    static_cast<FlashOptions&>(*options).inherit(static_cast<const FlashOptions&>(*defaults_));
-  }
-  auto& values = static_cast<FlashOptions&>(*options);
-  values.check(where);
-  TORCH_CHECK(!values.values_.decouple_lr || values.values_.lr > 0 || values.values_.initial_lr > 0, where,
-              "initial_lr = 0; must be above 0 with decouple_lr = true and lr = 0");
+  param_groups_.emplace_back(group.params(), settled_options(where, group));
+}
+
+std::string FlashOptimizer::group_prefix(size_t group) const {
+  return prefix(kind_) + "param_groups[" + std::to_string(group) + "].";
+}
+
+std::unique_ptr<FlashOptions> FlashOptimizer::settled_options(const std::string& where,
+                                                              const ::torch::optim::OptimizerParamGroup& group) const {
+  const auto& defaults = static_cast<const FlashOptions&>(*defaults_);
+  const ::torch::optim::OptimizerOptions& given = group.has_options() ? group.options() : defaults;
+  const auto* own = dynamic_cast<const FlashOptions*>(&given);
+  TORCH_CHECK(own != nullptr && own->kind() == kind_, where, "options are of another optimizer; must be ",
+              class_name(kind_), "Options");
+  std::unique_ptr<FlashOptions> options(static_cast<FlashOptions*>(own->clone().release()));
+  options->inherit(defaults);
   // Kept apart from lr, which schedulers change.
-  if (values.values_.initial_lr == 0) values.values_.initial_lr = values.values_.lr;
-  param_groups_.emplace_back(group.params(), std::move(options));
+  if (options->values_.initial_lr == 0) options->values_.initial_lr = options->values_.lr;
+  options->check_settled(where);
+  options->settle();
+  return options;
+}
+
+bool FlashOptimizer::is_settled(size_t group) const {
+  const auto& param_group = param_groups_[group];
+  if (!param_group.has_options()) return false;
+  const auto* options = dynamic_cast<const FlashOptions*>(&param_group.options());
+  if (options == nullptr || options->kind() != kind_) return false;
+  // torch's add_param_group leaves a clone of the defaults in place of options that it does not know.
+  const std::string name = class_name(kind_);
+  TORCH_CHECK(options->role_.kind != FlashOptions::Role::kDefaults, group_prefix(group),
+              "options may be lost: the group was added by torch::optim::Optimizer::add_param_group, which is not "
+              "virtual and puts the optimizer's defaults in place of options that are not torch's own. Call ",
+              name,
+              "::add_param_group (dynamic_cast<flashoptim::torch::FlashOptimizer&>(optimizer).add_param_group); "
+              "mend this group with param_groups()[",
+              group, "].set_options(std::make_unique<", name, "Options>(...))");
+  return options->role_.kind == FlashOptions::Role::kGroup;
 }
 
 FlashOptions& FlashOptimizer::group_options(size_t group) {
-  auto* options = dynamic_cast<FlashOptions*>(&param_groups_[group].options());
-  TORCH_CHECK(options != nullptr && options->kind() == kind_, prefix(kind_), "param_groups[", group,
-              "].options are of another optimizer; must be ", class_name(kind_), "Options");
-  return *options;
+  if (!is_settled(group)) param_groups_[group].set_options(settled_options(group_prefix(group), param_groups_[group]));
+  return static_cast<FlashOptions&>(param_groups_[group].options());
 }
 
 FlashParamState* FlashOptimizer::find_state(const at::Tensor& param) const {
@@ -112,7 +134,7 @@ std::vector<FlashOptimizer::Work> FlashOptimizer::collect_work() {
   Zeros zeros;
   for (size_t g = 0; g < param_groups_.size(); ++g) {
     FlashOptions& options = group_options(g);
-    options.check(prefix(kind_) + "param_groups[" + std::to_string(g) + "].");
+    options.check_settled(group_prefix(g));
     const auto& params = param_groups_[g].params();
     for (size_t i = 0; i < params.size(); ++i) {
       const at::Tensor& param = params[i];
@@ -280,6 +302,22 @@ void FlashOptimizer::set_fp32_weight(const at::Tensor& param, const at::Tensor& 
   if (made != nullptr) state_[param.unsafeGetTensorImpl()] = std::move(made);
 }
 
+void FlashOptimizer::reset_corrections() {
+  for (const auto& group : param_groups_) reset_corrections(group.params());
+}
+
+void FlashOptimizer::reset_corrections(const std::vector<at::Tensor>& params) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    TORCH_CHECK(params[i].defined() && holds(params[i]), class_name(kind_), "::reset_corrections: params[", i, "] ",
+                params[i].defined() ? "is no parameter of this optimizer" : "is undefined",
+                "; must be one of param_groups");
+  }
+  const at::NoGradGuard no_grad;
+  for (const at::Tensor& param : params) {
+    if (FlashParamState* state = find_state(param)) state->correction.zero_();
+  }
+}
+
 std::vector<at::Tensor> FlashOptimizer::state_tensors() const {
   std::vector<at::Tensor> tensors;
   const auto add = [&tensors](const at::Tensor& tensor) {
@@ -308,4 +346,4 @@ std::vector<at::Tensor> state_tensors(const ::torch::optim::Optimizer& optimizer
   return flash == nullptr ? std::vector<at::Tensor>{} : flash->state_tensors();
 }
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch

@@ -3,10 +3,15 @@
 #include <c10/util/Exception.h>
 #include <torch/serialize/archive.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
+#include <sstream>
+#include <vector>
 
-namespace flashoptim::torch {
+#include "libtorch/optim/param_state.h"
+
+namespace flashoptim::libtorch {
 namespace {
 
 OptionValues default_values(OptimizerKind kind) {
@@ -16,24 +21,71 @@ OptionValues default_values(OptimizerKind kind) {
   return values;
 }
 
-bool is_nonnegative(double value) { return std::isfinite(value) && value >= 0; }
+/// A number and its range: finite, at least `lowest`, below `below`.
+struct NumberOption {
+  const char* name;
+  double (*get)(const OptionValues&);
+  double lowest, below;
+
+  bool allows(double value) const { return std::isfinite(value) && value >= lowest && value < below; }
+  std::string allowed() const {
+    std::ostringstream text;
+    if (std::isinf(below)) text << "finite";
+    if (!std::isinf(lowest)) text << (std::isinf(below) ? " and " : "") << "at least " << lowest;
+    if (!std::isinf(below)) text << " and below " << below;
+    return text.str();
+  }
+};
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+constexpr NumberOption kNumberOptions[] = {
+    {"lr", [](const OptionValues& v) { return v.lr; }, 0, kInf},
+    {"betas[0]", [](const OptionValues& v) { return std::get<0>(v.betas); }, 0, 1},
+    {"betas[1]", [](const OptionValues& v) { return std::get<1>(v.betas); }, 0, 1},
+    {"eps", [](const OptionValues& v) { return v.eps; }, 0, kInf},
+    {"weight_decay", [](const OptionValues& v) { return v.weight_decay; }, 0, kInf},
+    {"momentum", [](const OptionValues& v) { return v.momentum; }, 0, kInf},
+    {"dampening", [](const OptionValues& v) { return v.dampening; }, -kInf, kInf},
+    {"initial_lr", [](const OptionValues& v) { return v.initial_lr; }, 0, kInf},
+};
+
+constexpr uint32_t all_options() {
+  int count = 0;
+  for_each_option([&](int index, const char*, auto) { count = index + 1; });
+  return static_cast<uint32_t>((uint64_t{1} << count) - 1);
+}
+
+constexpr const char* kSetKey = "explicitly_set";
 
 }  // namespace
 
 FlashOptions::FlashOptions(OptimizerKind kind) : values_(default_values(kind)), kind_(kind) {}
 
-void FlashOptions::mark_set(const char* name) {
-  for_each_option([&](int index, const char* option, auto) {
-    if (std::strcmp(option, name) == 0) set_ |= uint32_t{1} << index;
-  });
+bool FlashOptions::is_set(std::string_view name) const {
+  int found = -1;
+  for_each_option([&](int index, const char* option, auto) { found = name == option ? index : found; });
+  TORCH_CHECK(found >= 0, "FlashOptions::is_set: name = \"", std::string(name), "\"; must be an option's");
+  return (set_ >> found & 1) != 0;
 }
 
 void FlashOptions::inherit(const FlashOptions& defaults) {
-  const OptionValues fresh = default_values(kind_);
+  TORCH_CHECK(defaults.kind_ == kind_, "FlashOptions::inherit: defaults are of another optimizer; must be ",
+              class_name(kind_), "Options");
   for_each_option([&](int index, const char*, auto member) {
-    const bool was_set = (set_ >> index & 1) != 0 || !(values_.*member == fresh.*member);
-    if (!was_set) values_.*member = defaults.values_.*member;
+    if ((set_ >> index & 1) == 0) values_.*member = defaults.values_.*member;
   });
+}
+
+void FlashOptions::settle() {
+  set_ = all_options();
+  role_.kind = Role::kGroup;
+}
+
+void FlashOptions::check_settled(const std::string& where) const {
+  check(where);
+  TORCH_CHECK(!values_.decouple_lr || values_.initial_lr > 0, where,
+              "initial_lr = 0; must be above 0 with decouple_lr = true (0 takes the lr of a group when it is added)");
 }
 
 bool FlashOptions::has_momentum() const {
@@ -43,22 +95,15 @@ bool FlashOptions::has_momentum() const {
 
 void FlashOptions::check(const std::string& where) const {
   const OptionValues& v = values_;
-  const auto need = [&where](bool ok, const char* name, const auto& value, const char* allowed) {
+  const auto need = [&where](bool ok, const char* name, const auto& value, const auto& allowed) {
     TORCH_CHECK(ok, where, name, " = ", value, "; must be ", allowed);
   };
-  constexpr const char* kNonnegative = "finite and at least 0";
-  constexpr const char* kBeta = "at least 0 and below 1";
-  const auto [beta1, beta2] = v.betas;
-  need(is_nonnegative(v.lr), "lr", v.lr, kNonnegative);
-  need(beta1 >= 0 && beta1 < 1, "betas[0]", beta1, kBeta);
-  need(beta2 >= 0 && beta2 < 1, "betas[1]", beta2, kBeta);
-  need(is_nonnegative(v.eps), "eps", v.eps, kNonnegative);
-  need(is_nonnegative(v.weight_decay), "weight_decay", v.weight_decay, kNonnegative);
-  need(is_nonnegative(v.momentum), "momentum", v.momentum, kNonnegative);
-  need(std::isfinite(v.dampening), "dampening", v.dampening, "finite");
+  for (const NumberOption& option : kNumberOptions) {
+    const double value = option.get(v);
+    need(option.allows(value), option.name, value, option.allowed());
+  }
   need(!v.nesterov || v.momentum > 0, "momentum", v.momentum, "above 0 with nesterov = true");
   need(!v.nesterov || v.dampening == 0, "dampening", v.dampening, "0 with nesterov = true");
-  need(is_nonnegative(v.initial_lr), "initial_lr", v.initial_lr, kNonnegative);
   need(v.master_weight_bits == 0 || v.master_weight_bits == 24 || v.master_weight_bits == 32, "master_weight_bits",
        v.master_weight_bits, "0, 24 or 32");
   need(v.state_codec == "default" || v.state_codec == "paper", "state_codec", "\"" + v.state_codec + "\"",
@@ -69,6 +114,12 @@ void FlashOptions::check(const std::string& where) const {
 
 void FlashOptions::serialize(::torch::serialize::OutputArchive& archive) const {
   for_each_option([&](int, const char* name, auto member) { archive.write(name, c10::IValue(values_.*member)); });
+  if (set_ == all_options()) return;  // always so in an optimizer's groups
+  c10::List<std::string> names;
+  for_each_option([&](int index, const char* name, auto) {
+    if ((set_ >> index & 1) != 0) names.push_back(name);
+  });
+  archive.write(kSetKey, c10::IValue(names));
 }
 
 void FlashOptions::serialize(::torch::serialize::InputArchive& archive) {
@@ -77,6 +128,13 @@ void FlashOptions::serialize(::torch::serialize::InputArchive& archive) {
     archive.read(name, value);
     values_.*member = value.to<std::decay_t<decltype(values_.*member)>>();
   });
+  set_ = all_options();
+  c10::IValue names;
+  if (!archive.try_read(kSetKey, names)) return;
+  const std::vector<std::string> set = names.to<std::vector<std::string>>();
+  for_each_option([&](int index, const char* name, auto) {
+    if (std::find(set.begin(), set.end(), name) == set.end()) set_ &= ~(uint32_t{1} << index);
+  });
 }
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch

@@ -11,7 +11,7 @@
 
 #include "libtorch/optim/operators.h"
 
-namespace flashoptim::torch {
+namespace flashoptim::libtorch {
 namespace {
 
 bool is_supported(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
@@ -185,4 +185,4 @@ void add_slots(const at::Tensor& param, OptimizerKind kind, FlashParamState* sta
   }
 }
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch

@@ -9,7 +9,7 @@
 
 #include "flashoptim/torch/optimizer.h"
 
-namespace flashoptim::torch {
+namespace flashoptim::libtorch {
 
 /// "FlashAdamW", ...
 const char* class_name(OptimizerKind kind);
@@ -48,4 +48,4 @@ std::unique_ptr<FlashParamState> make_state(const at::Tensor& param, OptimizerKi
 /// Gives a state the slots that it lacks because momentum was 0 so far.
 void add_slots(const at::Tensor& param, OptimizerKind kind, FlashParamState* state, Zeros* zeros);
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch

@@ -16,7 +16,7 @@
 #include "libtorch/optim/operators.h"
 #include "libtorch/optim/param_state.h"
 
-namespace flashoptim::torch {
+namespace flashoptim::libtorch {
 namespace {
 
 using ::torch::serialize::InputArchive;
@@ -116,7 +116,11 @@ void FlashOptimizer::save(OutputArchive& archive) const {
   for (size_t g = 0; g < param_groups_.size(); ++g) {
     OutputArchive group(archive.compilation_unit()), options(archive.compilation_unit());
     group.write("params", c10::IValue(static_cast<int64_t>(param_groups_[g].params().size())));
-    param_groups_[g].options().serialize(options);
+    if (is_settled(g)) {
+      param_groups_[g].options().serialize(options);
+    } else {
+      settled_options(group_prefix(g), param_groups_[g])->serialize(options);
+    }
     group.write("options", options);
     groups.write(std::to_string(g), group);
     for (const at::Tensor& param : param_groups_[g].params()) {
@@ -155,7 +159,7 @@ void FlashOptimizer::load(InputArchive& archive) {
   const int64_t size = read_int(groups, "size");
   TORCH_CHECK(size == static_cast<int64_t>(param_groups_.size()), where, "the archive has ", size,
               " param_groups; must be ", param_groups_.size());
-  std::vector<std::unique_ptr<::torch::optim::OptimizerOptions>> new_options;
+  std::vector<std::unique_ptr<FlashOptions>> new_options;
   std::vector<std::pair<void*, std::unique_ptr<FlashParamState>>> new_states;
   size_t number = 0;
   for (size_t g = 0; g < param_groups_.size(); ++g) {
@@ -165,9 +169,10 @@ void FlashOptimizer::load(InputArchive& archive) {
     TORCH_CHECK(params == static_cast<int64_t>(param_groups_[g].params().size()), where, "param_groups[", g, "] has ",
                 params, " params in the archive; must be ", param_groups_[g].params().size());
     group.read("options", options_archive);
-    auto& options = new_options.emplace_back(group_options(g).clone());
+    auto& options = new_options.emplace_back(static_cast<FlashOptions*>(defaults_->clone().release()));
     options->serialize(options_archive);
-    static_cast<FlashOptions&>(*options).check(where + "param_groups[" + std::to_string(g) + "].");
+    options->check_settled(where + "param_groups[" + std::to_string(g) + "].");
+    options->settle();
     for (size_t i = 0; i < param_groups_[g].params().size(); ++i, ++number) {
       InputArchive state_archive;
       if (!states.try_read(std::to_string(number), state_archive)) continue;
@@ -186,4 +191,4 @@ void FlashOptimizer::load(InputArchive& archive) {
   for (auto& [key, state] : new_states) state_[key] = std::move(state);
 }
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch

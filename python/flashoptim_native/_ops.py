@@ -1,4 +1,4 @@
-"""Finds and loads the C++ operators, and gives their enumerations names.
+"""Finds and loads the C++ operators and the store, and gives their enumerations names.
 
 The library is ``libflashoptim_ops.so``: next to this file in an installed package, or wherever the environment variable
 ``FLASHOPTIM_OPS_LIBRARY`` points to during development.
@@ -10,9 +10,10 @@ import ctypes
 import enum
 import functools
 import os
+import sysconfig
 from collections.abc import Callable
-from operator import is_
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,6 +40,35 @@ class MasterWeights(enum.IntEnum):
     CORRECTION16 = 3
     CORRECTION8_NEAREST = 4
     CORRECTION16_NEAREST = 5
+
+
+class DType(enum.IntEnum):
+    """flashoptim::DType of include/flashoptim/types.h."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+
+
+DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
+
+
+class Fit(enum.IntEnum):
+    """Whether a step can run on a state as it is: store::Fit of libtorch/store/arrays.h."""
+
+    NO = 0
+    YES = 1
+    OWN_ORDER = 2
+
+
+class CorrectionFate(enum.IntEnum):
+    """What became of a correction: store::CorrectionFate of libtorch/store/arrays.h."""
+
+    NONE = 0
+    KEPT = 1
+    MERGED = 2
+    DROPPED = 3
+    LOST = 4
 
 
 CORRECTION_DTYPES = {
@@ -95,34 +125,34 @@ def _load() -> Path | None:
     return path
 
 
-def _python_functions(path: Path | None) -> dict[str, Callable[..., Any]]:
-    """The functions of libtorch/ops/python.cpp; none where this Python or this torch has not what they need."""
-    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if path is None or exchange is None:
-        return {}
+def _store_functions(path: Path | None) -> dict[str, Callable[..., Any]]:
+    """The functions of libtorch/ops/python.cpp, by name."""
+    sample = torch.empty(0)
+    library = ctypes.PyDLL(None if path is None else str(path))
+    make = library.flashoptim_python_functions
+    make.argtypes = [ctypes.py_object, ctypes.py_object, ctypes.py_object, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    make.restype = ctypes.py_object
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    address = torch.ops.flashoptim.implementation(sample)
     try:
-        make = ctypes.PyDLL(str(path)).flashoptim_python_functions
-        make.argtypes, make.restype = [ctypes.py_object] * 3, ctypes.py_object
-        functions: dict[str, Callable[..., Any]] = make(torch.Tensor, torch.nn.Parameter, exchange)
-    except (AttributeError, OSError, ValueError):
-        return {}
+        functions: dict[str, Callable[..., Any]] = make(
+            torch.Tensor, torch.nn.Parameter, sample, torch.Tensor.__basicsize__, address, free_threaded
+        )
+    except RuntimeError as error:
+        raise ImportError(f"torch {torch.__version__} does not go with this build of flashoptim: {error}") from error
     return functions
 
 
-#: Loops over Python's objects in C, by name: quicker than what they replace, which is still there for what they refuse.
-python_functions = _python_functions(_load())
+#: The store's functions, each of which takes a store's handle first.
+store: SimpleNamespace = SimpleNamespace(**_store_functions(_load()))
 
-step_ = torch.ops.flashoptim.step_.default
-plan_new = torch.ops.flashoptim.plan_new.default
-plan_free = torch.ops.flashoptim.plan_free.default
-plan_check = torch.ops.flashoptim.plan_check.default
-plan_step_ = torch.ops.flashoptim.plan_step_.default
-plan_norm_ = torch.ops.flashoptim.plan_norm_.default
 merge_weights = torch.ops.flashoptim.merge_weights.default
 split_weights_ = torch.ops.flashoptim.split_weights_.default
 decode_states = torch.ops.flashoptim.decode_states.default
 encode_states_ = torch.ops.flashoptim.encode_states_.default
-zero_ = torch.ops.flashoptim.zero_.default
+new_states = torch.ops.flashoptim.new_states.default
+fit_state = torch.ops.flashoptim.fit_state.default
+convert_state = torch.ops.flashoptim.convert_state.default
 
 
 @functools.lru_cache(maxsize=4096)
@@ -151,17 +181,19 @@ def cpu_isa() -> str:
     return isa
 
 
-def same_objects(now: Any, known: list[Any]) -> bool:
-    """Whether ``now``, a sequence, holds the very objects of ``known``."""
-    in_c = python_functions.get("same_objects")
-    if in_c is not None and type(now) is list:
-        return bool(in_c(now, known))
-    return len(now) == len(known) and all(map(is_, now, known))
+@functools.lru_cache(maxsize=64)
+def array_names(optimizer: str, has_momentum: bool, master_weights: int, codec: int) -> tuple[str, ...]:
+    """Names of the arrays in a parameter's state, in the order of new_states."""
+    names = torch.ops.flashoptim.array_names(optimizer, has_momentum, master_weights, codec)
+    return tuple(names.split(",")) if names else ()
 
 
-def same_states(state: Any, known: list[Any]) -> bool:
-    """Whether the values of ``state``, a mapping, are the very objects of ``known``."""
-    in_c = python_functions.get("same_states")
-    if in_c is not None and isinstance(state, dict):
-        return bool(in_c(state, known))
-    return len(state) == len(known) and all(map(is_, state.values(), known))
+@functools.lru_cache(maxsize=4096)
+def format_of(
+    dtype: int, whole_numel: int, quantize: bool, codec: int, bits: int, stochastic_rounding: bool, smallest: int
+) -> tuple[MasterWeights, StateCodec]:
+    """What a group's options mean for a parameter of ``whole_numel`` elements, of all its shards."""
+    master, kept = torch.ops.flashoptim.format_of(
+        dtype, whole_numel, quantize, codec, bits, stochastic_rounding, smallest
+    )
+    return MasterWeights(master), StateCodec(kept)

@@ -11,7 +11,6 @@ import torch
 
 MASTER_WEIGHT_BITS = (None, 24, 32)
 STATE_CODECS = ("default", "paper")
-PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SEED = 2**53 - 1
 
 
@@ -120,52 +119,3 @@ def check_format(group: Mapping[str, Any]) -> None:
             f"stochastic_rounding = True with master_weight_bits = {group['master_weight_bits']} is not allowed; "
             "allowed with master_weight_bits = None (corrections of the default codec are rounded without bias anyway)"
         )
-
-
-def check_parameter(param: torch.Tensor, name: str) -> None:
-    """Whether a tensor can be stepped at all; its device is checked when it is."""
-    if not isinstance(param, torch.Tensor):
-        return  # torch.optim.Optimizer.add_param_group names this error
-    if hasattr(param, "device_mesh"):
-        raise TypeError(f"{name} is a DTensor, which this version does not step; allowed are plain tensors")
-    if param.layout != torch.strided:
-        raise TypeError(f"{name} has layout {param.layout}; allowed is torch.strided")
-    if param.dtype not in PARAMETER_DTYPES:
-        allowed = ", ".join(map(str, PARAMETER_DTYPES))
-        raise TypeError(f"{name} has dtype {param.dtype}; allowed are {allowed}")
-    if param.device.type != "meta" and overlaps(param):
-        raise ValueError(
-            f"{name} of shape {tuple(param.shape)} and stride {param.stride()} may refer to one element of memory twice; "
-            "allowed are tensors whose elements are distinct"
-        )
-
-
-def check_gradient(param: torch.Tensor, grad: torch.Tensor, name: str) -> None:
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of {name} has layout {grad.layout}; allowed is torch.strided (for an embedding, sparse=False)"
-        )
-    if grad.shape != param.shape:
-        raise RuntimeError(
-            f"the gradient of {name} has shape {tuple(grad.shape)}; allowed is the parameter's, {tuple(param.shape)}"
-        )
-    if grad.device != param.device:
-        raise RuntimeError(f"the gradient of {name} is on {grad.device}; allowed is the parameter's, {param.device}")
-    if grad.dtype not in (param.dtype, torch.float32):
-        allowed = " and ".join(dict.fromkeys((str(param.dtype), "torch.float32")))
-        raise RuntimeError(
-            f"the gradient of {name} has dtype {grad.dtype}; allowed are the parameter's dtype and "
-            f"torch.float32 ({allowed})"
-        )
-
-
-def overlaps(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share memory, judged by strides (exact for all layouts that PyTorch itself makes)."""
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return False
-    reach = 0
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._plan import parameter_name
+from ._parameters import name_of
 from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
@@ -181,7 +181,7 @@ class GradientReleaseHandle:
         new = [(index, i, p) for index, g in enumerate(groups) for i, p in enumerate(g["params"])]
         new = [(index, i, p) for index, i, p in new if id(p) not in self._watched]
         for index, position, param in new:
-            _check_parameter(param, parameter_name(groups, index, position))
+            _check_parameter(param, name_of(groups, index, position))
         for _, _, param in new:
             self._watched[id(param)] = _Watched(param, _register_hook(param, _ReleaseHook(self)))
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._ops import MasterWeights
-from ._states import ordered, storage_order
-
-if TYPE_CHECKING:
-    from ._plan import Call, Entry
-    from ._prepared import Prepared
+from ._states import Format
 
 #: Explicit mantissa bits of a stored weight, by parameter dtype and way of keeping the rest.
 _MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
@@ -24,7 +20,6 @@ _CORRECTION_BITS = {MasterWeights.NONE: 0, MasterWeights.CORRECTION8_NEAREST: 8,
 _SPACINGS_NEEDED = 1 / 0.49
 #: The share of lr that a step of Adam is taken to have at least; Lion's is lr exactly, SGD's is taken as lr.
 _STEP_SHARE = {"adamw": 0.1, "adam": 0.1}
-_SAMPLE_SIZE = 4096
 #: Elements up to which check_numerics looks at every group, and the share it looks at beyond: 1 / stride.
 _SMALL_MODEL = 1 << 20
 _STRIDE = 64
@@ -76,16 +71,24 @@ def smallest_certain_step(largest_weight: float, dtype: torch.dtype, master_weig
     return math.ldexp(_SPACINGS_NEEDED, exponent - 1 - bits)
 
 
+#: int64 numbers of one parameter's telemetry: StepTelemetry of include/flashoptim/telemetry.h.
+_TELEMETRY_NUMBERS = 6
+
+
+class _Table(NamedTuple):
+    """Telemetry of the parameters of one plan, counted on its device."""
+
+    names: list[str]
+    counts: Tensor  # int64 [parameters, 6]
+
+
 class NumericsMonitor:
-    """Counts non-finite gradients of every step and, if asked to check, lost updates on a sample."""
+    """Counts non-finite gradients of every step and, if asked to check, what updates lose, in a sample."""
 
     def __init__(self) -> None:
         self.nonfinite: dict[torch.device, Tensor] = {}
         self.largest: dict[int, float] = {}
-        self.turn = 0
-        self.sampled = 0
-        self.unchanged = 0
-        self.kept: list[tuple[list[str], Tensor]] = []
+        self.tables: dict[Any, _Table] = {}
         self.settled: dict[str, ParameterNumerics] = {}
 
     def counter(self, device: torch.device) -> Tensor:
@@ -95,111 +98,81 @@ class NumericsMonitor:
             counter = self.nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return counter
 
-    def stride(self, prepared: Iterable[Prepared]) -> int:
+    def stride(self, params: Iterable[Tensor]) -> int:
         """Which share of the groups is looked at: all of a small model, every 64th of another, others at every step."""
-        elements = sum(param.numel() for one in prepared for param in one.params)
+        elements = sum(param.numel() for param in params)
         return 1 if elements <= _SMALL_MODEL else _STRIDE
 
-    def keep(self, prepared: Prepared) -> None:
-        """Takes over the telemetry of a Prepared that ends."""
-        if prepared.telemetry is not None:
-            self.kept.append(([entry.name for entry in prepared.entries], prepared.telemetry))
-            if len(self.kept) > _MOST_KEPT:
-                self.settled = self._parameters([])
-                self.kept = []
+    def table(self, key: Any, names: list[str], device: torch.device) -> Tensor:
+        """What a step adds the telemetry of the parameters ``names`` to; ``key`` stands for them."""
+        table = self.tables.get(key)
+        if table is None:
+            if len(self.tables) >= _MOST_KEPT:
+                self._settle()
+            counts = torch.zeros((len(names), _TELEMETRY_NUMBERS), dtype=torch.int64, device=device)
+            table = self.tables[key] = _Table(names, counts)
+        return table.counts
 
-    def _parameters(self, prepared: Iterable[Prepared]) -> dict[str, ParameterNumerics]:
+    def reset(self) -> None:
+        """Starts all counts anew, in place: a captured CUDA graph goes on counting into the same tensors."""
+        for counter in self.nonfinite.values():
+            counter.zero_()
+        for table in self.tables.values():
+            table.counts.zero_()
+        self.settled = {}
+
+    def _settle(self) -> None:
+        """Adds up the tables in ``settled``; those of plans that are gone need no memory then. Waits for the device."""
+        self.settled = self._parameters()
+        self.tables = {}
+
+    def _parameters(self) -> dict[str, ParameterNumerics]:
         """Every parameter's counts so far. Waits for the device."""
         found = dict(self.settled)
-        live = [([entry.name for entry in one.entries], one.telemetry) for one in prepared if one.telemetry is not None]
-        for names, telemetry in [*self.kept, *live]:
-            table = telemetry.cpu()
+        for names, counts in self.tables.values():
+            table = counts.cpu()
             ratios = table.view(torch.float32)[:, 10].tolist()
-            for name, counts, ratio in zip(names, table[:, :5].tolist(), ratios):
+            for name, numbers, ratio in zip(names, table[:, :5].tolist(), ratios):
                 old = found.get(name, ParameterNumerics(0, 0, 0, 0, 0, 0.0))
-                sums = [a + b for a, b in zip(counts, astuple(old)[:5])]
-                found[name] = ParameterNumerics(*sums, max(ratio, old.largest_update_ratio))
-        return found
+                sums = [a + b for a, b in zip(numbers, astuple(old)[:5])]
+                found[name] = ParameterNumerics(*sums, largest_update_ratio=max(ratio, old.largest_update_ratio))
+        return {name: one for name, one in found.items() if any(astuple(one))}
 
-    def report(self, prepared: Iterable[Prepared] = ()) -> NumericsReport:
+    def report(self) -> NumericsReport:
         count = sum(int(counter.item()) for counter in self.nonfinite.values())
-        parameters = self._parameters(prepared)
+        parameters = self._parameters()
         each = parameters.values()
         return NumericsReport(
             count,
-            self.sampled + sum(one.examined for one in each),
-            self.unchanged + sum(one.lost_updates for one in each),
+            sum(one.examined for one in each),
+            sum(one.lost_updates for one in each),
             sum(one.floored_codes for one in each),
             sum(one.saturated_codes for one in each),
             max((one.largest_update_ratio for one in each), default=0.0),
             parameters,
         )
 
-    def check_learning_rates(self, kind: str, entries: Iterable[Entry], lrs: list[float]) -> None:
-        """Raises NumericsError where a step of a group's lr may round away on a parameter's largest weight."""
-        for entry in entries:
-            lr, param = lrs[entry.group], entry.param
-            if lr == 0.0 or param.numel() == 0 or entry.form.master_weights not in _CORRECTION_BITS:
-                continue
-            largest = self.largest.get(id(param))
-            if largest is None:
-                largest = self.largest[id(param)] = largest_magnitude(param)
-            if largest == 0.0 or not math.isfinite(largest):
-                continue
-            needed = smallest_certain_step(largest, param.dtype, entry.form.master_weights)
-            taken = lr * _STEP_SHARE.get(kind, 1.0)
-            if needed > taken:
-                bits = _CORRECTION_BITS[entry.form.master_weights]
-                raise NumericsError(
-                    f"lr = {lr:.3g} is too small for {entry.name}: its largest weight is {largest:.6g}, and of a "
-                    f"{param.dtype} weight with {bits} bits of correction rounded to nearest only steps from {needed:.3g} up "
-                    f"are sure to change it; this step counts on {taken:.3g}. Raise lr, or keep more bits "
-                    "(master_weight_bits), or round without bias (state_codec='default'; stochastic_rounding=True where "
-                    "master_weight_bits is None), or set check_numerics=False. Weights are measured at the first step, after "
-                    "load_state_dict() and by recompute_param_stats()"
-                )
-
-    def sample_before(self, calls: list[Call]) -> _Sample | None:
-        """A sample of one parameter, a different one at every step."""
-        total = sum(len(call.entries) for call in calls)
-        if total == 0:
-            return None
-        self.turn += 1
-        index = self.turn % total
-        for call in calls:
-            if index < len(call.entries):
-                return _Sample(call, index)
-            index -= len(call.entries)
-        return None
-
-    def sample_after(self, sample: _Sample | None) -> None:
-        if sample is None:
+    def check_learning_rate(self, kind: str, param: Tensor, name: str, form: Format, lr: float) -> None:
+        """Raises NumericsError where a step of ``lr`` may round away on a parameter's largest weight."""
+        if lr == 0.0 or param.numel() == 0 or form.master_weights not in _CORRECTION_BITS:
             return
-        looked_at, unchanged = sample.compare()
-        self.sampled += looked_at
-        self.unchanged += unchanged
-
-
-class _Sample:
-    """Some weights of one tensor of a call, remembered over the step."""
-
-    def __init__(self, call: Call, index: int) -> None:
-        has_correction = call.entries[index].form.master_weights > MasterWeights.NONE_STOCHASTIC
-        self.stored = [call.params[index]] + ([call.corrections[index]] if has_correction else [])
-        self.before = [_pick(tensor).clone() for tensor in self.stored]
-        self.moves = _pick(call.grads[index]) != 0
-
-    def compare(self) -> tuple[int, int]:
-        same = self.moves.clone()
-        for before, stored in zip(self.before, self.stored):
-            same &= before == _pick(stored)
-        return int(self.moves.sum()), int(same.sum())
-
-
-def _pick(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    flat = (tensor if tensor.is_contiguous() else ordered(tensor, storage_order(tensor))).reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLE_SIZE)]
+        largest = self.largest.get(id(param))
+        if largest is None:
+            largest = self.largest[id(param)] = largest_magnitude(param)
+        if largest == 0.0 or not math.isfinite(largest):
+            return
+        needed = smallest_certain_step(largest, param.dtype, form.master_weights)
+        taken = lr * _STEP_SHARE.get(kind, 1.0)
+        if needed > taken:
+            bits = _CORRECTION_BITS[form.master_weights]
+            raise NumericsError(
+                f"lr = {lr:.3g} is too small for {name}: its largest weight is {largest:.6g}, and of a {param.dtype} "
+                f"weight with {bits} bits of correction rounded to nearest only steps from {needed:.3g} up are sure to "
+                f"change it; this step counts on {taken:.3g}. Raise lr, or keep more bits (master_weight_bits), or round "
+                "without bias (state_codec='default'; stochastic_rounding=True where master_weight_bits is None), or set "
+                "check_numerics=False. Weights are measured at the first step, after load_state_dict() and by "
+                "recompute_param_stats()"
+            )
 
 
 def largest_magnitude(param: Tensor) -> float:

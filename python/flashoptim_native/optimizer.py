@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
-from . import _checkpoint, _ops, _prepared, _states, _validate, weights
-from ._ops import CORRECTION_DTYPES
-from ._plan import Call, Entry, Plan, PlanIsStale, parameter_name
-from ._prepared import Controls, Prepared
-from .numerics import NumericsError, NumericsMonitor, NumericsReport
+from . import _ops, _parameters, _state_dict, _states, _validate, weights
+from ._store import Controls, Store
+from .numerics import NumericsMonitor, NumericsReport
 
 #: Options of a group that say how weights and states are stored; a checkpoint does not change them.
 FORMAT_OPTIONS = ("quantize", "state_codec", "master_weight_bits", "min_quantized_numel", "stochastic_rounding")
@@ -82,16 +80,14 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._warn_of_lost_precision()
 
     def _reset(self) -> None:
-        self._plan: Plan | None = None
+        self._store = Store(self.kind)
         self._group_cache: list[tuple[Any, list[float]]] = []
         self._lrs: list[Tensor | None] = []
         self._monitor = NumericsMonitor()
-        self._prepared: list[Prepared] = []
-        self._prepared_plan: Plan | None = None
-        self._state_dicts: list[dict[str, Any]] = []
-        self._prepare_after = 0
-        self._waits = 1
         self._clip: Tensor | None = None
+        self._no_controls: tuple[int, list[Controls]] = (-1, [])
+        # What captured CUDA graphs write to at every replay, beside parameters and gradients, which are the caller's.
+        self._captured: list[Any] = []
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
@@ -141,47 +137,41 @@ class FlashOptimizer(torch.optim.Optimizer):
             _validate.check_hyperparameters(group)
             _validate.check_format(group)
             for position, param in enumerate(group["params"]):
-                _validate.check_parameter(
-                    param, parameter_name(self.param_groups, len(self.param_groups) - 1, position)
-                )
+                name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
+                _parameters.check_parameter(param, name)
         except Exception:
             self.param_groups.pop()
             raise
-        self._plan = None
 
     def _read_groups(self) -> list[list[float]]:
-        """The operators' numbers of every group (step still open), checked. Options that changed make a new plan."""
+        """The operators' numbers of every group (step still open), checked."""
         cache = self._group_cache
         if len(cache) != len(self.param_groups):
-            cache = self._group_cache = [(None, [])] * len(self.param_groups)
+            self._group_cache = cache = [(None, [])] * len(self.param_groups)
             self._lrs = [None] * len(self.param_groups)
-            self._plan = None
-        for index, group in enumerate(self.param_groups):
-            get_options = _options_with_decay if "decay_lr" in group else _options
-            options = [group.get(name) for name in get_options]
-            known, values = cache[index]
-            if known != options:
-                _validate.check_hyperparameters(group)
-                _validate.check_format(group)
-                values = _hyper_values(group)
-                if self._plan is not None and self._plan_depends_on(known) != self._plan_depends_on(options):
-                    self._plan = None
-                cache[index] = (options, values)
-            lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.is_cuda and group["capturable"]:
-                self._lrs[index] = _validate.check_lr_tensor(lr)
-                values[0] = 0.0
-                continue
-            self._lrs[index] = None
-            values[0] = lr if type(lr) is float and 0.0 <= lr < math.inf else _validate.check_range("lr", lr, 0.0)
+        for index in range(len(self.param_groups)):
+            self._read_group(index)
         return [values for _, values in cache]
 
-    @staticmethod
-    def _plan_depends_on(options: list[Any] | None) -> list[Any]:
-        if options is None:
-            return []
-        by_name = dict(zip(_options, options))
-        return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
+    def _read_group(self, index: int) -> list[float]:
+        group = self.param_groups[index]
+        options = [group.get(name) for name in (_options_with_decay if "decay_lr" in group else _options)]
+        known, values = self._group_cache[index]
+        if known != options:
+            _validate.check_hyperparameters(group)
+            _validate.check_format(group)
+            values = _hyper_values(group)
+            if known is not None and _format_of_options(known) != _format_of_options(options):
+                self._store.forget_group(index)
+            self._group_cache[index] = (options, values)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.is_cuda and group["capturable"]:
+            self._lrs[index] = _validate.check_lr_tensor(lr)
+            values[0] = 0.0
+        else:
+            self._lrs[index] = None
+            values[0] = lr if type(lr) is float and 0.0 <= lr < math.inf else _validate.check_range("lr", lr, 0.0)
+        return values
 
     # Steps
 
@@ -204,133 +194,140 @@ class FlashOptimizer(torch.optim.Optimizer):
         if all(param.grad is None for group in self.param_groups for param in group["params"]):
             self._clip = None  # gradient release has stepped, or there was nothing to step
             return loss
-        if self._step_prepared(hypers):
+        store = self._store
+        store.follow(self.param_groups)
+        scaling = self._scaling()
+        if scaling is None:  # the gradients overflowed: nothing changes
+            self._clip = None
             return loss
-        self._check_not_capturing()
-        self._fill_in_lrs(hypers)
-        try:
-            self._run(self._gather(hypers), hypers)
-            return loss
-        except NumericsError:
-            raise
-        except RuntimeError:
-            pass
-        # The operator refused what the quick path leaves to it, and nothing has changed: prepare each parameter by itself,
-        # which copies what needs copying and names what cannot be stepped.
-        self._run(self._gather(hypers, careful=True), hypers)
+        if self._check_numerics:
+            self._check_learning_rates(hypers, range(len(store.params)))
+        lrs = self._lrs if any(lr is not None for lr in self._lrs) else None
+        store.step(
+            self.state,
+            hypers,
+            lrs,
+            lambda: self._controls(scaling),
+            scaling.grad_scale,
+            self._monitor.stride(store.params) if self._check_numerics else 0,
+            self._counts_on_device(scaling, lrs),
+        )
+        if _is_capturing():
+            self._keep_for_graph(scaling)
+        self._clip = None
         return loss
 
-    def _step_prepared(self, hypers: list[list[float]]) -> bool:
-        """The quick way; False, with nothing changed, where the slower one must be gone."""
-        if not self._make_prepared():
-            return False
-        monitor, controls = self._monitor, self._controls()
-        if controls is None:  # the gradients overflowed: nothing changes
-            return True
-        stride = 0
+    @torch.no_grad()
+    def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
+        """A step of one parameter alone, if it has a gradient (``group`` is not needed).
+
+        Its cost does not depend on the number of the optimizer's parameters.
+
+        Raises:
+            ValueError: ``p`` is in no group of this optimizer.
+            RuntimeError, TypeError, NumericsError: as step(); nothing has changed then.
+        """
+        store = self._store
+        record = store.index(p, self.param_groups)
+        if len(self._group_cache) != len(self.param_groups):
+            self._read_groups()
+        index = store.group_of(record)
+        hypers = self._read_group(index)
+        if p.grad is None:
+            return
+        scaling = self._scaling()
+        if scaling is None:
+            return
         if self._check_numerics:
-            lrs = [values[0] if lr is None else float(lr) for values, lr in zip(hypers, self._lrs)]
-            for prepared in self._prepared:
-                monitor.check_learning_rates(self.kind, prepared.entries, lrs)
-            stride = monitor.stride(self._prepared)
-        tried = []
-        try:
-            if len(self._prepared) > 1:  # a refusal of any must come before a change by one
-                for prepared in self._prepared:
-                    prepared.check()
-            for prepared in self._prepared:
-                on_device = controls.on(prepared.device)
-                tried.append(prepared)
-                prepared.step(hypers, self._lrs, on_device, monitor.counter(prepared.device), stride)
-                prepared.commit(self.state)
-        except RuntimeError:
-            self._drop_prepared()
-            if any(prepared.has_stepped for prepared in tried):  # the slower way would step the same parameters again
-                raise
-            self._wait_to_prepare()
-            return False
-        if len(self._state_dicts) != len(self.state):
-            self._state_dicts = list(self.state.values())
+            self._check_learning_rates({index: hypers}, [record])
+        lr = self._lrs[index]
+        store.step_one(
+            record,
+            self.state,
+            hypers,
+            lr,
+            lambda one: self._controls_of_one(one, scaling),
+            scaling.grad_scale,
+            self._monitor.stride(store.params) if self._check_numerics else 0,
+            self._counts_on_device(scaling, [lr]),
+        )
         self._clip = None
-        return True
 
-    def _make_prepared(self) -> bool:
-        """Whether there is a Prepared for every parameter that a step would take."""
-        if self._plan is not None and self._plan is self._prepared_plan and self._plan.is_current(self.param_groups):
-            if _ops.same_states(self.state, self._state_dicts) and all(map(Prepared.is_current, self._prepared)):
-                return True
-        self._drop_prepared()
-        if self._prepare_after > 0:
-            self._prepare_after -= 1
-            return False
-        plan = self._current_plan()
-        try:
-            prepared = _prepared.prepare(self.kind, plan, self.state)
-        except (RuntimeError, ValueError, TypeError, PlanIsStale):
-            prepared = None  # the slower way says what is wrong
-        if prepared is None:
-            self._wait_to_prepare()
-            return False
-        self._waits = 1
-        self._prepared, self._prepared_plan = prepared, plan
-        self._state_dicts = list(self.state.values())
-        if any(group["capturable"] for group in self.param_groups):
-            for one in prepared:
-                one.count_on_device()
-        return True
-
-    def _drop_prepared(self) -> None:
-        for prepared in self._prepared:
-            self._monitor.keep(prepared)
-        self._prepared = []
-        self._prepared_plan = None
-        self._state_dicts = []
-
-    def _wait_to_prepare(self) -> None:
-        """What failed now probably fails again: try less and less often."""
-        self._prepare_after = self._waits
-        self._waits = min(64, 2 * self._waits)
-
-    def _controls(self) -> Controls | None:
+    def _scaling(self) -> _Scaling | None:
         """What GradScaler and clip_grad_norm_() left for this step; None where it is skipped, as far as the host knows."""
-        controls = Controls()
-        controls.clip_coefficient = self._clip
         attributes = vars(self)  # where GradScaler sets them
         found_inf: Tensor | None = attributes.get("found_inf")
         scale: Tensor | float | None = attributes.get("grad_scale")
-        if any(prepared.device.type == "cuda" for prepared in self._prepared):
-            controls.found_inf = found_inf
-            if isinstance(scale, Tensor):
-                controls.grad_divisor = scale
-            elif scale is not None:
-                controls.grad_scale = 1.0 / scale
-            return controls
+        if found_inf is None and scale is None:
+            return _Scaling(clip=self._clip)
+        on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
+        if on_cuda:
+            divisor = scale if isinstance(scale, Tensor) else None
+            grad_scale = 1.0 if scale is None or divisor is not None else 1.0 / scale
+            return _Scaling(grad_scale, divisor, self._clip, found_inf)
         if found_inf is not None and float(found_inf) != 0.0:
             return None
-        if scale is not None:
-            controls.grad_scale = 1.0 / float(scale)
-        return controls
+        return _Scaling(1.0 if scale is None else 1.0 / float(scale), clip=self._clip)
 
-    def _check_not_capturing(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() cannot be captured in a CUDA graph as things are: make the optimizer with capturable=True, call step() "
-                "once before the capture, and keep parameters and states where they are (dense parameters, and gradients in "
-                "their storage order)"
-            )
+    def _counts_on_device(self, scaling: _Scaling, lrs: Sequence[Tensor | None] | None) -> bool:
+        """Whether the host cannot know how many steps were taken, or a graph replays them."""
+        if scaling.found_inf is not None or (lrs is not None and any(lr is not None for lr in lrs)):
+            return True
+        return any(group["capturable"] for group in self.param_groups)
 
-    def _fill_in_lrs(self, hypers: list[list[float]]) -> None:
-        for values, lr in zip(hypers, self._lrs):
-            if lr is not None:
-                values[0] = _validate.check_range("lr", float(lr), 0.0)
+    def _controls(self, scaling: _Scaling) -> list[Controls]:
+        """One entry a plan."""
+        store = self._store
+        if scaling.has_no_tensors() and not self._check_numerics:
+            generation, known = self._no_controls
+            if generation != store.generation:
+                counters = [self._monitor.counter(store.device(plan)) for plan in range(len(store.plans))]
+                known = [(counter, None, None, None, None) for counter in counters]
+                self._no_controls = (store.generation, known)
+            return known
+        result: list[Controls] = []
+        for plan, records in enumerate(store.plans):
+            device = store.device(plan)
+            telemetry = None
+            if self._check_numerics:
+                telemetry = self._monitor.table((store.generation, plan), [store.name(r) for r in records], device)
+            result.append((self._monitor.counter(device), *scaling.on(device), telemetry))
+        return result
+
+    def _controls_of_one(self, record: int, scaling: _Scaling) -> Controls:
+        store = self._store
+        device = _parameters.local(store.params[record]).tensor.device
+        telemetry = None
+        if self._check_numerics:
+            plan = store.plan_of(record)
+            key = (store.generation, -1 - record) if plan is None else (store.generation, plan)
+            records = [record] if plan is None else store.plans[plan]
+            telemetry = self._monitor.table(key, [store.name(r) for r in records], device)
+        return (self._monitor.counter(device), *scaling.on(device), telemetry)
+
+    def _check_learning_rates(self, hypers: Any, records: Iterable[int]) -> None:
+        store = self._store
+        for record in records:
+            group, param = store.group_of(record), store.params[record]
+            if param.grad is None:
+                continue
+            lr = self._lrs[group]
+            value = hypers[group][0] if lr is None else float(lr)
+            self._monitor.check_learning_rate(self.kind, param, store.name(record), store.form(record), value)
+
+    def _keep_for_graph(self, scaling: _Scaling) -> None:
+        """A replay of the graph being captured writes to these: they must not be freed before this optimizer is."""
+        tensors = [value for held in self.state.values() for value in held.values() if isinstance(value, Tensor)]
+        self._captured.append((tensors, self._controls(scaling), list(self._lrs)))
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips the next step to gradients of a total norm of at most ``max_norm``; returns the norm of what there is.
 
-        On one CUDA device the norm is one pass over all gradients, in an order that does not depend on the device, and the
-        next step() multiplies by ``min(1, max_norm / (norm + 1e-6))`` as it reads them: nothing is written, and the host does
-        not wait. zero_grad() forgets it. Elsewhere this is torch.nn.utils.clip_grad_norm_, which scales the gradients.
+        On one CUDA device the norm is one pass over all gradients, in an order that does not depend on the device, and
+        the next step() multiplies by ``min(1, max_norm / (norm + 1e-6))`` as it reads them: nothing is written, and the
+        host does not wait. zero_grad() forgets it. Elsewhere (gradients on the CPU or on several devices, or SGD's
+        groups with and without momentum together) this is torch.nn.utils.clip_grad_norm_, which scales the gradients.
 
         Raises:
             ValueError: ``max_norm`` is not a finite number > 0.
@@ -339,80 +336,28 @@ class FlashOptimizer(torch.optim.Optimizer):
         if max_norm == 0.0:
             raise ValueError("max_norm = 0.0 is not allowed; allowed is a finite number > 0")
         self._read_groups()
-        if self._make_prepared() and len(self._prepared) == 1 and self._prepared[0].device.type == "cuda":
-            try:
-                result = self._prepared[0].gradient_norm(max_norm)
-            except RuntimeError:
-                pass
-            else:
-                self._clip = result[3]
-                return result[2].clone()
+        store = self._store
+        store.follow(self.param_groups)
         params = [p for group in self.param_groups for p in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(params, max_norm)
+        kinds = {
+            (p.device, _parameters.has_momentum(group))
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+        if len(kinds) != 1 or next(iter(kinds))[0].type != "cuda":
+            return torch.nn.utils.clip_grad_norm_(params, max_norm)
+        result = torch.zeros(4, device=next(iter(kinds))[0])
+        store.gradient_norm(self.state, 1.0, max_norm, result)
+        if _is_capturing():
+            self._captured.append(result)
+        self._clip = result[3]
+        return result[2]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim.Optimizer.zero_grad."""
         self._clip = None
         super().zero_grad(set_to_none)
-
-    def _gather(self, hypers: list[list[float]], careful: bool = False) -> list[Call]:
-        try:
-            return self._current_plan().gather(self.state, hypers, careful)
-        except PlanIsStale:
-            self._plan = None
-            return self._current_plan().gather(self.state, hypers, careful)
-
-    @torch.no_grad()
-    def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
-        """A step of one parameter alone (``group`` is found where it is not given)."""
-        hypers = self._read_groups()
-        self._fill_in_lrs(hypers)
-        entry = self._entry(p)
-        call = Call(p.device)
-        self._current_plan().gather_entry(entry, call, self.state, hypers)
-        if call.params:
-            self._run([call], hypers)
-
-    def _run(self, calls: list[Call], hypers: list[list[float]]) -> None:
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        scale: Tensor | float | None = getattr(self, "grad_scale", None)
-        if found_inf is not None and float(found_inf) != 0.0:
-            return
-        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
-        if self._clip is not None:
-            grad_scale *= float(self._clip)
-            self._clip = None
-        sample = None
-        if self._check_numerics:
-            lrs = [values[0] for values in hypers]
-            for call in calls:
-                self._monitor.check_learning_rates(self.kind, call.entries, lrs)
-            sample = self._monitor.sample_before(calls)
-        if len(calls) > 1:
-            # A refusal of any must come before a change by one: where found_inf is set, a call checks and does no more.
-            for call in calls:
-                call.run(self.kind, grad_scale, torch.ones(1, device=call.device), None)
-        for call in calls:
-            call.run(self.kind, grad_scale, None, self._monitor.counter(call.device))
-        for call in calls:
-            call.commit(self.state)
-        self._monitor.sample_after(sample)
-
-    def _current_plan(self) -> Plan:
-        if self._plan is None or not self._plan.is_current(self.param_groups):
-            self._plan = Plan(self.kind, self.param_groups, self.state)
-        return self._plan
-
-    def _entry(self, param: Tensor) -> Entry:
-        entry = self._current_plan().entries.get(id(param))
-        if entry is not None and entry.dtype is not param.dtype:
-            self._plan = None
-            entry = self._current_plan().entries.get(id(param))
-        if entry is None:
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} and dtype {param.dtype} is in no group of this optimizer"
-            )
-        return entry
 
     # Checkpoints
 
@@ -421,7 +366,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         result = super().state_dict()
         if self._compress_state_dict:
             return result
-        return {**result, "state": _checkpoint.expanded_states(self.kind, result["state"])}
+        return {**result, "state": _state_dict.expanded_states(self.kind, result["state"])}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats gave.
@@ -435,9 +380,12 @@ class FlashOptimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        groups = _checkpoint.merged_groups(self.param_groups, state_dict["param_groups"], FORMAT_OPTIONS)
-        state = _checkpoint.converted_states(self.kind, groups, state_dict)
-        self.__setstate__({"state": state, "param_groups": groups})
+        groups = _state_dict.merged_groups(self.param_groups, state_dict["param_groups"], FORMAT_OPTIONS)
+        loaded = _state_dict.converted_states(self.kind, groups, state_dict)
+        self.__setstate__({"state": loaded.state, "param_groups": groups})
+        with torch.no_grad():
+            for param, values in loaded.params:
+                param.copy_(values)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -450,6 +398,10 @@ class FlashOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
+        self._store.follow(self.param_groups)
+        for param, held in self.state.items():
+            if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
+                self._store.remember_dtype(param, param.dtype)
 
     # Inspection
 
@@ -459,6 +411,29 @@ class FlashOptimizer(torch.optim.Optimizer):
         state = self.state.get(p, {})
         slots = [slot for slot in _ops.state_names(self.kind, True) if slot in state]
         return dict(zip(slots, _states.decode(self.kind, state, slots)))
+
+    @torch.no_grad()
+    def reset_corrections(self, params: Iterable[Tensor] | None = None) -> None:
+        """Sets corrections to zero: the weights are then the 16-bit parameters, exactly, as they are now.
+
+        A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from outside,
+        so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is meant to
+        last (a checkpoint loaded into the model, a re-initialized layer), call this after it.
+
+        Args:
+            params: the parameters whose corrections are meant; None: all.
+
+        Raises:
+            ValueError: one is in no group of this optimizer; nothing has changed then.
+        """
+        self._store.follow(self.param_groups)
+        chosen = self._store.params if params is None else list(params)
+        for param in chosen:
+            self._store.index(param, self.param_groups)
+        for param in chosen:
+            correction = self.state.get(param, {}).get(_states.CORRECTION)
+            if correction is not None:
+                correction.zero_()
 
     def get_fp32_model_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
@@ -472,12 +447,11 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def numerics_report(self) -> NumericsReport:
         """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
-        return self._monitor.report(self._prepared)
+        return self._monitor.report()
 
     def reset_numerics(self) -> None:
-        """Starts the counts of numerics_report() anew."""
-        self._drop_prepared()
-        self._monitor = NumericsMonitor()
+        """Starts the counts of numerics_report() anew, those of captured CUDA graphs, too."""
+        self._monitor.reset()
 
     def recompute_param_stats(self) -> None:
         """Makes ``check_numerics=True`` measure the weights again at the next step."""
@@ -485,13 +459,36 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def _state_with_correction(self, param: Tensor) -> dict[str, Any] | None:
         """The parameter's state, made if there is none; None where its weights have no correction."""
-        entry = self._entry(param)
-        if entry.form.master_weights not in CORRECTION_DTYPES:
+        record = self._store.index(param, self.param_groups)
+        if self._store.form(record).master_weights not in _ops.CORRECTION_DTYPES:
             return None
-        state = self.state.get(param)
-        if not state or not _states.conforms(state, param, entry.slots, entry.form):
-            state = self.state[param] = self._current_plan().prepare_state(entry, state)
-        return state
+        return self._store.conforming_state(record, self.state)
+
+
+class _Scaling(NamedTuple):
+    """What all gradients of a step are multiplied with, and whether it is skipped; tensors are looked at on the device."""
+
+    grad_scale: float = 1.0
+    divisor: Tensor | None = None
+    clip: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def has_no_tensors(self) -> bool:
+        return self.divisor is None and self.clip is None and self.found_inf is None
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """divisor, clip and found_inf on ``device``, as float32 of one element."""
+        moved = []
+        for tensor in (self.divisor, self.clip, self.found_inf):
+            if tensor is not None and (tensor.device != device or tensor.dtype != torch.float32):
+                # To the host it must have arrived before the step reads it.
+                tensor = tensor.to(device, torch.float32, non_blocking=device.type == "cuda")
+            moved.append(tensor)
+        return moved[0], moved[1], moved[2]
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 _seen_by_wrapper = (
@@ -504,6 +501,12 @@ _options = (
     *("betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "decouple_lr", "seed"),
 )
 _options_with_decay = (*_options, "decay_lr")
+
+
+def _format_of_options(options: list[Any]) -> list[Any]:
+    """What of a group's options decides how its parameters are stored."""
+    by_name = dict(zip(_options, options))
+    return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
 
 
 def _hyper_values(group: Mapping[str, Any]) -> list[float]:

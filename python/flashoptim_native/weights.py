@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _ops, _states
+from . import _ops
 from ._ops import CORRECTION_DTYPES, MasterWeights
-from ._states import CORRECTION, ordered
-
-if TYPE_CHECKING:
-    from .optimizer import FlashOptimizer
+from ._states import CORRECTION
 
 _NARROW_DTYPES = (torch.bfloat16, torch.float16)
 _MASTER_OF_DTYPE = {torch.int8: MasterWeights.CORRECTION8, torch.int16: MasterWeights.CORRECTION16}
@@ -71,7 +68,7 @@ def compute_ecc_bits(fp32_param: Tensor, narrow_param: Tensor, master_bytewidth:
 
 
 @torch.no_grad()
-def get_fp32_model_state_dict(model: nn.Module, *optimizers: FlashOptimizer) -> dict[str, Tensor]:
+def get_fp32_model_state_dict(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Tensor]:
     """``model.state_dict()`` with every floating-point entry in fp32, corrections of the optimizers' states applied.
 
     Entries that are not floating-point stay as they are. The result shares no memory with the model.
@@ -92,7 +89,7 @@ def get_fp32_model_state_dict(model: nn.Module, *optimizers: FlashOptimizer) -> 
 
 @torch.no_grad()
 def set_fp32_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], *optimizers: FlashOptimizer, strict: bool = False
+    model: nn.Module, state_dict: Mapping[str, Tensor], *optimizers: torch.optim.Optimizer, strict: bool = False
 ) -> None:
     """Loads fp32 weights into a model and into the corrections of the optimizers that step it.
 
@@ -126,17 +123,16 @@ def set_fp32_model_state_dict(
         if state is None:
             target.detach().copy_(value)
             continue
-        order = _states.storage_order(state[CORRECTION])
-        weights = ordered(value, order).contiguous()
-        narrow = torch.empty(weights.shape, dtype=target.dtype, device=target.device)
-        correction = ordered(state[CORRECTION], order)
+        correction = state[CORRECTION]
+        weights = torch.empty_like(correction, dtype=torch.float32).copy_(value)
+        narrow = torch.empty_like(correction, dtype=target.dtype)
         _ops.split_weights_(weights, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
-        ordered(target.detach(), order).copy_(narrow)
+        target.detach().copy_(narrow)
     for optimizer in optimizers:
         optimizer.recompute_param_stats()
 
 
-def _states_by_parameter(optimizers: tuple[FlashOptimizer, ...]) -> dict[int, dict[str, Any]]:
+def _states_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[int, dict[str, Any]]:
     return {id(param): state for optimizer in optimizers for param, state in optimizer.state.items()}
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Uses flashoptim from another project, in an empty folder.
 # usage: consumer.sh KIND SOURCE_DIR BUILD_DIR WORK_DIR
-#   find_package        installs BUILD_DIR's library, then builds examples/cmake_consumer and examples/plain_cpp against it
+#   find_package        installs BUILD_DIR's library, builds examples/cmake_consumer and examples/plain_cpp against it
 #   find_package_torch  the same for examples/cpp_quickstart with COMPONENTS torch (Torch_DIR)
 #   add_subdirectory    builds examples/cmake_consumer with SOURCE_DIR as a part of it
 #   pip                 builds a wheel, installs it into a virtual environment over PYTHON's, takes a step
@@ -41,7 +41,8 @@ case $kind in
   pip)
     # A copy without build folders: a wheel is built from what is in the repository.
     mkdir "$work/source"
-    tar -C "$source" --exclude='./build*' --exclude=./.venv --exclude=./.git --exclude=./demo_out -c . | tar -C "$work/source" -x
+    tar -C "$source" --exclude='./build*' --exclude=./.venv --exclude=./.git --exclude=./demo_out -c . |
+      tar -C "$work/source" -x
     "$PYTHON" -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir "$work/wheels" \
       -C cmake.define.FLASHOPTIM_CUDA=OFF "$work/source"
     ls -l "$work/wheels"

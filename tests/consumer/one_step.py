@@ -2,8 +2,9 @@
 
 import sys
 
-import flashoptim_native
 import torch
+
+import flashoptim_native
 
 assert flashoptim_native.__file__.startswith(sys.prefix), f"{flashoptim_native.__file__} is not the installed package"
 weight = torch.nn.Parameter(torch.ones(10, 1000, dtype=torch.bfloat16))

@@ -81,7 +81,7 @@ TEST(Serialize, TorchSaveAndLoadRestoreOptionsAndGroups) {
   for (size_t g = 0; g < 2; ++g) {
     const auto& a = static_cast<const flash::FlashOptions&>(optimizer.param_groups()[g].options()).values();
     const auto& b = static_cast<const flash::FlashOptions&>(loaded.param_groups()[g].options()).values();
-    flash::for_each_option(
+    flashoptim::libtorch::for_each_option(
         [&](int, const char* name, auto member) { EXPECT_TRUE(a.*member == b.*member) << name << " of group " << g; });
   }
   EXPECT_EQ(loaded.param_state(other[1])->correction.scalar_type(), torch::kShort);

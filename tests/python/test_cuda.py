@@ -7,10 +7,10 @@ import os
 
 import pytest
 import torch
-from helpers import CLASSES, HYPERS, assert_same_bits, bits, make_params, set_grads
 
 import flashoptim_native
 from flashoptim_native import _ops, _states
+from helpers import CLASSES, HYPERS, assert_same_bits, bits, make_params, set_grads
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and _ops.has_cuda()), reason="no CUDA device, or operators built without CUDA"

@@ -1,4 +1,4 @@
-"""Wrong arguments and tensors: the documented exception, text that names the argument and its value, nothing changed."""
+"""Wrong arguments and tensors: the documented exception, which names the argument and its value; nothing changed."""
 
 from __future__ import annotations
 

@@ -13,8 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BENCHMARK = """\
 NVIDIA H100 80GB HBM3, 132 multiprocessors, CUDA driver 13.0, copy 3000 GB/s
-256Mi, one tensor            AdamW default, bf16 g bf16, 24        268.4   1.2000   1.1900     2740   91.3%    1.2500      8.9
-ResNet-50                    AdamW default, bf16 g bf16, 24         25.6   0.1400   0.1300     2240   74.7%    0.2800     15.8
+256Mi, one tensor            AdamW default, bf16 g bf16, 24        268.4   1.2000   1.1900     2740\
+   91.3%    1.2500      8.9
+ResNet-50                    AdamW default, bf16 g bf16, 24         25.6   0.1400   0.1300     2240\
+   74.7%    0.2800     15.8
 ResNet-50                      gradient norm                               0.0348              1471   48.7%
 """
 TORCH = "256Mi, one tensor            torch AdamW fused, fp32               268.4   2.7991   3.0140    3.0703\n"

@@ -1,4 +1,4 @@
-"""Gradient release: the same bytes as without it, one gradient alive at a time, and errors where it would change results."""
+"""Gradient release: the same bytes as without, one gradient alive at a time, errors where it would change results."""
 
 from __future__ import annotations
 

@@ -122,6 +122,10 @@ def test_each_quantized_step_is_the_oracles_from_the_stored_state(kind, dtype, b
             assert (error <= bound + stored * (1 + 2**-6)).all(), (t, p.shape, error.max())
 
 
+def mu_law_step(signed, reach, k, covered):
+    return 2.0**-k * (np.abs(signed) + reach / covered) * (1 + 2**-6)
+
+
 @pytest.mark.parametrize("codec", ["default", "paper"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_stored_states_are_within_the_codecs_bounds(kind, codec):
@@ -152,12 +156,10 @@ def test_stored_states_are_within_the_codecs_bounds(kind, codec):
                 relative_to = np.maximum(np.sqrt(stored_v), 1e-30)
         if codec == "paper":  # half a step of 1/127, times a slope of at most 2, and the scale
             allowed = np.abs(signed).max(-1, keepdims=True) * (1 / 127 + 2.0**-10)
-        else:  # mu-law: 2^-K of |x| + G, with G = the group's largest |x| over what K bits cover; S is within 2x of root v
+        else:
+            # mu-law: 2^-K of |x| + G, with G = the group's largest |x| over what K bits cover; S is within 2x of root v
             magnitude = np.abs(signed) / relative_to
-            largest = magnitude.max(-1, keepdims=True)
-
-            def mu_law_step(k, covered):
-                return 2.0**-k * (np.abs(signed) + 2 * largest / covered * relative_to) * (1 + 2**-6)
+            reach = 2 * magnitude.max(-1, keepdims=True) * relative_to
 
             if kind == "lion":  # K by the octaves that the group spans; near a threshold, either
                 bits = magnitude.astype(np.float32).view(np.int32)
@@ -167,9 +169,9 @@ def test_stored_states_are_within_the_codecs_bounds(kind, codec):
                 for near in (octaves - 1e-4, octaves + 1e-4):
                     k = 6 - (near >= 6.5).astype(int) - (near >= 8.5) - (near >= 12.5)
                     covered = np.array([61440.0, 246.9, 14.7, 2.95])[k - 3]
-                    allowed = np.maximum(allowed, mu_law_step(k, covered))
+                    allowed = np.maximum(allowed, mu_law_step(signed, reach, k, covered))
             else:
-                allowed = mu_law_step(*((5, 14.7) if "sgd" in kind else (6, 2.96)))
+                allowed = mu_law_step(signed, reach, *((5, 14.7) if "sgd" in kind else (6, 2.96)))
         assert (np.abs(stored_signed - signed) <= allowed).all()
 
 

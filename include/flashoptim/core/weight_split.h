@@ -87,6 +87,15 @@ struct SplitWeight {
   IntOf<F> correction;  ///< two's complement integer, |correction| <= N
 };
 
+/// The correction of kTo bits nearest to one of kFrom bits of the same narrow value. No ties: both N are odd.
+template <int kFrom, int kTo>
+FLASHOPTIM_HD constexpr int32_t rescale_correction(int32_t correction) {
+  constexpr int64_t kFromMax = static_cast<int64_t>(Correction<kFrom>::kMax);
+  constexpr int64_t kToMax = static_cast<int64_t>(Correction<kTo>::kMax);
+  const int64_t half = correction < 0 ? -kFromMax : kFromMax;
+  return static_cast<int32_t>((2 * correction * kToMax + half) / (2 * kFromMax));
+}
+
 /// Nearest integer to x, ties to even, for |x| <= 2^22.
 template <class F>
 FLASHOPTIM_HD IntOf<F> nearest_int(F x) {

@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
-namespace flashoptim::torch {
+#include "flashoptim/torch/namespace.h"
+
+namespace flashoptim::libtorch {
 
 /// Casts the floating parameters and buffers of `module` to `dtype` (bfloat16 or float16), in place: the parameters
 /// stay the same tensors, so tied ones stay tied and optimizers made earlier keep theirs. Left as they are:
@@ -30,4 +32,10 @@ void cast_model(::torch::nn::Module& module, ::torch::Dtype dtype = ::torch::kBF
 void set_fp32_model_state(::torch::nn::Module& module, ::torch::optim::Optimizer& optimizer,
                           const ::torch::OrderedDict<std::string, ::torch::Tensor>& state);
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch
+
+namespace torch {
+using ::flashoptim::libtorch::cast_model;
+using ::flashoptim::libtorch::get_fp32_model_state;
+using ::flashoptim::libtorch::set_fp32_model_state;
+}  // namespace torch

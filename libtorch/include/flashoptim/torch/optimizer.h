@@ -1,4 +1,10 @@
 // The base class of the optimizers: everything they do; the subclasses (optimizers.h) give it their Options.
+//
+// A 16-bit parameter's weight is the parameter plus its correction, and steps continue from both. Weights that are
+// written from outside (a copy_() into the parameter, torch::load of the module) keep their correction:
+// - swapped out and in again, as an average of weights or a sharpness-aware step does, they come back to the same bits;
+// - where they are new weights, the old correction is still added, up to half a spacing of the 16-bit type each. Call
+//   reset_corrections() after writing them; or write with set_fp32_weight() or set_fp32_model_state(), which set both.
 #pragma once
 
 #include <torch/optim/optimizer.h>
@@ -9,10 +15,11 @@
 #include <string>
 #include <vector>
 
+#include "flashoptim/torch/namespace.h"
 #include "flashoptim/torch/options.h"
 #include "flashoptim/types.h"
 
-namespace flashoptim::torch {
+namespace flashoptim::libtorch {
 
 /// What is kept for one parameter: plain tensors on its device, made at its first step.
 struct FlashParamState : ::torch::optim::OptimizerCloneableParamState<FlashParamState> {
@@ -42,9 +49,16 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   /// One step over all parameters that have a gradient; returns the closure's loss, if there is a closure.
   ::torch::Tensor step(LossClosure closure = nullptr) override;
 
-  /// Hides torch::optim::Optimizer's, which knows only torch's own optimizers and drops the options of others' groups.
-  /// Not virtual there: call it on this type.
+  /// Hides torch::optim::Optimizer's, which is not virtual and drops options that are not torch's own: call it on this
+  /// type. A group that went through torch's can have lost its options: the next step() or save() throws and says so,
+  /// until the group is given options by param_groups()[i].set_options() or taken out.
+  /// A group that was put into param_groups() by hand keeps its options; what they do not set comes from the defaults.
   void add_param_group(const ::torch::optim::OptimizerParamGroup& group);
+
+  /// Corrections become 0, and so the weights exactly what the 16-bit parameters hold: all, or those of `params`, each
+  /// of which must belong to this optimizer. To be called when new weights were written into parameters.
+  void reset_corrections();
+  void reset_corrections(const std::vector<::torch::Tensor>& params);
 
   /// Everything but the parameters themselves, bit-exactly; before the first step, too. Parameters are told apart by
   /// their order. load() replaces options and states, or throws and changes nothing.
@@ -82,6 +96,15 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
     std::string str() const;
   };
 
+  /// "FlashAdamW: param_groups[0]."
+  std::string group_prefix(size_t group) const;
+  /// Options for a group's steps, from its own and, for what those do not set, the defaults; checked. `where` precedes
+  /// names in messages.
+  std::unique_ptr<FlashOptions> settled_options(const std::string& where,
+                                                const ::torch::optim::OptimizerParamGroup& group) const;
+  /// Whether the options of param_groups()[group] are settled; throws where they may have been lost.
+  bool is_settled(size_t group) const;
+  /// The options of a group, settled in their place where they were not.
   FlashOptions& group_options(size_t group);
   std::optional<Place> find_place(const ::torch::Tensor& param) const;
   /// As find_place, for `function`; throws where there is none.
@@ -99,4 +122,10 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
 /// FlashOptimizer::state_tensors where `optimizer` is one; none for any other.
 std::vector<::torch::Tensor> state_tensors(const ::torch::optim::Optimizer& optimizer);
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch
+
+namespace torch {
+using ::flashoptim::libtorch::FlashOptimizer;
+using ::flashoptim::libtorch::FlashParamState;
+using ::flashoptim::libtorch::state_tensors;
+}  // namespace torch

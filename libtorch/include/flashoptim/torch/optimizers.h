@@ -5,10 +5,11 @@
 #include <utility>
 #include <vector>
 
+#include "flashoptim/torch/namespace.h"
 #include "flashoptim/torch/optimizer.h"
 #include "flashoptim/torch/options.h"
 
-namespace flashoptim::torch {
+namespace flashoptim::libtorch {
 
 template <class OptionsType>
 class FlashOptimizerOf : public FlashOptimizer {
@@ -52,4 +53,13 @@ class FlashLion final : public FlashOptimizerOf<FlashLionOptions> {
   using FlashOptimizerOf::FlashOptimizerOf;
 };
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch
+
+namespace torch {
+using ::flashoptim::libtorch::FlashAdam;
+using ::flashoptim::libtorch::FlashAdamW;
+using ::flashoptim::libtorch::FlashLion;
+using ::flashoptim::libtorch::FlashOptimizerOf;
+using ::flashoptim::libtorch::FlashSGD;
+using ::flashoptim::libtorch::FlashSGDW;
+}  // namespace torch

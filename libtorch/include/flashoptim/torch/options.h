@@ -1,5 +1,11 @@
-// Options of the optimizers, in the style of torch::optim: FlashAdamWOptions(1e-3).betas({0.9,
-// 0.95}).weight_decay(0.1).
+// Options of the optimizers, in the style of torch::optim: FlashAdamWOptions(1e-3).weight_decay(0.1).
+//
+// Options remember what was set on them: a group's take from the optimizer's defaults only what was not, and keep a
+// value that happens to be a new object's. Set is what went through a setter, the constructor, set_lr() of the base
+// class, or the mutable getter: options.lr() = x. That one hands out a reference and cannot see what is done with it,
+// so reading through it, too, counts as setting the value that was read; where that is not meant, read through a const
+// object or values(). The memory goes with copies, clones and archives. In an optimizer's group every option counts as
+// set: those are the values that steps use, and they come along where the group is given to another optimizer.
 #pragma once
 
 #include <torch/optim/optimizer.h>
@@ -7,11 +13,13 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <tuple>
 
+#include "flashoptim/torch/namespace.h"
 #include "flashoptim/types.h"
 
-namespace flashoptim::torch {
+namespace flashoptim::libtorch {
 
 using Betas = std::tuple<double, double>;
 
@@ -35,44 +43,9 @@ struct OptionValues {
   int64_t seed = 0;                     ///< of the dither and of stochastic rounding; >= 0 and < 2^53
 };
 
-/// Base of all Options. Parameter groups hold them through torch::optim::OptimizerOptions, so learning-rate schedulers
-/// of torch::optim work. A group's options inherit from the optimizer's what was not set on them.
-class FlashOptions : public ::torch::optim::OptimizerOptions {
- public:
-  OptimizerKind kind() const { return kind_; }
-  const OptionValues& values() const { return values_; }
-
-  double get_lr() const override { return values_.lr; }
-  void set_lr(double lr) override { values_.lr = lr; }
-
-  /// Writes and reads every value, bit-exactly.
-  void serialize(::torch::serialize::OutputArchive& archive) const override;
-  void serialize(::torch::serialize::InputArchive& archive) override;
-
-  /// Throws c10::Error naming option, value and what is allowed. `where` precedes the option's name in the message.
-  void check(const std::string& where) const;
-
-  /// Takes every value from `defaults` that neither a setter set here nor differs from a new object's.
-  void inherit(const FlashOptions& defaults);
-
-  /// Whether steps keep a momentum buffer or moments.
-  bool has_momentum() const;
-
- protected:
-  explicit FlashOptions(OptimizerKind kind);
-
-  void mark_set(const char* name);
-  OptionValues values_;
-
- private:
-  OptimizerKind kind_;
-  uint32_t set_ = 0;  // bit per option, in the order of for_each_option
-  friend class FlashOptimizer;
-};
-
 /// Calls f(index, name, member pointer) for every option.
 template <class F>
-void for_each_option(F&& f) {
+constexpr void for_each_option(F&& f) {
   int index = 0;
   const auto visit = [&](const char* name, auto member) { f(index++, name, member); };
   visit("lr", &OptionValues::lr);
@@ -93,15 +66,92 @@ void for_each_option(F&& f) {
   visit("seed", &OptionValues::seed);
 }
 
-/// As TORCH_ARG: a chaining setter, a getter and a mutable getter.
+/// The option's place in for_each_option; an unknown name does not compile.
+consteval int option_index(std::string_view name) {
+  int found = -1;
+  for_each_option([&](int index, const char* option, auto) { found = name == option ? index : found; });
+  if (found < 0) throw "no option has this name";
+  return found;
+}
+
+/// Base of all Options. Parameter groups hold them through torch::optim::OptimizerOptions, so learning-rate schedulers
+/// of torch::optim work. A group's options inherit from the optimizer's what was not set on them.
+class FlashOptions : public ::torch::optim::OptimizerOptions {
+ public:
+  OptimizerKind kind() const { return kind_; }
+  const OptionValues& values() const { return values_; }
+
+  double get_lr() const override { return values_.lr; }
+  void set_lr(double lr) override {
+    mark_set<option_index("lr")>();
+    values_.lr = lr;
+  }
+
+  /// Whether the option was set. Throws c10::Error for a name that no optimizer has.
+  bool is_set(std::string_view name) const;
+
+  /// Writes and reads every value, bit-exactly, and which of them were set; an archive that does not say: all.
+  void serialize(::torch::serialize::OutputArchive& archive) const override;
+  void serialize(::torch::serialize::InputArchive& archive) override;
+
+  /// Throws c10::Error naming option, value and what is allowed. `where` precedes the option's name in the message.
+  void check(const std::string& where) const;
+
+  /// Takes every value from `defaults` that was not set here; counts none of them as set.
+  void inherit(const FlashOptions& defaults);
+
+  /// Whether steps keep a momentum buffer or moments.
+  bool has_momentum() const;
+
+ protected:
+  explicit FlashOptions(OptimizerKind kind);
+
+  template <int index>
+  void mark_set() noexcept {
+    set_ |= uint32_t{1} << index;
+  }
+  OptionValues values_;
+
+ private:
+  /// What an object stands for; its copies and clones, too. Assigning gives an object other values but leaves it what
+  /// it is, except that those of a group are then to be settled again.
+  struct Role {
+    enum Kind : uint8_t {
+      kGiven,     // a user's
+      kDefaults,  // an optimizer's defaults
+      kGroup      // a group's, with every value settled by FlashOptimizer
+    } kind = kGiven;
+
+    Role() = default;
+    Role(const Role&) = default;
+    Role& operator=(const Role&) {
+      if (kind == kGroup) kind = kGiven;
+      return *this;
+    }
+  };
+
+  /// Every option counts as set, and the object as a group's.
+  void settle();
+  /// As check, and initial_lr must be there where it is needed.
+  void check_settled(const std::string& where) const;
+
+  OptimizerKind kind_;
+  Role role_;
+  uint32_t set_ = 0;  // bit per option, in the order of for_each_option
+  friend class FlashOptimizer;
+};
+
+/// As TORCH_ARG: a chaining setter, a getter and a mutable getter, which counts as setting.
 #define FLASHOPTIM_OPTION(T, name)                        \
   auto name(const T& value) -> decltype(*this) {          \
-    values_.name = value;                                 \
-    mark_set(#name);                                      \
+    this->name() = value;                                 \
     return *this;                                         \
   }                                                       \
   const T& name() const noexcept { return values_.name; } \
-  T& name() noexcept { return values_.name; }
+  T& name() noexcept {                                    \
+    mark_set<option_index(#name)>();                      \
+    return values_.name;                                  \
+  }
 
 #define FLASHOPTIM_COMMON_OPTIONS(Options)                                                         \
   Options() : FlashOptions(kKind) {}                                                               \
@@ -169,4 +219,13 @@ struct FlashLionOptions final : FlashOptions {
 #undef FLASHOPTIM_COMMON_OPTIONS
 #undef FLASHOPTIM_OPTION
 
-}  // namespace flashoptim::torch
+}  // namespace flashoptim::libtorch
+
+namespace torch {
+using ::flashoptim::libtorch::FlashAdamOptions;
+using ::flashoptim::libtorch::FlashAdamWOptions;
+using ::flashoptim::libtorch::FlashLionOptions;
+using ::flashoptim::libtorch::FlashOptions;
+using ::flashoptim::libtorch::FlashSGDOptions;
+using ::flashoptim::libtorch::FlashSGDWOptions;
+}  // namespace torch

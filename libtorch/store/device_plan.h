@@ -7,9 +7,9 @@
 
 #include "flashoptim/cuda.h"
 #include "flashoptim/step.h"
-#include "libtorch/ops/device.h"
+#include "libtorch/store/device.h"
 
-namespace flashoptim::ops {
+namespace flashoptim::store {
 
 /// What a step takes beside tensors and hyperparameters. Pointers are to memory of the plan's device, or null.
 struct StepControls {
@@ -27,6 +27,7 @@ struct StepControls {
   std::vector<int64_t*> steps;
 };
 
+/// A plan's memory on a GPU is torch's: from the allocator whose retry and statistics its tensors have.
 class DevicePlan {
  public:
   /// `backend` is kCpu or kCuda.
@@ -34,18 +35,27 @@ class DevicePlan {
                      const std::vector<ParameterTensors>& tensors, DevicePlan* plan);
 
   int64_t size() const;
-  const ParameterTensors& tensor(int64_t index) const;
   Status set_gradient(int64_t index, const void* gradient);
   /// One per tensor.
   Status set_gradients(const void* const* gradients);
   Status set_hyper_index(int64_t index, int32_t hyper_index);
+  /// Where one tensor's arrays are from now on.
+  Status set_tensor(int64_t index, const ParameterTensors& tensor);
 
   /// On the device's current stream. Hyperparameters are changed where controls say otherwise.
   Status step(std::vector<Hyperparameters>& hypers, const StepControls& controls);
+  /// The same over some of the tensors alone.
+  Status step_some(const int64_t* indices, int64_t count, std::vector<Hyperparameters>& hypers,
+                   const StepControls& controls);
+  /// What step() checks before it changes anything.
+  Status check_step(const std::vector<Hyperparameters>& hypers, const StepControls& controls) const;
   /// The CPU has none: kUnsupported.
   Status gradient_norm(float gradient_scale, const float* gradient_divisor, float max_norm, cuda::GradientNorm* result);
 
  private:
+  /// A step, or one of `some` tensors (null: all).
+  Status run(const int64_t* some, int64_t count, std::vector<Hyperparameters>& hypers, const StepControls& controls);
+
 #if FLASHOPTIM_HAS_CUDA
   std::variant<Plan, cuda::Plan> plan_;
 #else
@@ -54,4 +64,4 @@ class DevicePlan {
   Device device_;
 };
 
-}  // namespace flashoptim::ops
+}  // namespace flashoptim::store

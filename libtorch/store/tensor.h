@@ -1,14 +1,41 @@
-// Reading tensors through torch's stable ABI, comparing them, and the words for messages about them.
+// Tensors through torch's stable ABI: holding, reading and comparing them, and the words for messages about them.
 #pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "flashoptim/types.h"
-#include "libtorch/ops/boxed.h"
-#include "libtorch/ops/device.h"
+#include "libtorch/store/device.h"
 
-namespace flashoptim::ops {
+namespace flashoptim::store {
+
+/// Throws std::runtime_error where a call into torch failed.
+void check_torch(AOTITorchError error, const char* what);
+
+/// One owned tensor, or none.
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor&& other) noexcept;
+  ~Tensor();
+
+  AtenTensorHandle get() const { return handle_; }
+  operator AtenTensorHandle() const { return handle_; }  // NOLINT: borrowed, as functions here take tensors
+  bool has_value() const { return handle_ != nullptr; }
+  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+using TensorList = std::vector<Tensor>;
 
 /// What a tensor is, read once. Borrowed from the tensor; data is null until someone asks for it.
 struct TensorInfo {
@@ -20,6 +47,20 @@ struct TensorInfo {
   int32_t dtype = 0;
   Device device;
 };
+
+/// What a step looks at in every tensor, as cheaply as can be. Borrowed from the tensor.
+struct Facts {
+  const void* data = nullptr;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+  int64_t dim = 0;
+  int32_t dtype = 0;
+};
+
+/// False for a tensor without strides or memory to look at (sparse, fake).
+bool read_facts(AtenTensorHandle tensor, Facts* facts);
+
+Device device_of(AtenTensorHandle tensor);
 
 /// Name of the operator, for messages.
 struct Op {
@@ -54,10 +95,10 @@ std::string ints(const int64_t* values, int64_t count);
 std::string number(double value);
 
 /// Reads a strided tensor; throws for undefined tensors and for other layouts, which have no strides to read.
-TensorInfo read_tensor(Op op, Name name, const Tensor& tensor);
+TensorInfo read_tensor(Op op, Name name, AtenTensorHandle tensor);
 /// Address of the first element. Read-only access does not materialize copy-on-write tensors.
-const void* const_data(const Tensor& tensor);
-void* mutable_data(const Tensor& tensor);
+const void* const_data(AtenTensorHandle tensor);
+void* mutable_data(AtenTensorHandle tensor);
 
 /// Whether the elements lie one behind the other in the order of their dimensions.
 bool is_contiguous(const TensorInfo& t);
@@ -71,4 +112,4 @@ void check_device(Op op, Name name, Device device, Name like_name, Device like);
 void check_like(Op op, Name name, const TensorInfo& tensor, Name like_name, const TensorInfo& like);
 void check_dtype(Op op, Name name, int32_t dtype, int32_t wanted, const char* because);
 
-}  // namespace flashoptim::ops
+}  // namespace flashoptim::store

@@ -6,7 +6,7 @@
 
 #include "flashoptim/step.h"
 
-namespace flashoptim::ops {
+namespace flashoptim::store {
 
 struct Device {
   int32_t type = 0;  // torch's code, as aoti_torch_get_device_type gives it
@@ -52,4 +52,4 @@ void parallel_for(int64_t count, int64_t grain, Body body) {
       &body);
 }
 
-}  // namespace flashoptim::ops
+}  // namespace flashoptim::store

@@ -1,12 +1,12 @@
-#include "libtorch/ops/device.h"
+#include "libtorch/store/device.h"
 
 #include <dlfcn.h>
 
 #include <stdexcept>
 
-#include "libtorch/ops/boxed.h"
+#include "libtorch/store/tensor.h"
 
-namespace flashoptim::ops {
+namespace flashoptim::store {
 namespace {
 
 /// Fewer blocks (of 1,024 elements) are not worth another thread: 64 of them take some 30 us.
@@ -87,4 +87,4 @@ StepOptions with_torch_threads(StepOptions options) {
   return options;
 }
 
-}  // namespace flashoptim::ops
+}  // namespace flashoptim::store

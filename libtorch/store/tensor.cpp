@@ -1,4 +1,4 @@
-#include "libtorch/ops/tensor_info.h"
+#include "libtorch/store/tensor.h"
 
 #include <algorithm>
 #include <numeric>
@@ -7,7 +7,10 @@
 #include <utility>
 #include <vector>
 
-namespace flashoptim::ops {
+// What torch says of its last failure: from torch 2.13 on, so it may be missing.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace flashoptim::store {
 namespace {
 
 bool same_sizes(const TensorInfo& a, const TensorInfo& b) {
@@ -24,6 +27,25 @@ bool same_strides(const TensorInfo& a, const TensorInfo& b) {
 }
 
 }  // namespace
+
+void check_torch(AOTITorchError error, const char* what) {
+  if (error == AOTI_TORCH_SUCCESS) return;
+  std::string message = std::string("torch's ") + what + " failed";
+  if (&torch_exception_get_what_without_backtrace != nullptr) {
+    const char* const said = torch_exception_get_what_without_backtrace();
+    if (said != nullptr && said[0] != '\0') message.append(": ").append(said);
+  }
+  throw std::runtime_error("flashoptim: " + message);
+}
+
+Tensor& Tensor::operator=(Tensor&& other) noexcept {
+  std::swap(handle_, other.handle_);
+  return *this;
+}
+
+Tensor::~Tensor() {
+  if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+}
 
 void Op::fail(const std::string& rest) const {
   throw std::runtime_error("flashoptim::" + std::string(name) + ": " + rest);
@@ -74,40 +96,37 @@ std::string number(double value) {
   return text.str();
 }
 
-TensorInfo read_tensor(Op op, Name name, const Tensor& tensor) {
+TensorInfo read_tensor(Op op, Name name, AtenTensorHandle tensor) {
   static const int32_t strided = aoti_torch_layout_strided();
   TensorInfo info;
-  bool defined = tensor.has_value();
-  if (defined) check_torch(aoti_torch_is_defined(tensor.get(), &defined), "is_defined");
+  bool defined = tensor != nullptr;
+  if (defined) check_torch(aoti_torch_is_defined(tensor, &defined), "is_defined");
   if (!defined) op.fail(name.str() + " is undefined; a tensor is needed");
   int32_t layout = 0;
-  check_torch(aoti_torch_get_layout(tensor.get(), &layout), "get_layout");
+  check_torch(aoti_torch_get_layout(tensor, &layout), "get_layout");
   if (layout != strided) op.fail(name.str() + " is sparse or of another layout; allowed is torch.strided");
   int64_t* sizes = nullptr;
   int64_t* strides = nullptr;
-  check_torch(aoti_torch_get_numel(tensor.get(), &info.numel), "get_numel");
-  check_torch(aoti_torch_get_dim(tensor.get(), &info.dim), "get_dim");
-  check_torch(aoti_torch_get_sizes(tensor.get(), &sizes), "get_sizes");
-  check_torch(aoti_torch_get_strides(tensor.get(), &strides), "get_strides");
-  check_torch(aoti_torch_get_dtype(tensor.get(), &info.dtype), "get_dtype");
-  check_torch(aoti_torch_get_device_type(tensor.get(), &info.device.type), "get_device_type");
-  if (info.device.type != aoti_torch_device_type_cpu()) {
-    check_torch(aoti_torch_get_device_index(tensor.get(), &info.device.index), "get_device_index");
-  }
+  check_torch(aoti_torch_get_numel(tensor, &info.numel), "get_numel");
+  check_torch(aoti_torch_get_dim(tensor, &info.dim), "get_dim");
+  check_torch(aoti_torch_get_sizes(tensor, &sizes), "get_sizes");
+  check_torch(aoti_torch_get_strides(tensor, &strides), "get_strides");
+  check_torch(aoti_torch_get_dtype(tensor, &info.dtype), "get_dtype");
+  info.device = device_of(tensor);
   info.sizes = sizes;
   info.strides = strides;
   return info;
 }
 
-const void* const_data(const Tensor& tensor) {
+const void* const_data(AtenTensorHandle tensor) {
   const void* data = nullptr;
-  check_torch(torch_get_const_data_ptr(tensor.get(), &data), "get_const_data_ptr");
+  check_torch(torch_get_const_data_ptr(tensor, &data), "get_const_data_ptr");
   return data;
 }
 
-void* mutable_data(const Tensor& tensor) {
+void* mutable_data(AtenTensorHandle tensor) {
   void* data = nullptr;
-  check_torch(torch_get_mutable_data_ptr(tensor.get(), &data), "get_mutable_data_ptr");
+  check_torch(torch_get_mutable_data_ptr(tensor, &data), "get_mutable_data_ptr");
   return data;
 }
 
@@ -134,6 +153,22 @@ bool is_dense(const TensorInfo& t) {
     expected *= t.sizes[d];
   }
   return true;
+}
+
+bool read_facts(AtenTensorHandle tensor, Facts* facts) {
+  return aoti_torch_get_strides(tensor, const_cast<int64_t**>(&facts->strides)) == AOTI_TORCH_SUCCESS &&
+         aoti_torch_get_sizes(tensor, const_cast<int64_t**>(&facts->sizes)) == AOTI_TORCH_SUCCESS &&
+         aoti_torch_get_dim(tensor, &facts->dim) == AOTI_TORCH_SUCCESS &&
+         aoti_torch_get_dtype(tensor, &facts->dtype) == AOTI_TORCH_SUCCESS &&
+         torch_get_const_data_ptr(tensor, &facts->data) == AOTI_TORCH_SUCCESS;
+}
+
+Device device_of(AtenTensorHandle tensor) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  Device device;
+  check_torch(aoti_torch_get_device_type(tensor, &device.type), "get_device_type");
+  if (device.type != cpu) check_torch(aoti_torch_get_device_index(tensor, &device.index), "get_device_index");
+  return device;
 }
 
 void check_contiguous(Op op, Name name, const TensorInfo& tensor) {
@@ -169,4 +204,4 @@ void check_dtype(Op op, Name name, int32_t dtype, int32_t wanted, const char* be
   }
 }
 
-}  // namespace flashoptim::ops
+}  // namespace flashoptim::store

@@ -7,13 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _ops, _states, _validate
-from ._plan import parameter_name, slots_of
+from . import _ops, _parameters, _states, _validate
 from ._states import SCALE
 
 #: Options of PyTorch's own optimizers that mean nothing here.
@@ -56,22 +55,34 @@ def merged_groups(
     return result
 
 
+class Loaded(NamedTuple):
+    """What a checkpoint's states become."""
+
+    state: defaultdict[Any, Any]
+    #: New values of parameters whose dtype is another than their correction's was.
+    params: list[tuple[Tensor, Tensor]]
+
+
 @torch.no_grad()
-def converted_states(kind: str, groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
-    """States by parameter, in the formats of ``groups``."""
+def converted_states(kind: str, groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Loaded:
+    """States by parameter, in the formats of ``groups``. Changes nothing."""
     numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     owners = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
     by_number = dict(zip(numbers, owners))
     state: defaultdict[Any, Any] = defaultdict(dict)
+    params: list[tuple[Tensor, Tensor]] = []
     for number, saved in state_dict["state"].items():
         if number not in by_number:
             state[number] = saved
             continue
         g, i, param = by_number[number]
-        form = _states.format_of(param, groups[g])
-        slots = slots_of(kind, groups[g])
-        state[param] = _states.converted_state(kind, saved, param, slots, form, parameter_name(groups, g, i))
-    return state
+        local = _parameters.local(param)
+        form = _states.format_of(local, groups[g])
+        name = _parameters.name_of(groups, g, i)
+        state[param], rewritten = _states.converted(kind, saved, local, form, name)
+        if rewritten is not None:
+            params.append((param, rewritten))
+    return Loaded(state, params)
 
 
 @torch.no_grad()

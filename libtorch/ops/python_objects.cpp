@@ -1,0 +1,62 @@
+#include "libtorch/ops/python_objects.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace flashoptim::ops {
+
+namespace {
+PythonSide g_side;
+}  // namespace
+
+PythonSide& python_side() { return g_side; }
+
+LocalTensor::LocalTensor(PyObject* object) {
+  const PythonSide& side = python_side();
+  PyObject* const type = type_of(object);
+  if (type == side.tensor_type || type == side.parameter_type) {
+    object_ = object;
+    return;
+  }
+  if (std::find(side.wrapper_types.begin(), side.wrapper_types.end(), type) == side.wrapper_types.end()) return;
+  held_ = Reference(PyObject_GetAttr(object, side.local_tensor));
+  PyObject* const local = type_of(held_.get());
+  if (local == side.tensor_type || local == side.parameter_type) object_ = held_.get();
+}
+
+std::string to_string(PyObject* text) {
+  PySsize size = 0;
+  const char* const data = PyUnicode_AsUTF8AndSize(text, &size);
+  if (data == nullptr) throw PythonError();
+  return std::string(data, static_cast<size_t>(size));
+}
+
+int64_t to_int(PyObject* number) {
+  const long long value = PyLong_AsLongLong(number);
+  if (value == -1 && PyErr_Occurred() != nullptr) throw PythonError();
+  return value;
+}
+
+std::vector<double> to_doubles(PyObject* list) {
+  std::vector<double> values(static_cast<size_t>(PyList_Size(list)));
+  for (size_t i = 0; i < values.size(); ++i) {
+    values[i] = PyFloat_AsDouble(PyList_GetItem(list, static_cast<PySsize>(i)));
+  }
+  if (PyErr_Occurred() != nullptr) throw PythonError();
+  return values;
+}
+
+std::intptr_t find_tensor(PyObject* sample, int64_t object_size, const void* impl) {
+  const auto* const bytes = reinterpret_cast<const char*>(sample);
+  const auto word = static_cast<std::intptr_t>(sizeof impl);
+  // Behind the object's head, a reference count and a type.
+  for (std::intptr_t offset = 2 * word; offset + word <= object_size; offset += word) {
+    const void* found = nullptr;
+    std::memcpy(&found, bytes + offset, sizeof found);
+    if (found == impl) return offset;
+  }
+  throw std::runtime_error("flashoptim: this torch keeps its tensors elsewhere than in their Python objects");
+}
+
+}  // namespace flashoptim::ops

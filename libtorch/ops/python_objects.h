@@ -1,0 +1,52 @@
+// Tensors and numbers out of Python's objects.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "libtorch/ops/python_abi.h"
+#include "libtorch/store/tensor.h"
+
+namespace flashoptim::ops {
+
+using namespace store;  // NOLINT: written in the store's words
+
+/// What the Python side was given when it was set up; lives as long as the process.
+struct PythonSide {
+  PyObject *tensor_type = nullptr, *parameter_type = nullptr;
+  PyObject *grad = nullptr, *local_tensor = nullptr;  // names of attributes
+  std::vector<PyObject*> wrapper_types;               // of tensors whose memory is their `_local_tensor`'s
+  std::intptr_t tensor_offset = 0;                    // of a tensor in its Python object
+  bool is_free_threaded = false;
+};
+PythonSide& python_side();
+inline PyObject* type_of(PyObject* object) { return type_of(object, python_side().is_free_threaded); }
+
+/// The plain tensor whose memory this is, or none where it is of an unknown type: the object itself, or a wrapper's
+/// (DTensor's) local tensor. No code of Python's runs.
+///
+/// A tensor's handle is the at::Tensor inside its Python object. Where in the object it stands is found when the
+/// library is set up, by looking for a tensor that is known both ways. Asking torch for it instead (DLPack, an
+/// operator) takes a reference, which takes Python's lock: 40 ns, three times the whole look at a tensor.
+class LocalTensor {
+ public:
+  explicit LocalTensor(PyObject* object);
+  bool has_value() const { return object_ != nullptr; }
+  AtenTensorHandle handle() const {
+    return reinterpret_cast<AtenTensorHandle>(reinterpret_cast<char*>(object_) + python_side().tensor_offset);
+  }
+  PyObject* object() const { return object_; }
+
+ private:
+  PyObject* object_ = nullptr;
+  Reference held_;
+};
+
+std::string to_string(PyObject* text);
+int64_t to_int(PyObject* number);
+std::vector<double> to_doubles(PyObject* list);
+
+/// Where `sample`'s tensor, which has the implementation `impl`, stands in the object; throws where it does not.
+std::intptr_t find_tensor(PyObject* sample, int64_t object_size, const void* impl);
+
+}  // namespace flashoptim::ops

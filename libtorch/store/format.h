@@ -1,0 +1,74 @@
+// What is stored for a parameter, and how it lies in memory: the policy of both front ends. No tensors here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "flashoptim/step.h"
+
+namespace flashoptim::store {
+
+/// A group's options about formats.
+struct FormatOptions {
+  bool quantize = true;
+  StateCodec codec = StateCodec::kDefault;  ///< of quantized states
+  int64_t master_weight_bits = 24;          ///< 24, 32, or 0: no correction
+  bool stochastic_rounding = false;         ///< of weights without correction
+  int64_t min_quantized_numel = 4096;       ///< parameters of fewer elements, of the whole, keep fp32 states
+};
+
+/// How one parameter's weight and states are stored.
+struct Format {
+  MasterWeights master_weights = MasterWeights::kNone;
+  StateCodec codec = StateCodec::kFloat32;
+  bool operator==(const Format&) const = default;
+};
+
+/// What a group's options mean for a parameter of `whole_numel` elements in all (of every shard). A paper's codec comes
+/// with the paper's rounding of corrections.
+Format format_of(DType dtype, int64_t whole_numel, const FormatOptions& options);
+
+/// 0, 8 or 16.
+int correction_bits(MasterWeights master_weights);
+
+/// The dimensions from the outermost in memory to the innermost; empty: in their own order.
+using StorageOrder = std::vector<int64_t>;
+
+/// The order of a tensor of these sizes and strides, larger strides first; dimensions of one element stand anywhere.
+StorageOrder storage_order(const int64_t* sizes, const int64_t* strides, int64_t dim);
+/// Strides of a dense tensor of these sizes that lies in `order`.
+std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const StorageOrder& order);
+/// Rows and groups run along memory: the layout of `sizes` taken in `order`.
+/// That of a shard (place.whole is set) is its whole's; it lies in its dimensions' own order.
+GroupLayout layout_of(const std::vector<int64_t>& sizes, const StorageOrder& order, const Place& place = {});
+
+/// What an array of a parameter's state is.
+enum class Role : int32_t { kState = 0, kScale = 1, kCorrection = 2 };
+
+/// One array of a state, before there is memory for it.
+struct ArraySpec {
+  Role role;
+  int slot;       ///< of kState and kScale
+  int32_t dtype;  ///< torch's code
+  std::vector<int64_t> sizes, strides;
+};
+
+/// The arrays that a parameter's state consists of: slot by slot codes (or fp32 values) and scale, then the correction.
+std::vector<ArraySpec> arrays_of(OptimizerKind optimizer, bool has_momentum, Format format,
+                                 const std::vector<int64_t>& sizes, const StorageOrder& order, const Place& place = {});
+
+/// Name in `state[p]`: "exp_avg", "exp_avg_scale", "correction".
+std::string array_name(OptimizerKind optimizer, Role role, int slot);
+
+int32_t state_dtype(OptimizerKind optimizer, int slot, StateCodec codec);
+/// Of the scales that are made; an equal number of bytes under another name is read as well (accepts_scale_dtype).
+int32_t scale_dtype(StateCodec codec);
+bool accepts_scale_dtype(StateCodec codec, int32_t dtype);
+/// -1 where there is no correction.
+int32_t correction_dtype(MasterWeights master_weights);
+
+/// The codec that scales of this dtype belong to; kFloat32 where none does.
+StateCodec codec_of_scale(int32_t dtype);
+
+}  // namespace flashoptim::store

@@ -1,0 +1,189 @@
+// What was set on options, however it was set, is remembered and kept beside an optimizer's defaults.
+#include <sstream>
+
+#include "tests/libtorch/support.h"
+
+namespace flashoptim_test {
+namespace {
+
+using flashoptim::libtorch::for_each_option;
+using flashoptim::libtorch::OptionValues;
+
+/// Ways to set one option of `Options` to the value that it has.
+template <class Options>
+struct Setters {
+  std::string name;
+  std::vector<std::function<void(Options&)>> ways;
+};
+
+#define SETTERS(option)                                                      \
+  Setters<Options> {                                                         \
+    #option, {                                                               \
+      [](Options& o) { o.option(std::as_const(o).option()); },               \
+          [](Options& o) { o.option() = std::as_const(o).option(); },        \
+          [](Options& o) { [[maybe_unused]] const auto& read = o.option(); } \
+    }                                                                        \
+  }
+
+template <class Options>
+std::vector<Setters<Options>> setters_of() {
+  std::vector<Setters<Options>> all{SETTERS(lr),
+                                    SETTERS(weight_decay),
+                                    SETTERS(maximize),
+                                    SETTERS(master_weight_bits),
+                                    SETTERS(state_codec),
+                                    SETTERS(quantize),
+                                    SETTERS(min_quantized_numel),
+                                    SETTERS(stochastic_rounding),
+                                    SETTERS(seed)};
+  all[0].ways.push_back([](Options& o) { o.set_lr(o.get_lr()); });
+  all[0].ways.push_back([](Options& o) { static_cast<torch::optim::OptimizerOptions&>(o).set_lr(o.get_lr()); });
+  all[0].ways.push_back([](Options& o) { o = Options(o.get_lr()); });
+  if constexpr (requires(Options o) { o.betas(); }) all.push_back(SETTERS(betas));
+  if constexpr (requires(Options o) { o.eps(); }) all.push_back(SETTERS(eps));
+  if constexpr (requires(Options o) { o.momentum(); }) {
+    all.push_back(SETTERS(momentum));
+    all.push_back(SETTERS(dampening));
+    all.push_back(SETTERS(nesterov));
+  }
+  if constexpr (requires(Options o) { o.decouple_lr(); }) {
+    all.push_back(SETTERS(decouple_lr));
+    all.push_back(SETTERS(initial_lr));
+  }
+  return all;
+}
+
+std::vector<std::string> set_names(const flash::FlashOptions& options) {
+  std::vector<std::string> names;
+  for_each_option([&](int, const char* name, auto) {
+    if (options.is_set(name)) names.emplace_back(name);
+  });
+  return names;
+}
+
+/// Defaults that differ from a new object's in every option and are allowed.
+template <class Options>
+Options other_defaults() {
+  Options o = Options(0.5)
+                  .weight_decay(0.3)
+                  .maximize(true)
+                  .master_weight_bits(32)
+                  .state_codec("paper")
+                  .quantize(false)
+                  .min_quantized_numel(7)
+                  .stochastic_rounding(true)
+                  .seed(9);
+  if constexpr (requires { o.betas(); }) o.betas({0.5, 0.6});
+  if constexpr (requires { o.eps(); }) o.eps(1e-3);
+  if constexpr (requires { o.momentum(); }) o.momentum(0.7).dampening(0.0);
+  if constexpr (requires { o.decouple_lr(); }) o.decouple_lr(true).initial_lr(0.4);
+  return o;
+}
+
+template <class Options>
+void check_copies(const Options& options) {
+  const std::vector<std::string> names = set_names(options);
+  Options assigned(0.25);
+  assigned.weight_decay(3);
+  assigned = options;
+  EXPECT_EQ(set_names(Options(options)), names);
+  EXPECT_EQ(set_names(assigned), names);
+  EXPECT_EQ(set_names(static_cast<const Options&>(*options.clone())), names);
+  EXPECT_EQ(set_names(static_cast<const Options&>(*options.clone()->clone())), names);
+  std::stringstream stream;
+  torch::serialize::OutputArchive out;
+  options.serialize(out);
+  out.save_to(stream);
+  torch::serialize::InputArchive in;
+  in.load_from(stream);
+  Options read(0.25);
+  read.serialize(in);
+  EXPECT_EQ(set_names(read), names);
+}
+
+template <class Optimizer>
+void check_all_setters() {
+  using Options = typename Optimizer::Options;
+  EXPECT_EQ(set_names(Options()), std::vector<std::string>{});
+  const Options defaults = other_defaults<Options>();
+  for (const Setters<Options>& setters : setters_of<Options>()) {
+    for (size_t way = 0; way < setters.ways.size(); ++way) {
+      SCOPED_TRACE(setters.name + ", way " + std::to_string(way));
+      Options options;
+      setters.ways[way](options);
+      EXPECT_EQ(set_names(options), std::vector<std::string>{setters.name});
+      check_copies(options);
+      if (setters.name == "nesterov" || setters.name == "momentum") continue;  // both depend on others; below
+
+      std::vector<torch::optim::OptimizerParamGroup> groups;
+      groups.emplace_back(std::vector<Tensor>{parameter({8}, 1)}, options.clone());
+      groups.emplace_back(std::vector<Tensor>{parameter({8}, 2)});
+      Optimizer optimizer(groups, defaults);
+      const OptionValues& merged = static_cast<const Options&>(optimizer.param_groups()[0].options()).values();
+      for_each_option([&](int, const char* name, auto member) {
+        const OptionValues source = name == setters.name ? Options().values() : defaults.values();
+        // initial_lr that is 0 becomes lr.
+        if (setters.name == "initial_lr" && std::string(name) == "initial_lr") {
+          EXPECT_EQ(merged.initial_lr, defaults.values().lr);
+        } else if (source.initial_lr != 0 || std::string(name) != "initial_lr") {
+          EXPECT_TRUE(merged.*member == source.*member) << name;
+        }
+      });
+    }
+  }
+}
+
+TEST(Options, WhatWasSetIsKeptWhateverItsValue) {
+  check_all_setters<flash::FlashAdamW>();
+  check_all_setters<flash::FlashAdam>();
+  check_all_setters<flash::FlashSGD>();
+  check_all_setters<flash::FlashSGDW>();
+  check_all_setters<flash::FlashLion>();
+}
+
+TEST(Options, MomentumOfZeroIsKept) {
+  std::vector<torch::optim::OptimizerParamGroup> groups;
+  groups.emplace_back(std::vector<Tensor>{parameter({8}, 1)},
+                      std::make_unique<flash::FlashSGDOptions>(flash::FlashSGDOptions().momentum(0).nesterov(false)));
+  flash::FlashSGD optimizer(groups, flash::FlashSGDOptions(0.1).momentum(0.9).nesterov(true));
+  const auto& values = static_cast<const flash::FlashOptions&>(optimizer.param_groups()[0].options()).values();
+  EXPECT_EQ(values.momentum, 0);
+  EXPECT_FALSE(values.nesterov);
+}
+
+TEST(Options, ReadingThroughConstOrValuesSetsNothing) {
+  flash::FlashAdamWOptions options;
+  EXPECT_EQ(options.get_lr(), 1e-3);
+  EXPECT_EQ(options.values().eps, 1e-8);
+  EXPECT_EQ(std::as_const(options).state_codec(), "default");
+  EXPECT_EQ(set_names(options), std::vector<std::string>{});
+  expect_error([&] { return options.is_set("beta3"); }, {"is_set", "beta3"});
+}
+
+TEST(Options, AGroupGivenToAnotherOptimizerKeepsItsValues) {
+  flash::FlashAdamW first(std::vector<Tensor>{parameter({8}, 1)}, flash::FlashAdamWOptions(0.2).betas({0.5, 0.6}));
+  flash::FlashAdamW second(std::vector<Tensor>{parameter({8}, 2)}, flash::FlashAdamWOptions(0.7).eps(1e-3));
+  second.add_param_group(first.param_groups()[0]);
+  const auto& values = static_cast<const flash::FlashOptions&>(second.param_groups()[1].options()).values();
+  EXPECT_EQ(values.lr, 0.2);
+  EXPECT_EQ(std::get<1>(values.betas), 0.6);
+  EXPECT_EQ(values.eps, 1e-8) << "what steps of the first used, too, though nobody set it";
+}
+
+TEST(Options, ArchivesOfGroupsAreAsBefore) {
+  flash::FlashAdamW optimizer(std::vector<Tensor>{parameter({8}, 1)}, flash::FlashAdamWOptions(0.2));
+  torch::serialize::OutputArchive out;
+  optimizer.param_groups()[0].options().serialize(out);
+  std::stringstream stream;
+  out.save_to(stream);
+  torch::serialize::InputArchive in;
+  in.load_from(stream);
+  c10::IValue value;
+  EXPECT_FALSE(in.try_read("explicitly_set", value));
+  flash::FlashAdamWOptions read;
+  read.serialize(in);
+  EXPECT_EQ(set_names(read).size(), 16u) << "an archive that does not say: all";
+}
+
+}  // namespace
+}  // namespace flashoptim_test
