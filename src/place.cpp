@@ -207,14 +207,14 @@ Status check_place(const ParameterTensors& t, const TensorName& name, bool is_qu
   if (numel == 0) return Status::ok();
   const bool has_runs = place.run > 0 && place.run < numel;
   if (has_runs && numel % place.run != 0) {
-    return invalid(field(".run", place.run) + " does not divide the " + std::to_string(numel) + " elements of .layout");
+    return invalid(field(".run", place.run) + " does not divide the " + std::to_string(numel) + " elements of layout");
   }
   if (has_runs && place.stride < place.run) {
-    return invalid(field(".stride", place.stride) + "; must be at least .run, " + std::to_string(place.run));
+    return invalid(field(".stride", place.stride) + "; must be at least run, " + std::to_string(place.run));
   }
   if (whole.numel() == 0) {
     if (has_inner_cut(place, numel))
-      return invalid(field(".run", place.run) + " without .whole, which says where rows and groups begin");
+      return invalid(field(".run", place.run) + " without whole, which says where rows and groups begin");
     if (place.first_element > std::numeric_limits<int64_t>::max() - numel) {
       return invalid(field(".first_element", place.first_element) + "; with numel = " + std::to_string(numel) +
                      " it must be below 2^63");
@@ -227,16 +227,16 @@ Status check_place(const ParameterTensors& t, const TensorName& name, bool is_qu
       (runs > 1 && place.stride > (last_start - place.first_element) / (runs - 1))) {
     return invalid(field(".first_element", place.first_element) + ", " + field("run", place.run) + ", " +
                    field("stride", place.stride) + " with " + std::to_string(numel) +
-                   " elements goes past the end of .whole, which has " + std::to_string(whole.numel()));
+                   " elements goes past the end of whole, which has " + std::to_string(whole.numel()));
   }
   if (is_quantized && !groups_agree(t.layout, place)) {
     return invalid(field(".first_element", place.first_element) + ", " + field("run", place.run) + ", " +
-                   field("stride", place.stride) + " with .layout " + std::to_string(t.layout.rows) + " x " +
+                   field("stride", place.stride) + " with layout " + std::to_string(t.layout.rows) + " x " +
                    std::to_string(t.layout.row_size) + " cuts groups of " + std::to_string(kGroupSize) +
                    " of the whole, " + std::to_string(whole.rows) + " x " + std::to_string(whole.row_size) +
                    ", which quantized states do not allow: cut between rows or at multiples of " +
                    std::to_string(kGroupSize) +
-                   " within them (with .layout by shard_layout), or keep this tensor's states in StateCodec::kFloat32");
+                   " within them (with layout by shard_layout), or keep this tensor's states in StateCodec::kFloat32");
   }
   return Status::ok();
 }

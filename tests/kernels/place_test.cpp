@@ -197,12 +197,12 @@ TEST(Place, PlacesThatDoNotFitAreErrorsThatNameTheFieldAndTheValue) {
     void (*spoil)(Place&);
   };
   const Bad cases[] = {
-      {".first_element = -5", [](Place& p) { p.first_element = -5; }},
+      {"place.first_element = -5", [](Place& p) { p.first_element = -5; }},
       {".first_element = 97", [](Place& p) { p.first_element = 97; }},
-      {".run = -1", [](Place& p) { p.run = -1; }},
-      {".run = 48", [](Place& p) { p.run = 48; }},
-      {".run = 32 without .whole", [](Place& p) { p.whole = {}; }},
-      {".stride = 31", [](Place& p) { p.stride = 31; }},
+      {"place.run = -1", [](Place& p) { p.run = -1; }},
+      {"place.run = 48", [](Place& p) { p.run = 48; }},
+      {"place.run = 32 without whole", [](Place& p) { p.whole = {}; }},
+      {"place.stride = 31", [](Place& p) { p.stride = 31; }},
       {"stride = 129", [](Place& p) { p.stride = 129; }},
       {"rows = -2", [](Place& p) { p.whole.rows = -2; }},
       {"2^57", [](Place& p) { p.whole = {int64_t{1} << 40, int64_t{1} << 40}; }},
