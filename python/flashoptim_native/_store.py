@@ -67,6 +67,7 @@ class Store:
         self.plans: list[list[int]] = []
         self._plan_of: dict[int, int] = {}
         self._seen = 0  # plans made so far
+        self._on_cuda: tuple[int, bool] | None = None
 
     # Records
 
@@ -250,6 +251,12 @@ class Store:
         # The store writes behind autograd's back: a graph that saved a parameter must be told that it changed.
         torch.autograd.graph.increment_version(params)
 
+    def is_on_cuda(self) -> bool:
+        """Whether any parameter is on a CUDA device."""
+        if self._on_cuda is None or self._on_cuda[0] != self._seen:
+            self._on_cuda = (self._seen, any(_local_device(param).type == "cuda" for param in self.params))
+        return self._on_cuda[1]
+
     def plan_of(self, record: int) -> int | None:
         """The plan that a record is in; None: none yet."""
         return self._plan_of.get(record)
@@ -267,6 +274,11 @@ class Store:
         staged: dict[int, tuple[Tensor | None, Tensor | None]],
         counts_on_device: bool,
     ) -> None:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() cannot be captured in a CUDA graph as things are: call step() once before the capture, and keep "
+                "parameters, their states and the set of those with gradients as they are then"
+            )
         records = [need for need in needs if need >= 0]
         self._make_missing(records, state, change)
         for record in records:

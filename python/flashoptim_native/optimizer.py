@@ -200,6 +200,9 @@ class FlashOptimizer(torch.optim.Optimizer):
         if scaling is None:  # the gradients overflowed: nothing changes
             self._clip = None
             return loss
+        capturing = _is_capturing()
+        if capturing:
+            self._check_can_be_captured()
         if self._check_numerics:
             self._check_learning_rates(hypers, range(len(store.params)))
         lrs = self._lrs if any(lr is not None for lr in self._lrs) else None
@@ -212,7 +215,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             self._monitor.stride(store.params) if self._check_numerics else 0,
             self._counts_on_device(scaling, lrs),
         )
-        if _is_capturing():
+        if capturing:
             self._keep_for_graph(scaling)
         self._clip = None
         return loss
@@ -260,8 +263,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         scale: Tensor | float | None = attributes.get("grad_scale")
         if found_inf is None and scale is None:
             return _Scaling(clip=self._clip)
-        on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
-        if on_cuda:
+        if self._store.is_on_cuda():
             divisor = scale if isinstance(scale, Tensor) else None
             grad_scale = 1.0 if scale is None or divisor is not None else 1.0 / scale
             return _Scaling(grad_scale, divisor, self._clip, found_inf)
@@ -314,6 +316,13 @@ class FlashOptimizer(torch.optim.Optimizer):
             lr = self._lrs[group]
             value = hypers[group][0] if lr is None else float(lr)
             self._monitor.check_learning_rate(self.kind, param, store.name(record), store.form(record), value)
+
+    def _check_can_be_captured(self) -> None:
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                "step() cannot be captured in a CUDA graph with capturable=False, because the host counts steps and reads "
+                "lr: make the optimizer with capturable=True, and call step() once before the capture"
+            )
 
     def _keep_for_graph(self, scaling: _Scaling) -> None:
         """A replay of the graph being captured writes to these: they must not be freed before this optimizer is."""
@@ -488,7 +497,7 @@ class _Scaling(NamedTuple):
 
 
 def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 _seen_by_wrapper = (
