@@ -258,10 +258,10 @@ struct StoredArguments {
 };
 
 // Whether a step can run on a state as it is: store::Fit. correction_of: dtype of the parameter that the correction
-// belongs to, 0: the parameter's own.
+// belongs to, 0: the parameter's own. name: the parameter's, for messages.
 constexpr const char* kFitSchema =
     "fit_state(str optimizer, bool has_momentum, Tensor param, Tensor[] states, Tensor[] scales, Tensor? correction, "
-    "int correction_of, int master_weights, int codec, int[] place) -> int";
+    "int correction_of, int master_weights, int codec, int[] place, str name) -> int";
 
 void fit_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"fit_state"};
@@ -272,8 +272,9 @@ void fit_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const store::Format format{parse_master_weights(op, "master_weights", take_int(stack[7])),
                              parse_state_codec(op, "codec", take_int(stack[8]))};
   const Place place = parse_place(op, take_ints(stack[9]));
-  stack[0] =
-      give_int(static_cast<int64_t>(store::fit(optimizer, has_momentum, param, arguments.stored(), format, place)));
+  const std::string name = take_string(stack[10]);
+  stack[0] = give_int(
+      static_cast<int64_t>(store::fit(optimizer, has_momentum, param, arguments.stored(), format, place, name)));
 }
 
 // The arrays of a state in another format (store::convert): the arrays, the parameter's new values (one tensor, or

@@ -75,7 +75,7 @@ Place to_place(PyObject* tuple) {
 }
 
 /// describe(store, index: int, name: str, group: int, master_weights: int, codec: int, has_momentum: int,
-///          gradient_dtype: int, place: tuple | None, param: Tensor, state: dict)
+///          gradient_dtype: int, place: tuple | None, param: Tensor, is_copy: int, state: dict)
 PyObject* describe(Arguments a) {
   const Op op{"describe"};
   PythonStore& store = PythonStore::of(a[0]);
@@ -87,15 +87,16 @@ PyObject* describe(Arguments a) {
   options.has_momentum = to_int(a[6]) != 0;
   options.gradient_dtype = static_cast<DType>(to_int(a[7]));
   options.place = to_place(a[8]);
-  store.describe(op, to_int(a[1]), to_string(a[2]), options, a[9], a[10]);
+  options.is_copy = to_int(a[10]) != 0;
+  store.describe(op, to_int(a[1]), to_string(a[2]), options, a[9], a[11]);
   return none();
 }
 
-/// plan(store) -> list[list[int]]: makes the plans that are missing; the records of every plan.
+/// plan(store) -> list[list[int]] | None: makes the plans that are missing; the records of every plan, None: as before.
 PyObject* plan(Arguments a) {
   PythonStore& store = PythonStore::of(a[0]);
   const auto lock = store.lock();
-  store.store().plan({"plan"});
+  if (!store.store().plan({"plan"})) return none();
   Reference list(PyList_New(0));
   for (int64_t p = 0; p < store.store().plans(); ++p) {
     const Reference records(to_list(store.store().plan_view(p).records));
@@ -151,8 +152,7 @@ void run(bool on_cpu, Body body) {
 /// step(store, state: dict, staged: dict | None, counts_on_device: int, hypers: list[list[float]],
 ///      lrs: list[Tensor | None] | None, controls: list[tuple], grad_scale: float, telemetry_stride: int)
 ///   -> list[int] | int: what has to be seen to first (PythonStore::Step::needs), with nothing changed, or the number
-///   of
-/// parameters that were stepped. hypers and lrs have an entry a group, controls one a plan. Staged parameters are
+/// of parameters that were stepped. hypers and lrs have an entry a group, controls one a plan. Staged parameters are
 /// copied back and counts set in the same call: no signal of Python's comes between.
 PyObject* step(Arguments a) {
   const Op op{"step"};
@@ -192,8 +192,7 @@ PyObject* step(Arguments a) {
 
 /// step_one(store, index: int, state: dict | None, staged: tuple | None, hypers: list[float], lr: Tensor | None,
 ///          controls: tuple, grad_scale: float, telemetry_stride: int) -> int: 1: done; 0: describe it first; -1:
-///          plan()
-/// first. Telemetry is that of the record's whole plan; of one record, where it has none yet.
+///          plan() first. Telemetry is that of the record's whole plan; of one record, where it has none yet.
 PyObject* step_one(Arguments a) {
   const Op op{"step_one"};
   PythonStore& store = PythonStore::of(a[0]);
@@ -246,22 +245,33 @@ PyObject* same_objects(Arguments a) {
   return PyBool_FromLong(same ? 1 : 0);
 }
 
+void remember(std::vector<PyObject*>& types, PyObject* type) {
+  if (std::find(types.begin(), types.end(), type) != types.end()) return;
+  Py_IncRef(type);
+  types.push_back(type);
+}
+
 /// wrap(type): tensors of this type stand for their `_local_tensor`.
 PyObject* wrap(Arguments a) {
-  std::vector<PyObject*>& types = python_side().wrapper_types;
-  if (std::find(types.begin(), types.end(), a[0]) == types.end()) {
-    Py_IncRef(a[0]);
-    types.push_back(a[0]);
-  }
+  remember(python_side().wrapper_types, a[0]);
   return none();
 }
+
+/// plain(type): tensors of this type, a subclass of torch.Tensor, are as those of torch.Tensor.
+PyObject* plain(Arguments a) {
+  remember(python_side().plain_types, a[0]);
+  return none();
+}
+
+/// steps(store) -> int: how many calls of step and step_one have stepped.
+PyObject* steps(Arguments a) { return PyLong_FromLongLong(PythonStore::of(a[0]).steps()); }
 
 #define FLASHOPTIM_FUNCTION(name, count) {#name, reinterpret_cast<void*>(&guarded<count, name>), kPyFastCall, nullptr}
 PyMethod g_functions[] = {
     FLASHOPTIM_FUNCTION(new_store, 1), FLASHOPTIM_FUNCTION(reset, 2),         FLASHOPTIM_FUNCTION(forget, 2),
-    FLASHOPTIM_FUNCTION(describe, 11), FLASHOPTIM_FUNCTION(plan, 1),          FLASHOPTIM_FUNCTION(step, 9),
+    FLASHOPTIM_FUNCTION(describe, 12), FLASHOPTIM_FUNCTION(plan, 1),          FLASHOPTIM_FUNCTION(step, 9),
     FLASHOPTIM_FUNCTION(step_one, 9),  FLASHOPTIM_FUNCTION(gradient_norm, 7), FLASHOPTIM_FUNCTION(same_objects, 2),
-    FLASHOPTIM_FUNCTION(wrap, 1),
+    FLASHOPTIM_FUNCTION(wrap, 1),      FLASHOPTIM_FUNCTION(plain, 1),         FLASHOPTIM_FUNCTION(steps, 1),
 };
 #undef FLASHOPTIM_FUNCTION
 

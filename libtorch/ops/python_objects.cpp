@@ -15,14 +15,17 @@ PythonSide& python_side() { return g_side; }
 LocalTensor::LocalTensor(PyObject* object) {
   const PythonSide& side = python_side();
   PyObject* const type = type_of(object);
-  if (type == side.tensor_type || type == side.parameter_type) {
+  const auto is_plain = [&side](PyObject* of) {
+    return of == side.tensor_type || of == side.parameter_type ||
+           std::find(side.plain_types.begin(), side.plain_types.end(), of) != side.plain_types.end();
+  };
+  if (is_plain(type)) {
     object_ = object;
     return;
   }
   if (std::find(side.wrapper_types.begin(), side.wrapper_types.end(), type) == side.wrapper_types.end()) return;
   held_ = Reference(PyObject_GetAttr(object, side.local_tensor));
-  PyObject* const local = type_of(held_.get());
-  if (local == side.tensor_type || local == side.parameter_type) object_ = held_.get();
+  if (is_plain(type_of(held_.get()))) object_ = held_.get();
 }
 
 std::string to_string(PyObject* text) {

@@ -16,6 +16,7 @@ struct PythonSide {
   PyObject *tensor_type = nullptr, *parameter_type = nullptr;
   PyObject *grad = nullptr, *local_tensor = nullptr;  // names of attributes
   std::vector<PyObject*> wrapper_types;               // of tensors whose memory is their `_local_tensor`'s
+  std::vector<PyObject*> plain_types;                 // subclasses of tensors whose memory is their own
   std::intptr_t tensor_offset = 0;                    // of a tensor in its Python object
   bool is_free_threaded = false;
 };

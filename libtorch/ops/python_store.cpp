@@ -26,6 +26,25 @@ PyObject* staged_or(PyObject* pair, PySsize place, PyObject* other) {
   return is_none(value) ? other : value;
 }
 
+/// A dict's key as text; nothing where it is none.
+std::string text_or_nothing(PyObject* key) {
+  PySsize size = 0;
+  const char* const data = PyUnicode_AsUTF8AndSize(key, &size);
+  if (data != nullptr) return std::string(data, static_cast<size_t>(size));
+  PyErr_Clear();
+  return {};
+}
+
+/// Address of a gradient that a step can take as it lies; false for one that it cannot.
+bool read_gradient(const store::Record& record, const LocalTensor& grad, const void** address) {
+  Facts facts;
+  if (!grad.has_value() || !read_facts(grad.handle(), &facts)) return false;
+  if (!record.takes_gradient(facts, device_of(grad.handle()))) return false;
+  *address = facts.data;
+  // Only a tensor of one element can lie as it should and yet have the other sign: an imaginary part has gaps.
+  return record.tensors().layout.numel() != 1 || !is_negated(grad.handle());
+}
+
 }  // namespace
 
 PythonStore::PythonStore(OptimizerKind optimizer) : store_(optimizer) {}
@@ -77,7 +96,7 @@ std::shared_ptr<const PythonStore::Entries> PythonStore::entries_of(PyObject* st
   PyObject *key = nullptr, *value = nullptr;
   for (PySsize position = 0; PyDict_Next(state, &position, &key, &value) != 0;) {
     Entry entry{Reference::borrowed(key), EntryKind::kOther, 0};
-    const std::string name = to_string(key);
+    const std::string name = text_or_nothing(key);
     if (name == "step") entry.kind = EntryKind::kStep;
     if (name == "correction") entry.kind = EntryKind::kCorrection;
     for (int k = 0; k < slots; ++k) {
@@ -88,6 +107,7 @@ std::shared_ptr<const PythonStore::Entries> PythonStore::entries_of(PyObject* st
     }
     entries.push_back(std::move(entry));
   }
+  std::erase_if(known_entries_, [](const auto& known) { return known.use_count() == 1; });  // nobody's any more
   for (const auto& known : known_entries_) {
     const auto same = [](const Entry& a, const Entry& b) { return a.key.get() == b.key.get(); };
     if (std::equal(known->begin(), known->end(), entries.begin(), entries.end(), same)) return known;
@@ -144,8 +164,10 @@ void PythonStore::match_states(PyObject* state, std::vector<PyObject*>* states) 
 bool PythonStore::read_count(int64_t index, PyObject* value, store::StepCount* count) const {
   *count = {};
   if (type_of(value) == &PyLong_Type) {
-    count->taken = to_int(value);
-    return count->taken >= 0;
+    count->taken = PyLong_AsLongLong(value);
+    if (count->taken != -1 || PyErr_Occurred() == nullptr) return count->taken >= 0;
+    PyErr_Clear();  // too large
+    return false;
   }
   const LocalTensor tensor(value);
   Facts facts;
@@ -163,6 +185,7 @@ bool PythonStore::is_current(int64_t index, PyObject* state, store::StepCount* c
   const store::Record& record = store_.record(index);
   const std::shared_ptr<const Entries>& entries = entries_[static_cast<size_t>(index)];
   if (!record.is_known() || entries == nullptr) return false;
+  const int slots = state_count(store_.optimizer(), record.options().has_momentum);
   const CriticalSection section(state);
   PyObject *key = nullptr, *value = nullptr;
   PySsize position = 0;
@@ -177,6 +200,7 @@ bool PythonStore::is_current(int64_t index, PyObject* state, store::StepCount* c
       if (!read_count(index, value, count)) return false;
       continue;
     }
+    if (entry.kind != EntryKind::kCorrection && entry.slot >= slots) continue;  // SGD's buffer while momentum is 0
     const LocalTensor tensor(value);
     Facts facts;
     if (!tensor.has_value() || !read_facts(tensor.handle(), &facts)) return false;
@@ -230,10 +254,8 @@ PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool coun
       const LocalTensor param(staged_or(pair, 0, params_[i].get())), grad(staged_or(pair, 1, grads[i]));
       Facts facts;
       if (!param.has_value() || !read_facts(param.handle(), &facts) || !record.is_parameter(facts)) return false;
-      if (!grad.has_value() || !read_facts(grad.handle(), &facts)) return false;
-      one.gradient = facts.data;
-      return record.takes_gradient(facts, device_of(grad.handle())) &&
-             (one.count.on_device != nullptr || !counts_on_device);
+      if (!read_gradient(record, grad, &one.gradient)) return false;
+      return (one.count.on_device != nullptr || !counts_on_device);
     };
     if (!fits()) {
       step.needs.push_back(index);
@@ -277,9 +299,7 @@ bool PythonStore::look_at(int64_t index, PyObject* state, PyObject* staged, One*
   const LocalTensor param(staged_or(pair, 0, object)), grad(staged_or(pair, 1, one->held_gradient.get()));
   Facts facts;
   if (!param.has_value() || !read_facts(param.handle(), &facts) || !record.is_parameter(facts)) return false;
-  if (!grad.has_value() || !read_facts(grad.handle(), &facts)) return false;
-  one->gradient = facts.data;
-  return record.takes_gradient(facts, device_of(grad.handle()));
+  return read_gradient(record, grad, &one->gradient);
 }
 
 void PythonStore::copy_back(int64_t index, PyObject* pair) {
@@ -302,6 +322,7 @@ void PythonStore::set_count(int64_t index, PyObject* state, PyObject* value) {
 }
 
 void PythonStore::count(const Step& step) {
+  ++steps_;
   Reference value;
   int64_t last = -1;
   for (size_t i = 0; i < step.stepped.size(); ++i) {
@@ -314,6 +335,7 @@ void PythonStore::count(const Step& step) {
 }
 
 void PythonStore::count_one(int64_t index, PyObject* state, store::StepCount count) {
+  ++steps_;
   if (count.on_device != nullptr) return;
   const Reference value(PyLong_FromLongLong(count.taken + 1));
   set_count(index, state, value.get());

@@ -64,6 +64,8 @@ class PythonStore {
   /// Sets the host's step counts in the dicts of what was stepped.
   void count(const Step& step);
   void count_one(int64_t index, PyObject* state, store::StepCount count);
+  /// Steps that were done: an interrupt right behind one must not be taken for its failure.
+  int64_t steps() const { return steps_; }
 
   /// Records that a plan has, and whether it is on the CPU: its step then gives up Python's lock.
   bool has_cpu_plan() const;
@@ -92,6 +94,7 @@ class PythonStore {
   std::vector<std::shared_ptr<const Entries>> entries_;        // of each record
   std::vector<std::shared_ptr<const Entries>> known_entries_;  // each kind once
   std::vector<int64_t> order_;                                 // records of optimizer.state's entries, as last seen
+  int64_t steps_ = 0;
 };
 
 }  // namespace flashoptim::ops

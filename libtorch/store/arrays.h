@@ -80,13 +80,14 @@ struct Converted {
 Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param,
                   const Stored& stored, Format to, const Place& place = {});
 
-/// Whether a step can run on what is stored as it is.
+/// Whether a step can run on what is stored as it is. `name` stands for the parameter in messages, of storages that are
+/// too small.
 enum class Fit : int64_t {
   kNo = 0,        ///< it must be converted
   kYes = 1,       ///< and lies as the parameter does
   kOwnOrder = 2,  ///< in a storage order of its own: the parameter must be copied to be stepped
 };
 Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, const Stored& stored, Format format,
-        const Place& place = {});
+        const Place& place = {}, const std::string& name = "param");
 
 }  // namespace flashoptim::store

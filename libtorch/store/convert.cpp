@@ -220,9 +220,9 @@ Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool 
 }
 
 Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, const Stored& stored, Format format,
-        const Place& place) {
+        const Place& place, const std::string& name) {
   const Op op{"fit"};
-  const TensorInfo info = read_tensor(op, {"param"}, param);
+  const TensorInfo info = read_tensor(op, {name.c_str()}, param);
   const std::vector<int64_t> sizes(info.sizes, info.sizes + info.dim);
   const bool wants_correction = correction_bits(format.master_weights) != 0;
   const auto slots = static_cast<size_t>(state_count(optimizer, has_momentum));
@@ -233,7 +233,9 @@ Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, cons
   }
   // All arrays lie in one order: that of the first.
   AtenTensorHandle const first = slots > 0 ? stored.arrays.states[0] : stored.correction;
-  const TensorInfo like = first == nullptr ? info : read_tensor(op, {"states"}, first);
+  const std::string first_name =
+      "state '" + array_name(optimizer, slots > 0 ? Role::kState : Role::kCorrection, 0) + "' of " + name;
+  const TensorInfo like = first == nullptr ? info : read_tensor(op, {first_name.c_str()}, first);
   const StorageOrder order = order_of(like);
   for (const ArraySpec& spec : arrays_of(optimizer, has_momentum, format, sizes, order, place)) {
     const auto slot = static_cast<size_t>(spec.slot);
@@ -242,7 +244,8 @@ Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, cons
                                     : slot < stored.arrays.scales.size() ? stored.arrays.scales[slot]
                                                                          : nullptr;
     if (tensor == nullptr) return Fit::kNo;
-    const TensorInfo read = read_tensor(op, {"states"}, tensor);
+    const std::string array = "state '" + array_name(optimizer, spec.role, spec.slot) + "' of " + name;
+    const TensorInfo read = read_tensor(op, {array.c_str()}, tensor);
     const bool same_dtype =
         read.dtype == spec.dtype || (spec.role == Role::kScale && accepts_scale_dtype(format.codec, read.dtype));
     if (!same_dtype || read.device != info.device || !same_sizes(read, spec.sizes)) return Fit::kNo;

@@ -20,12 +20,12 @@ bool same_extents(const Facts& facts, const std::vector<int64_t>& sizes, const s
 }
 
 /// Throws where two written arrays share memory.
-void check_no_overlap(Op op, const std::vector<ParameterTensors>& tensors) {
+void check_no_overlap(Op op, const std::vector<ParameterTensors>& tensors, const std::vector<int64_t>& numbers) {
   struct Range {
     const char* begin;
     const char* end;
     const char* what;
-    size_t tensor;
+    int64_t tensor;
   };
   std::vector<Range> ranges;
   ranges.reserve(tensors.size() * 6);
@@ -33,7 +33,7 @@ void check_no_overlap(Op op, const std::vector<ParameterTensors>& tensors) {
     const ParameterTensors& t = tensors[i];
     const auto add = [&](const void* data, int64_t bytes, const char* what) {
       const char* begin = static_cast<const char*>(data);
-      if (data != nullptr && bytes > 0) ranges.push_back({begin, begin + bytes, what, i});
+      if (data != nullptr && bytes > 0) ranges.push_back({begin, begin + bytes, what, numbers[i]});
     };
     const int64_t numel = t.layout.numel();
     add(t.parameter, numel * (t.parameter_dtype == DType::kFloat32 ? 4 : 2), "the parameter");
@@ -58,6 +58,12 @@ bool same_but_addresses(const ParameterTensors& a, const ParameterTensors& b) {
          a.gradient_dtype == b.gradient_dtype && a.master_weights == b.master_weights && a.state_codec == b.state_codec;
 }
 
+/// Whether the arrays of `b` are where those of `a` are; a parameter that is a copy is in memory of its own anyway.
+bool same_addresses(const ParameterTensors& a, const ParameterTensors& b, bool is_copy) {
+  return (is_copy || a.parameter == b.parameter) && a.correction == b.correction &&
+         std::equal(a.states, a.states + kMaxStates, b.states) && std::equal(a.scales, a.scales + kMaxStates, b.scales);
+}
+
 int32_t dtype_code(DType dtype) {
   if (dtype == DType::kBFloat16) return codes().bfloat16;
   return dtype == DType::kFloat16 ? codes().float16 : codes().float32;
@@ -66,7 +72,9 @@ int32_t dtype_code(DType dtype) {
 }  // namespace
 
 bool Record::fits(const Facts& facts, int32_t dtype) const {
-  return is_known_ && facts.dtype == dtype && same_extents(facts, sizes_, strides_, tensors_.layout.numel() == 0);
+  const int64_t numel = tensors_.layout.numel();
+  return is_known_ && facts.dtype == dtype && same_extents(facts, sizes_, strides_, numel == 0) &&
+         facts.bytes >= numel * element_size(dtype);
 }
 
 bool Record::fits_scale(const Facts& facts, int slot) const {
@@ -77,7 +85,7 @@ bool Record::fits_scale(const Facts& facts, int slot) const {
     if (facts.sizes[d] != 1 && facts.strides[d] != numel && tensors_.layout.groups() != 0) return false;
     numel *= facts.sizes[d];
   }
-  return numel == tensors_.layout.groups();
+  return numel == tensors_.layout.groups() && facts.bytes >= numel * element_size(facts.dtype);
 }
 
 void Store::reset(int64_t count) {
@@ -168,6 +176,7 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
     t.correction = is_meta ? nullptr : mutable_data(correction);
   }
 
+  if (!is_meta) check_no_overlap(op, {t}, {index});
   Record& record = records_[static_cast<size_t>(index)];
   const bool stays = record.plan_ >= 0 && record.device_ == next.device_ &&
                      record.options_.has_momentum == options.has_momentum &&
@@ -182,6 +191,7 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
       moved.hyper_index = planned.hyper_index[static_cast<size_t>(next.index_)];
       op.check(planned.plan.set_tensor(next.index_, moved));
     }
+    next.is_apart_ = record.is_apart_ && same_addresses(record.tensors_, next.tensors_, options.is_copy);
   } else {
     if (record.plan_ >= 0) {
       plans_[static_cast<size_t>(record.plan_)]->records[static_cast<size_t>(record.index_)] = -1;
@@ -213,7 +223,6 @@ bool Store::plan(Op op) {
     if (planned->backend != Backend::kMeta) {
       std::vector<ParameterTensors> tensors;
       for (const int64_t i : planned->records) tensors.push_back(record(i).tensors_);
-      check_no_overlap(op, tensors);
       op.check(DevicePlan::make(planned->backend, planned->device, optimizer_, planned->has_momentum, tensors,
                                 &planned->plan));
     }
@@ -250,6 +259,7 @@ void Store::begin() {
     planned->taken = 0;
   }
   taken_ = 0;
+  has_moved_ = false;
 }
 
 int32_t Store::place_of(Planned& planned, const Set& set) {
@@ -273,8 +283,24 @@ void Store::take(int64_t index, const void* gradient, StepCount count) {
       static_cast<void>(planned.plan.set_hyper_index(record.index_, set));  // in range: fewer sets than records
     }
   }
+  has_moved_ = has_moved_ || !record.is_apart_;
   ++planned.taken;
   ++taken_;
+}
+
+void Store::check_moved(Op op) {
+  for (const auto& planned : plans_) {
+    if (planned->backend == Backend::kMeta) continue;
+    std::vector<ParameterTensors> tensors;
+    std::vector<int64_t> taken;
+    for (size_t at = 0; at < planned->records.size(); ++at) {
+      if (planned->gradients[at] == nullptr) continue;
+      taken.push_back(planned->records[at]);
+      tensors.push_back(record(taken.back()).tensors_);
+    }
+    check_no_overlap(op, tensors, taken);
+    for (const int64_t i : taken) records_[static_cast<size_t>(i)].is_apart_ = true;
+  }
 }
 
 int64_t Store::only_plan(Op op) const {
@@ -316,6 +342,7 @@ void Store::step(Op op, const std::vector<GroupHyperparameters>& groups, const s
     std::vector<Hyperparameters> hypers;
     StepControls controls;
   };
+  if (has_moved_) check_moved(op);
   std::vector<Work> works;
   for (size_t p = 0; p < plans_.size(); ++p) {
     Planned& planned = *plans_[p];

@@ -30,6 +30,8 @@ struct RecordOptions {
   Format format;
   bool has_momentum = true;
   DType gradient_dtype = DType::kFloat32;
+  /// The tensor is a copy for one step, of a parameter that lies otherwise than its state.
+  bool is_copy = false;
   /// Where the local tensor lies in the whole; as it stands for a tensor that is the whole.
   Place place;
 };
@@ -77,6 +79,7 @@ class Record {
   // Of the plan that it is in; -1: none yet.
   int32_t plan_ = -1, index_ = -1;
   bool was_stepped_alone_ = false;
+  bool is_apart_ = false;  // from the arrays of the records that it was stepped with, as far as it has not moved since
 };
 
 /// Steps that a parameter has taken: a number of the host's, or, where it is not null, an int64 on the parameter's
@@ -121,8 +124,7 @@ class Store {
                 const StateTensors& stored, AtenTensorHandle correction);
   void forget(int64_t index);
 
-  /// Makes plans for what is new: one for each device and number of slots. True where any plan has changed. Throws
-  /// where two arrays share memory.
+  /// Makes plans for what is new: one for each device and number of slots. True where any plan has changed.
   bool plan(Op op);
   /// Records of the plan that record `index` is in; 1, of its own, where there is none yet.
   size_t plan_size(int64_t index) const;
@@ -146,7 +148,7 @@ class Store {
   int64_t only_plan(Op op) const;
 
   /// Steps what was taken; `groups` has one entry a group, `controls` one a plan. All plans are checked before one
-  /// changes anything.
+  /// changes anything, and that no two arrays share memory: among what was taken, for others may be gone by now.
   void step(Op op, const std::vector<GroupHyperparameters>& groups, const std::vector<Controls>& controls);
   /// Whether a record that is stepped alone should be planned first. New parameters come one after the other in the
   /// first backward pass, and planning all at each would cost the square of their number: so a record is first stepped
@@ -180,13 +182,15 @@ class Store {
   };
 
   static int32_t place_of(Planned& planned, const Set& set);
+  void check_moved(Op op);
   void fill_in(const Planned& planned, const std::vector<GroupHyperparameters>& groups, const Controls& controls,
                std::vector<Hyperparameters>* hypers, StepControls* step) const;
 
   OptimizerKind optimizer_;
   std::vector<Record> records_;
   std::vector<std::unique_ptr<Planned>> plans_;
-  bool is_stale_ = false;  // there are known records in no plan, or plans of records that have changed
+  bool is_stale_ = false;   // there are known records in no plan, or plans of records that have changed
+  bool has_moved_ = false;  // one that was taken has
   int64_t taken_ = 0;
 };
 

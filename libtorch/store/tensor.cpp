@@ -1,6 +1,8 @@
 #include "libtorch/store/tensor.h"
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
@@ -26,7 +28,33 @@ bool same_strides(const TensorInfo& a, const TensorInfo& b) {
   return true;
 }
 
+/// Bytes from the tensor's first element to the end of its storage.
+int64_t bytes_from(int64_t storage_bytes, int64_t offset, int32_t dtype) {
+  return storage_bytes - offset * element_size(dtype);
+}
+
+/// Bytes from the first element of a tensor to behind its last one.
+int64_t extent(const TensorInfo& t) {
+  if (t.numel == 0) return 0;
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim; ++d) last += (t.sizes[d] - 1) * t.strides[d];
+  return (last + 1) * element_size(t.dtype);
+}
+
 }  // namespace
+
+int64_t element_size(int32_t dtype) {
+  static const std::array<int8_t, 128> kSizes = [] {
+    std::array<int8_t, 128> sizes = {};
+    const DtypeCodes& c = codes();
+    for (const int32_t known : {c.float32, c.bfloat16, c.float16, c.int8, c.uint8, c.int16, c.uint16, c.int64}) {
+      sizes[static_cast<size_t>(known)] = static_cast<int8_t>(aoti_torch_dtype_element_size(known));
+    }
+    return sizes;
+  }();
+  const int64_t size = dtype >= 0 && dtype < 128 ? kSizes[static_cast<size_t>(dtype)] : 0;
+  return size != 0 ? size : static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+}
 
 void check_torch(AOTITorchError error, const char* what) {
   if (error == AOTI_TORCH_SUCCESS) return;
@@ -115,6 +143,14 @@ TensorInfo read_tensor(Op op, Name name, AtenTensorHandle tensor) {
   info.device = device_of(tensor);
   info.sizes = sizes;
   info.strides = strides;
+  int64_t storage = 0, offset = 0;
+  check_torch(aoti_torch_get_storage_size(tensor, &storage), "get_storage_size");
+  check_torch(aoti_torch_get_storage_offset(tensor, &offset), "get_storage_offset");
+  if (extent(info) > bytes_from(storage, offset, info.dtype)) {
+    op.fail(name.str() + " of shape " + ints(info.sizes, info.dim) + " and dtype " + dtype_name(info.dtype) +
+            " needs more memory than its storage has, " + std::to_string(storage) +
+            " bytes: the storage has been resized");
+  }
   return info;
 }
 
@@ -156,11 +192,28 @@ bool is_dense(const TensorInfo& t) {
 }
 
 bool read_facts(AtenTensorHandle tensor, Facts* facts) {
-  return aoti_torch_get_strides(tensor, const_cast<int64_t**>(&facts->strides)) == AOTI_TORCH_SUCCESS &&
-         aoti_torch_get_sizes(tensor, const_cast<int64_t**>(&facts->sizes)) == AOTI_TORCH_SUCCESS &&
-         aoti_torch_get_dim(tensor, &facts->dim) == AOTI_TORCH_SUCCESS &&
-         aoti_torch_get_dtype(tensor, &facts->dtype) == AOTI_TORCH_SUCCESS &&
-         torch_get_const_data_ptr(tensor, &facts->data) == AOTI_TORCH_SUCCESS;
+  int64_t storage = 0, offset = 0;
+  const bool is_read = aoti_torch_get_strides(tensor, const_cast<int64_t**>(&facts->strides)) == AOTI_TORCH_SUCCESS &&
+                       aoti_torch_get_sizes(tensor, const_cast<int64_t**>(&facts->sizes)) == AOTI_TORCH_SUCCESS &&
+                       aoti_torch_get_dim(tensor, &facts->dim) == AOTI_TORCH_SUCCESS &&
+                       aoti_torch_get_dtype(tensor, &facts->dtype) == AOTI_TORCH_SUCCESS &&
+                       aoti_torch_get_storage_size(tensor, &storage) == AOTI_TORCH_SUCCESS &&
+                       aoti_torch_get_storage_offset(tensor, &offset) == AOTI_TORCH_SUCCESS &&
+                       torch_get_const_data_ptr(tensor, &facts->data) == AOTI_TORCH_SUCCESS;
+  if (is_read) facts->bytes = bytes_from(storage, offset, facts->dtype);
+  return is_read;
+}
+
+bool is_negated(AtenTensorHandle tensor) {
+  AtenTensorHandle copy = nullptr;
+  check_torch(aoti_torch_new_tensor_handle(tensor, &copy), "new_tensor_handle");
+  StableIValue stack[1];  // owns the copy from here on; the result takes its place
+  static_assert(sizeof stack == sizeof copy);
+  std::memcpy(stack, &copy, sizeof stack);
+  check_torch(aoti_torch_call_dispatcher("aten::is_neg", "", stack), "is_neg");
+  bool result = false;
+  std::memcpy(&result, stack, sizeof result);
+  return result;
 }
 
 Device device_of(AtenTensorHandle tensor) {

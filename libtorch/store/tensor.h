@@ -55,10 +55,17 @@ struct Facts {
   const int64_t* strides = nullptr;
   int64_t dim = 0;
   int32_t dtype = 0;
+  /// From data on to the end of the tensor's storage, which may be less than the tensor needs: a storage can be
+  /// resized.
+  int64_t bytes = 0;
 };
 
 /// False for a tensor without strides or memory to look at (sparse, fake).
 bool read_facts(AtenTensorHandle tensor, Facts* facts);
+/// Bytes of an element.
+int64_t element_size(int32_t dtype);
+/// Whether the values in memory are the tensor's with the other sign, as those of an imaginary part may be.
+bool is_negated(AtenTensorHandle tensor);
 
 Device device_of(AtenTensorHandle tensor);
 
@@ -94,7 +101,8 @@ std::string ints(const int64_t* values, int64_t count);
 /// With all digits.
 std::string number(double value);
 
-/// Reads a strided tensor; throws for undefined tensors and for other layouts, which have no strides to read.
+/// Reads a strided tensor; throws for undefined tensors, for other layouts, which have no strides to read, and for a
+/// storage that is too small for its tensor.
 TensorInfo read_tensor(Op op, Name name, AtenTensorHandle tensor);
 /// Address of the first element. Read-only access does not materialize copy-on-write tensors.
 const void* const_data(AtenTensorHandle tensor);

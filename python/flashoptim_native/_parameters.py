@@ -13,6 +13,9 @@ from . import _ops
 PARAMETER_DTYPES = tuple(_ops.DTYPES)
 
 
+_PLAIN_TYPES: set[type] = {Tensor, torch.nn.Parameter}
+
+
 class Local(NamedTuple):
     """A parameter as the store sees it."""
 
@@ -40,6 +43,7 @@ def check_parameter(param: Any, name: str) -> None:
         raise TypeError(f"{name} is a DTensor, which this version does not step; allowed are plain tensors")
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; allowed is torch.strided")
+    _check_type(param, name)
     if param.dtype not in PARAMETER_DTYPES:
         allowed = ", ".join(map(str, PARAMETER_DTYPES))
         raise TypeError(f"{name} has dtype {param.dtype}; allowed are {allowed}")
@@ -57,9 +61,16 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
             f"the gradient of {name} has layout {grad.layout}; allowed is torch.strided (for an embedding, "
             "sparse=False)"
         )
+    _check_type(grad, f"the gradient of {name}")
     if grad.shape != param.shape:
         raise RuntimeError(
             f"the gradient of {name} has shape {tuple(grad.shape)}; allowed is the parameter's, {tuple(param.shape)}"
+        )
+    storage = grad.untyped_storage().nbytes() // grad.element_size() - grad.storage_offset()
+    if grad.numel() > 0 and storage <= sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride())):
+        raise RuntimeError(
+            f"the gradient of {name} of shape {tuple(grad.shape)} and dtype {grad.dtype} needs more memory than its storage "
+            f"has, {grad.untyped_storage().nbytes()} bytes: the storage has been resized"
         )
     if grad.device != param.device:
         raise RuntimeError(f"the gradient of {name} is on {grad.device}; allowed is the parameter's, {param.device}")
@@ -69,6 +80,20 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
             f"the gradient of {name} has dtype {grad.dtype}; allowed are the parameter's dtype and torch.float32 "
             f"({allowed})"
         )
+
+
+def _check_type(tensor: Tensor, name: str) -> None:
+    """Makes a subclass of torch.Tensor known to the store; raises TypeError where its memory is not its own."""
+    kind = type(tensor)
+    if kind in _PLAIN_TYPES:
+        return
+    if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        raise TypeError(
+            f"{name} is a {kind.__name__}, which has a __torch_dispatch__ of its own; allowed are plain tensors and "
+            "subclasses without"
+        )
+    _ops.store.plain(kind)
+    _PLAIN_TYPES.add(kind)
 
 
 def overlaps(tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ STEP = "step"
 #: Slots of any optimizer: a state that holds one that its optimizer lacks is another optimizer's.
 ALL_SLOTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 _CODECS = {"paper": StateCodec.PAPER, "default": StateCodec.DEFAULT}
+_MOST_STEPS = 2**53
 _NO_PLACE: tuple[int, ...] = ()
 
 
@@ -87,15 +88,24 @@ class _Arrays(NamedTuple):
 
     @classmethod
     def of(cls, state: Mapping[str, Any], slots: Sequence[str]) -> _Arrays:
-        states = [state[slot].detach() for slot in slots if slot in state]
+        states = [state[slot].detach() for slot in slots if state.get(slot) is not None]
         scales = [state[slot + SCALE].detach() for slot in slots if state.get(slot + SCALE) is not None]
         correction = state.get(CORRECTION)
         return cls(states, scales, None if correction is None else correction.detach())
 
 
-def fit(kind: str, state: Mapping[str, Any], param: Local, form: Format, belongs_to: torch.dtype | None) -> Fit:
-    """Whether a step can run on a state as it is. ``belongs_to``: the parameter's dtype when it was made, if known."""
+def fit(
+    kind: str, state: Mapping[str, Any], param: Local, form: Format, name: str, belongs_to: torch.dtype | None
+) -> Fit:
+    """Whether a step can run on a state as it is. ``belongs_to``: the parameter's dtype when it was made, if known.
+
+    Raises:
+        RuntimeError: a tensor's storage is too small for it.
+    """
     slots = slots_of(kind, form)
+    known = (*slots, *(slot + SCALE for slot in slots), CORRECTION)
+    if not all(isinstance(state[key], Tensor) for key in known if key in state):
+        return Fit.NO
     arrays = _Arrays.of(state, slots)
     if len(arrays.states) != len(slots) or (arrays.scales and len(arrays.scales) != len(slots)):
         return Fit.NO
@@ -109,6 +119,7 @@ def fit(kind: str, state: Mapping[str, Any], param: Local, form: Format, belongs
             int(form.master_weights),
             int(form.codec),
             param.place or _NO_PLACE,
+            name,
         )
     )
 
@@ -152,7 +163,9 @@ def converted(
     if len(present) < len(slots) and (present or (not kind.startswith("sgd") and saved.get(STEP))):
         missing = ", ".join(slot for slot in slots if slot not in saved)
         raise ValueError(f"the state of {name} lacks {missing}; it holds {', '.join(sorted(map(str, saved)))}")
-    for key in (*present, CORRECTION):
+    if present and kind.startswith("adam") and STEP not in saved:
+        raise ValueError(f"the state of {name} lacks {STEP}; it holds {', '.join(sorted(map(str, saved)))}")
+    for key in (*present, *(slot + SCALE for slot in present), CORRECTION):
         if key in saved and not isinstance(saved[key], Tensor):
             raise ValueError(f"state {key!r} of {name} is a {type(saved[key]).__name__}; allowed is a tensor")
     arrays = _Arrays.of(saved, present)
@@ -165,7 +178,7 @@ def converted(
         made, rewritten, fate = _ops.convert_state(
             kind,
             form.has_momentum,
-            param.tensor.detach(),
+            dense(param.tensor.detach()),
             *arrays,
             _belongs_to(belongs_to),
             int(form.master_weights),
@@ -185,11 +198,12 @@ def converted(
     for key, value in saved.items():
         if key not in known:
             state[key] = value.detach().clone() if isinstance(value, Tensor) else value
-    _warn_of_correction(CorrectionFate(fate), name, param.tensor.dtype, belongs_to)
+    warn_of_correction(CorrectionFate(fate), name, param.tensor.dtype, belongs_to)
     return Converted(state, rewritten[0] if rewritten else None)
 
 
-def _warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, before: torch.dtype | None) -> None:
+def warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, before: torch.dtype | None) -> None:
+    """Says what of a correction does not go on; nothing where all does."""
     if fate == CorrectionFate.DROPPED:
         warnings.warn(
             f"the state of {name} has a correction, which a {dtype} parameter with these options does not keep: its "
@@ -240,12 +254,14 @@ def stored_codec(kind: str, state: Mapping[str, Any], slots: Sequence[str]) -> S
 
 def is_count(step: Any) -> bool:
     """Whether a step count can stay as it is: an int, or an int64 tensor of one element (counted on the device)."""
-    return type(step) is int or (isinstance(step, Tensor) and step.dtype == torch.int64 and step.numel() == 1)
+    if type(step) is int:
+        return 0 <= step < _MOST_STEPS
+    return isinstance(step, Tensor) and step.dtype == torch.int64 and step.numel() == 1
 
 
 def whole_number(value: Any, name: str) -> int:
     """A step count as an int."""
     number = float(value.item() if isinstance(value, Tensor) else value)
-    if not (number >= 0 and number == int(number) and number < 2**53):
+    if not (number >= 0 and number == int(number) and number < _MOST_STEPS):
         raise ValueError(f"state 'step' of {name} is {number!r}; allowed is an integer >= 0")
     return int(number)

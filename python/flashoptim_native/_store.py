@@ -9,6 +9,7 @@ steps. It holds no tensor: what is taken out of ``optimizer.state`` is free at o
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from ._parameters import Local
 from ._states import STEP, Format
 
 State = MutableMapping[Tensor, dict[str, Any]]
+#: By record: copies, for one step, of a parameter and a gradient that lie otherwise than the state.
+Staged = dict[int, tuple[Tensor | None, Tensor | None]]
 #: Tensors of one plan that a step reads or writes: nonfinite, grad_divisor, clip_coefficient, found_inf, telemetry.
 Controls = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -51,11 +54,12 @@ def _outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Store:
-    """The parameters of an optimizer, in the order of its groups."""
+    """The parameters of an optimizer, in the order of its groups. Threads take turns."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._handle = _ops.store.new_store(kind)
+        self._lock = threading.RLock()
         self._groups: list[dict[str, Any]] = []
         self._lists: list[list[Tensor]] = []
         self.params: list[Tensor] = []
@@ -73,12 +77,13 @@ class Store:
 
     def follow(self, groups: list[dict[str, Any]]) -> None:
         """Makes the parameters of ``groups`` the records, where they are not yet."""
-        if len(groups) == len(self._lists):
-            same = _ops.store.same_objects
-            if all(same(group["params"], known) for group, known in zip(groups, self._lists)):
-                self._groups = groups
-                return
-        self._reset(groups)
+        with self._lock:
+            if len(groups) == len(self._lists):
+                same = _ops.store.same_objects
+                if all(same(group["params"], known) for group, known in zip(groups, self._lists)):
+                    self._groups = groups
+                    return
+            self._reset(groups)
 
     def _reset(self, groups: list[dict[str, Any]]) -> None:
         belonged = {id(param): dtype for param, dtype in zip(self.params, self.dtypes)}
@@ -135,15 +140,16 @@ class Store:
 
     def forget_group(self, group: int) -> None:
         """The options of a group have changed: its parameters are described anew at their next step."""
-        for record, (owner, _) in enumerate(self._places):
-            if owner == group:
-                _ops.store.forget(self._handle, record)
+        with self._lock:
+            for record, (owner, _) in enumerate(self._places):
+                if owner == group:
+                    _ops.store.forget(self._handle, record)
 
-    def remember_dtype(self, param: Tensor, dtype: torch.dtype) -> None:
-        """The correction in a parameter's state belongs to weights of this dtype."""
+    def remember_dtype(self, param: Tensor) -> None:
+        """The correction in a parameter's state belongs to weights of the dtype that the parameter has."""
         record = self._index.get(id(param))
         if record is not None:
-            self.dtypes[record] = dtype
+            self.dtypes[record] = param.dtype
 
     # Steps
 
@@ -186,19 +192,16 @@ class Store:
         )
 
     def _run(self, state: State, counts_on_device: bool, call: Callable[[Any], Any], is_step: bool = True) -> int:
-        change = _Change(state)
-        staged: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-        try:
+        staged: Staged = {}
+        with self._lock, _Change(state, self._handle) as change:
             for _ in range(_MOST_LOOKS):
                 done = call(staged or None)
                 if type(done) is int:
                     break
                 self._see_to(done, state, change, staged, counts_on_device)
+                self._plan()
             else:
                 raise RuntimeError(f"the records {done} cannot be described; please report this")
-        except BaseException:
-            change.undo()
-            raise
         if done and is_step:
             self._bump(self.params if done == len(self.params) else [p for p in self.params if p.grad is not None])
         return done
@@ -217,13 +220,13 @@ class Store:
     ) -> None:
         """One step of one parameter, which has a gradient."""
         param = self.params[record]
-        change = _Change(state)
-        staged: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-        try:
+        staged: Staged = {}
+        with self._lock, _Change(state, self._handle) as change:
             for _ in range(_MOST_LOOKS):
                 held = state.get(param)
-                if held and counts_on_device and type(held[STEP]) is int:
-                    held[STEP] = torch.tensor(held[STEP], dtype=torch.int64, device=_local_device(param))
+                if counts_on_device and isinstance(held, dict) and _is_host_count(held.get(STEP)):
+                    counter = torch.tensor(held[STEP], dtype=torch.int64, device=_local_device(param))
+                    change.set(held, STEP, counter)
                 done = _ops.store.step_one(
                     self._handle,
                     record,
@@ -237,13 +240,12 @@ class Store:
                 )
                 if done == 1:
                     break
-                needs = [_PLAN_FIRST] if done == -1 else [record]
-                self._see_to(needs, state, change, staged, False)
+                if done == _PLAN_FIRST:
+                    self._plan()
+                else:
+                    self._see_to([record], state, change, staged, False)
             else:
                 raise RuntimeError(f"{self.name(record)} cannot be described; please report this")
-        except BaseException:
-            change.undo()
-            raise
         self._bump([param])
 
     @staticmethod
@@ -271,7 +273,7 @@ class Store:
         needs: Sequence[int],
         state: State,
         change: _Change,
-        staged: dict[int, tuple[Tensor | None, Tensor | None]],
+        staged: Staged,
         counts_on_device: bool,
     ) -> None:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -284,12 +286,15 @@ class Store:
         for record in records:
             self._describe(record, state, change, staged)
         if counts_on_device:
-            self._count_on_device(records, state)
+            self._count_on_device(records, state, change)
         if _UNSHARE_COUNTERS in needs:
-            self._unshare_counters(state)
-        if records or _PLAN_FIRST in needs:
-            self.plans = _ops.store.plan(self._handle)
-            self._plan_of = {record: number for number, plan in enumerate(self.plans) for record in plan}
+            self._unshare_counters(state, change)
+
+    def _plan(self) -> None:
+        plans = _ops.store.plan(self._handle)
+        if plans is not None:
+            self.plans = plans
+            self._plan_of = {record: number for number, plan in enumerate(plans) for record in plan}
             self._seen += 1
 
     @property
@@ -311,6 +316,7 @@ class Store:
             made = _states.new_states(self.kind, [(local, form) for _, local, form in items])
             for (record, _, _), new in zip(items, made):
                 change.put(self.params[record], new)
+                change.set(self.dtypes, record, self.params[record].dtype)
 
     def _check(self, record: int) -> None:
         param, name = self.params[record], self.name(record)
@@ -323,7 +329,7 @@ class Store:
         record: int,
         state: State,
         change: _Change,
-        staged: dict[int, tuple[Tensor | None, Tensor | None]],
+        staged: Staged,
     ) -> None:
         self._check(record)
         param, name, form = self.params[record], self.name(record), self.form(record)
@@ -331,18 +337,19 @@ class Store:
         held = state[param]
         if not isinstance(held, dict):
             raise RuntimeError(f"the state of {name} is a {type(held).__name__}; allowed is a dict")
-        fit = _states.fit(self.kind, held, local, form, self.dtypes[record])
+        fit = _states.fit(self.kind, held, local, form, name, self.dtypes[record])
         if fit == Fit.NO or not _states.is_count(held.get(STEP)):
             held = self._convert(record, held, local, form, change)
-            fit = _states.fit(self.kind, held, local, form, None)
+            fit = _states.fit(self.kind, held, local, form, name, None)
         elif isinstance(held[STEP], Tensor) and held[STEP].device != local.tensor.device:
-            held[STEP] = held[STEP].to(local.tensor.device)
+            change.set(held, STEP, held[STEP].to(local.tensor.device))
         order = _order_of(held, _states.slots_of(self.kind, form), local.tensor)
         weights = grad = None
         if fit == Fit.OWN_ORDER or not _lies(local.tensor, order):
             weights = _copy_in(local.tensor, order)
-        if param.grad is not None and not _lies(param.grad, order):
+        if param.grad is not None and (not _lies(param.grad, order) or param.grad.is_neg()):
             grad = _copy_in(param.grad, order)
+        staged.pop(record, None)
         if weights is not None or grad is not None:
             staged[record] = (weights, grad)
         gradient_dtype = local.tensor.dtype if param.grad is None else param.grad.dtype
@@ -357,9 +364,10 @@ class Store:
             _ops.DTYPES[gradient_dtype],
             local.place,
             local.tensor if weights is None else weights,
+            weights is not None,
             held,
         )
-        self.dtypes[record] = param.dtype
+        change.set(self.dtypes, record, param.dtype)
 
     def _convert(
         self, record: int, held: dict[str, Any], local: Local, form: Format, change: _Change
@@ -378,27 +386,27 @@ class Store:
         held = state.get(param)
         if not held:
             state[param] = held = _states.new_states(self.kind, [(local, form)])[0]
-        elif _states.fit(self.kind, held, local, form, self.dtypes[record]) == Fit.NO:
-            change = _Change(state)
-            held = self._convert(record, held, local, form, change)
+        elif _states.fit(self.kind, held, local, form, self.name(record), self.dtypes[record]) == Fit.NO:
+            with _Change(state, self._handle) as change:
+                held = self._convert(record, held, local, form, change)
         self.dtypes[record] = param.dtype
         return held
 
     # Step counts on the device
 
-    def _count_on_device(self, records: Sequence[int], state: State) -> None:
+    def _count_on_device(self, records: Sequence[int], state: State, change: _Change) -> None:
         """Makes step counts tensors, one for all parameters that have the same."""
         made: dict[tuple[torch.device, int], Tensor] = {}
         for record in records:
             held = state[self.params[record]]
             count = held[STEP]
-            if type(count) is int:
+            if _is_host_count(count):
                 key = (_local_device(self.params[record]), count)
                 if key not in made:
                     made[key] = torch.tensor(count, dtype=torch.int64, device=key[0])
-                held[STEP] = made[key]
+                change.set(held, STEP, made[key])
 
-    def _unshare_counters(self, state: State) -> None:
+    def _unshare_counters(self, state: State, change: _Change) -> None:
         """Parameters that sit out a step get counters of their own: one is shared only by those that step together."""
         held = [(param, state[param]) for param in self.params if state.get(param)]
         stepping = {id(one[STEP]) for param, one in held if param.grad is not None}
@@ -406,34 +414,51 @@ class Store:
         for param, one in held:
             count = one[STEP]
             if param.grad is None and isinstance(count, Tensor) and id(count) in stepping:
-                one[STEP] = copies.setdefault(id(count), count.clone())
+                change.set(one, STEP, copies.setdefault(id(count), count.clone()))
 
 
 class _Change:
-    """New entries of ``optimizer.state`` that a step needs: taken back where the step fails."""
+    """What a step has to change before it can be taken: taken back where it fails, except behind a step that was done.
 
-    def __init__(self, state: State) -> None:
+    (An interrupt comes as an exception right behind any call.)
+    """
+
+    def __init__(self, state: State, handle: Any) -> None:
         self._state = state
-        self._before: list[tuple[Tensor, dict[str, Any] | None]] = []
-        self._values: list[tuple[Tensor, Tensor]] = []
+        self._handle = handle
+        self._steps = _ops.store.steps(handle)
+        self._undo: list[Callable[[], Any]] = []
+
+    def __enter__(self) -> _Change:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and _ops.store.steps(self._handle) == self._steps:
+            for undo in reversed(self._undo):
+                undo()
 
     def put(self, param: Tensor, new: dict[str, Any]) -> None:
-        self._before.append((param, self._state.get(param)))
+        """A new entry of ``optimizer.state``."""
+        if param in self._state:
+            self._undo.append(functools.partial(self._state.__setitem__, param, self._state[param]))
+        else:
+            self._undo.append(functools.partial(self._state.pop, param, None))
         self._state[param] = new
+
+    def set(self, holder: Any, key: Any, value: Any) -> None:
+        """Another value in a dict or list that has one."""
+        if holder[key] is not value:
+            self._undo.append(functools.partial(holder.__setitem__, key, holder[key]))
+            holder[key] = value
 
     def rewrite(self, param: Tensor, values: Tensor) -> None:
         """The same weight in other digits: the correction has changed with them."""
-        self._values.append((param, param.detach().clone()))
+        self._undo.append(functools.partial(param.detach().copy_, param.detach().clone()))
         param.detach().copy_(values)
 
-    def undo(self) -> None:
-        for param, values in reversed(self._values):
-            param.detach().copy_(values)
-        for param, before in reversed(self._before):
-            if before is None:
-                self._state.pop(param, None)
-            else:
-                self._state[param] = before
+
+def _is_host_count(count: Any) -> bool:
+    return type(count) is int and _states.is_count(count)
 
 
 def _local_device(param: Tensor) -> torch.device:

@@ -20,8 +20,8 @@ from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
 
-# The optimizer keeps its handle under this name, so that nobody else has to. Copies and pickles of it have none.
-_ATTRIBUTE = "_gradient_release_handle"
+# The optimizer keeps its _Release under this name. Copies and pickles of it have none.
+_ATTRIBUTE = "_gradient_release"
 
 
 class _Watched(NamedTuple):
@@ -32,29 +32,26 @@ class _Watched(NamedTuple):
 
 
 class _ReleaseHook:
-    """What a parameter calls once its gradient is complete. It keeps neither the handle nor the optimizer alive."""
+    """What a parameter calls once its gradient is complete. It does not keep the optimizer alive."""
 
-    def __init__(self, handle: GradientReleaseHandle) -> None:
-        self._handle = weakref.ref(handle)
+    def __init__(self, release: _Release) -> None:
+        self._release = weakref.ref(release)
 
-    def owner(self) -> GradientReleaseHandle | None:
-        handle = self._handle()
-        return handle if handle is not None and handle.active else None
+    def owner(self) -> _Release | None:
+        release = self._release()
+        return release if release is not None and release.active else None
 
     def __call__(self, param: Tensor) -> None:
-        handle = self._handle()
-        if handle is not None:
-            handle._release(param)
+        release = self._release()
+        if release is not None:
+            release.release(param)
 
 
-class GradientReleaseHandle:
-    """What enable_gradient_release() returns: ends gradient release by remove(), or as a context manager.
-
-    The optimizer holds it: it need not be kept.
-    """
+class _Release:
+    """Gradient release of one optimizer, which holds it; it does not hold the optimizer, so that both die at once."""
 
     def __init__(self, optimizer: FlashOptimizer, left_to_step: Iterable[Tensor], pre_step: PreStep | None) -> None:
-        self._optimizer = optimizer
+        self._optimizer_ref = weakref.ref(optimizer)
         self._pre_step = pre_step
         self._watched = {id(param): _Watched(param, None) for param in left_to_step}
         self._accumulating = 0
@@ -76,40 +73,37 @@ class GradientReleaseHandle:
 
     @property
     def active(self) -> bool:
-        """Whether gradients are released: True until remove()."""
         return self._active
 
+    @property
+    def _optimizer(self) -> FlashOptimizer:
+        optimizer = self._optimizer_ref()
+        if optimizer is None:
+            raise RuntimeError("gradient release goes on without its optimizer; please report this")
+        return optimizer
+
     def remove(self) -> None:
-        """Ends gradient release: gradients are kept, and optimizer.step() steps. Calling it again does nothing."""
         if not self._active:
             return
         self._active = False
         self._unwatch_all()
         self._step_hook.remove()
-        for name, value in self._attributes.items():
-            if vars(self._optimizer).get(name) is value:
-                delattr(self._optimizer, name)
-
-    def __enter__(self) -> GradientReleaseHandle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+        optimizer, attributes = self._optimizer, self._attributes
+        self._attributes = {}
+        for name, value in attributes.items():
+            if vars(optimizer).get(name) is value:
+                delattr(optimizer, name)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """A context in which backward() keeps gradients and adds to them: for every micro-batch but the last.
-
-        The last one, outside, steps each parameter by the sum. Parameters that it does not reach keep theirs for
-        optimizer.step().
-        """
         self._accumulating += 1
         try:
             yield
         finally:
             self._accumulating -= 1
 
-    def _release(self, param: Tensor) -> None:
+    def release(self, param: Tensor) -> None:
+        """Steps a parameter whose gradient is complete, and frees the gradient."""
         if not self._active or self._accumulating or param.grad is None:
             return
         with self._lock:
@@ -192,6 +186,40 @@ class GradientReleaseHandle:
         self._watched.clear()
 
 
+class GradientReleaseHandle:
+    """What enable_gradient_release() returns: ends gradient release by remove(), or as a context manager.
+
+    It need not be kept; where it is, it keeps the optimizer.
+    """
+
+    def __init__(self, optimizer: FlashOptimizer, release: _Release) -> None:
+        self._optimizer = optimizer
+        self._release = release
+
+    @property
+    def active(self) -> bool:
+        """Whether gradients are released: True until remove()."""
+        return self._release.active
+
+    def remove(self) -> None:
+        """Ends gradient release: gradients are kept, and optimizer.step() steps. Calling it again does nothing."""
+        self._release.remove()
+
+    def __enter__(self) -> GradientReleaseHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which backward() keeps gradients and adds to them: for every micro-batch but the last.
+
+        The last one, outside, steps each parameter by the sum. Parameters that it does not reach keep theirs for
+        optimizer.step().
+        """
+        return self._release.accumulate()
+
+
 def enable_gradient_release(
     model_or_params: nn.Module | Tensor | Iterable[Any],
     optimizer: FlashOptimizer,
@@ -246,7 +274,7 @@ def enable_gradient_release(
     if not chosen:
         raise ValueError("model_or_params holds no parameter of the optimizer: there is nothing to release")
     left_to_step = [param for key, param in owned.items() if key not in chosen]
-    return GradientReleaseHandle(optimizer, left_to_step, pre_step)
+    return GradientReleaseHandle(optimizer, _Release(optimizer, left_to_step, pre_step))
 
 
 def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:

@@ -81,13 +81,15 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         self._store = Store(self.kind)
-        self._group_cache: list[tuple[Any, list[float]]] = []
+        # Of every group: options as they were read (None: read them again), the operators' numbers, the formats.
+        self._group_cache: list[tuple[Any, list[float], Any]] = []
         self._lrs: list[Tensor | None] = []
         self._monitor = NumericsMonitor()
         self._clip: Tensor | None = None
         self._no_controls: tuple[int, list[Controls]] = (-1, [])
-        # What captured CUDA graphs write to at every replay, beside parameters and gradients, which are the caller's.
-        self._captured: list[Any] = []
+        # What captured CUDA graphs write to at every replay, beside parameters and gradients, which are the caller's. A
+        # graph outlives the states that load_state_dict() replaces.
+        self._captured: list[Any] = vars(self).get("_captured", [])
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
@@ -147,23 +149,24 @@ class FlashOptimizer(torch.optim.Optimizer):
         """The operators' numbers of every group (step still open), checked."""
         cache = self._group_cache
         if len(cache) != len(self.param_groups):
-            self._group_cache = cache = [(None, [])] * len(self.param_groups)
+            self._group_cache = cache = [(None, [], None)] * len(self.param_groups)
             self._lrs = [None] * len(self.param_groups)
         for index in range(len(self.param_groups)):
             self._read_group(index)
-        return [values for _, values in cache]
+        return [values for _, values, _ in cache]
 
     def _read_group(self, index: int) -> list[float]:
         group = self.param_groups[index]
         options = [group.get(name) for name in (_options_with_decay if "decay_lr" in group else _options)]
-        known, values = self._group_cache[index]
-        if known != options:
+        known, values, form = self._group_cache[index]
+        if known is None or known != options:
             _validate.check_hyperparameters(group)
             _validate.check_format(group)
             values = _hyper_values(group)
-            if known is not None and _format_of_options(known) != _format_of_options(options):
+            now = _format_of_options(options)
+            if form is not None and form != now:
                 self._store.forget_group(index)
-            self._group_cache[index] = (options, values)
+            self._group_cache[index] = (None if any(map(_is_mutable, options)) else options, values, now)
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.is_cuda and group["capturable"]:
             self._lrs[index] = _validate.check_lr_tensor(lr)
@@ -252,7 +255,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             lambda one: self._controls_of_one(one, scaling),
             scaling.grad_scale,
             self._monitor.stride(store.params) if self._check_numerics else 0,
-            self._counts_on_device(scaling, [lr]),
+            scaling.found_inf is not None or lr is not None or self.param_groups[index]["capturable"],
         )
         self._clip = None
 
@@ -410,7 +413,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._store.follow(self.param_groups)
         for param, held in self.state.items():
             if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
-                self._store.remember_dtype(param, param.dtype)
+                self._store.remember_dtype(param)
 
     # Inspection
 
@@ -443,6 +446,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             correction = self.state.get(param, {}).get(_states.CORRECTION)
             if correction is not None:
                 correction.zero_()
+                self._store.remember_dtype(param)
 
     def get_fp32_model_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
@@ -453,6 +457,11 @@ class FlashOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Loads fp32 weights into the model and into this optimizer's corrections."""
         weights.set_fp32_model_state_dict(model, fp32_state_dict, self, strict=strict)
+
+    def _dtypes_of_corrections(self) -> dict[int, torch.dtype]:
+        """By id of a parameter, the dtype that it had when its correction was made, where that is known."""
+        self._store.follow(self.param_groups)
+        return {id(p): dtype for p, dtype in zip(self._store.params, self._store.dtypes) if dtype is not None}
 
     def numerics_report(self) -> NumericsReport:
         """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
@@ -467,9 +476,11 @@ class FlashOptimizer(torch.optim.Optimizer):
         self._monitor.largest.clear()
 
     def _state_with_correction(self, param: Tensor) -> dict[str, Any] | None:
-        """The parameter's state, made if there is none; None where its weights have no correction."""
+        """The state of a parameter that gets new weights, made if there is none; None where they have no correction."""
         record = self._store.index(param, self.param_groups)
+        self._store.remember_dtype(param)
         if self._store.form(record).master_weights not in _ops.CORRECTION_DTYPES:
+            self.state.get(param, {}).pop(_states.CORRECTION, None)
             return None
         return self._store.conforming_state(record, self.state)
 
@@ -516,6 +527,13 @@ def _format_of_options(options: list[Any]) -> list[Any]:
     """What of a group's options decides how its parameters are stored."""
     by_name = dict(zip(_options, options))
     return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
+
+
+def _is_mutable(option: Any) -> bool:
+    """Whether an option can change without becoming another object."""
+    if isinstance(option, tuple):
+        return any(map(_is_mutable, option))
+    return isinstance(option, (Tensor, list))
 
 
 def _hyper_values(group: Mapping[str, Any]) -> list[float]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops
-from ._ops import CORRECTION_DTYPES, MasterWeights
-from ._states import CORRECTION
+from ._ops import CORRECTION_DTYPES, CorrectionFate, MasterWeights
+from ._states import CORRECTION, warn_of_correction
 
 _NARROW_DTYPES = (torch.bfloat16, torch.float16)
 _MASTER_OF_DTYPE = {torch.int8: MasterWeights.CORRECTION8, torch.int16: MasterWeights.CORRECTION16}
@@ -75,6 +75,7 @@ def get_fp32_model_state_dict(model: nn.Module, *optimizers: torch.optim.Optimiz
     """
     model = _unwrapped(model)
     states = _states_by_parameter(optimizers)
+    dtypes = _dtypes_by_parameter(optimizers)
     result = {
         key: value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value.detach().clone()
         for key, value in model.state_dict().items()
@@ -83,7 +84,7 @@ def get_fp32_model_state_dict(model: nn.Module, *optimizers: torch.optim.Optimiz
     for name, param in model.named_parameters(remove_duplicate=False):
         state = states.get(id(param))
         if name in result and state is not None and CORRECTION in state:
-            result[name] = reconstruct_fp32_param(param, state[CORRECTION])
+            result[name] = _with_correction(name, param, state[CORRECTION], dtypes.get(id(param), param.dtype))
     return result
 
 
@@ -134,6 +135,26 @@ def set_fp32_model_state_dict(
 
 def _states_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[int, dict[str, Any]]:
     return {id(param): state for optimizer in optimizers for param, state in optimizer.state.items()}
+
+
+def _dtypes_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[int, torch.dtype]:
+    """The dtypes that parameters had when their corrections were made, as far as optimizers know them."""
+    found: dict[int, torch.dtype] = {}
+    for optimizer in optimizers:
+        if hasattr(optimizer, "_dtypes_of_corrections"):
+            found.update(optimizer._dtypes_of_corrections())
+    return found
+
+
+def _with_correction(name: str, param: Tensor, correction: Tensor, belongs_to: torch.dtype) -> Tensor:
+    """The fp32 weights of a parameter whose correction was made for a dtype: those that the next step goes on from."""
+    if belongs_to == param.dtype:
+        return reconstruct_fp32_param(param, correction)
+    before = param.detach().to(belongs_to)
+    if param.dtype == torch.bfloat16 or not torch.equal(before.to(param.dtype), param):
+        warn_of_correction(CorrectionFate.LOST, f"parameter {name!r}", param.dtype, belongs_to)
+        return param.detach().float()
+    return reconstruct_fp32_param(before, correction)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

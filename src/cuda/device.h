@@ -47,7 +47,7 @@ class DeviceGuard {
 /// Whether scales are where the kernels can read them as 16-bit numbers.
 Status check_scales(const ParameterTensors& tensor, const TensorName& name);
 
-/// Of a tensor that is gone through by its own layout; PlanTables::entry() knows its place, too.
+/// Without its place in pieces, if it has one (PlanTables::entry).
 TensorEntry make_entry(const ParameterTensors& tensor);
 
 }  // namespace flashoptim::cuda

@@ -46,7 +46,7 @@ Status Plan::Impl::upload_entries(TensorEntry* to, void* stream, Next next) cons
   int64_t index = 0;
   for (bool more = next(&index); status.is_ok() && more;) {
     args.indices[args.count] = static_cast<int32_t>(index);
-    args.entries[args.count] = tables.entry(tensors.tensor(index), index);
+    args.entries[args.count] = tables.entry(tensors, index);
     ++args.count;
     more = next(&index);
     if (more && args.count < capacity) continue;
@@ -263,7 +263,7 @@ Status Plan::Impl::step_singles(const Hyperparameters* given, const StepOptions&
         args.inline_hypers[0] = prepared(given[ready], options);
       }
     }
-    args.inline_tensor = tables.entry(t, index);
+    args.inline_tensor = tables.entry(tensors, index);
     args.inline_tensor.hyper_index = 0;
     const TensorWork& work = work_of(index);
     const Status status = launch({work.function, work.first_chunk, work.chunks, work.tiles}, &args, options.stream);

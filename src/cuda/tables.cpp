@@ -6,6 +6,7 @@
 
 #include "flashoptim/core/optimizer_list.h"
 #include "src/cuda/device.h"
+#include "src/place.h"
 
 namespace flashoptim::cuda {
 
@@ -87,12 +88,11 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
                         int32_t device, const MakeOptions& options) {
   const int64_t count = tensors.size();
   std::vector<TensorEntry> entry_table;
+  std::vector<TensorGroups> groups;
+  std::vector<core::PlacedGroups> pieces_table;
   std::vector<Chunk> chunk_table, inspect_table, norm_table;
   // Before tables are made of it: one that does not fit the device's counters would not fit the host's memory.
   int64_t all_groups = 0;
-  std::vector<TensorGroups> groups;
-  std::vector<core::PlacedGroups> pieces_table;
-  groups.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     groups.push_back(tensor_groups(tensors.tensor(i)));
     if (groups.back().count > (int64_t{1} << 42) - all_groups)
@@ -102,11 +102,10 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   }
   int64_t tiles = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t of_tensor = groups[static_cast<size_t>(i)].count;
+    const int64_t of_tensor = groups[static_cast<size_t>(i)].count, numel = tensors.tensor(i).layout.numel();
     tiles += (of_tensor + kTileGroups - 1) / kTileGroups;
     add_chunks(static_cast<int32_t>(i), of_tensor, kInspectChunkGroups, &inspect_table);
-    add_chunks(static_cast<int32_t>(i), (tensors.tensor(i).layout.numel() + kGroupSize - 1) / kGroupSize,
-               kNormChunkGroups, &norm_table);
+    add_chunks(static_cast<int32_t>(i), (numel + kGroupSize - 1) / kGroupSize, kNormChunkGroups, &norm_table);
   }
   const int64_t chunk_groups = tiles <= kFewTiles ? kTileGroups : kTileGroups * kTilesPerChunk;
   // One launch per kernel.
@@ -125,12 +124,7 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
       const auto chunks_of = static_cast<int64_t>(chunk_table.size()) - begin;
       if (chunks_of == 0) continue;
       last_groups = chunk_table.back().groups;
-      TensorWork& work = works[static_cast<size_t>(i)];
-      work.first_chunk = begin;
-      work.chunks = chunks_of;
-      work.tiles = tiles_of(chunks_of, last_groups);
-      work.function = functions.kernel[kernel];
-      work.first_group = of_tensor.first_group;
+      works[static_cast<size_t>(i)] = {begin, chunks_of, tiles_of(chunks_of, last_groups), functions.kernel[kernel]};
     }
     const auto end = static_cast<int64_t>(chunk_table.size());
     if (hot) make_hot(chunk_table.data() + first, chunk_table.data() + end);
@@ -191,8 +185,9 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   work = reinterpret_cast<WorkCounter*>(data + work_at);
   const auto* pieces = reinterpret_cast<const core::PlacedGroups*>(data + pieces_at);
   for (int64_t i = 0; i < count; ++i) {
-    if (groups[static_cast<size_t>(i)].in_pieces) works[static_cast<size_t>(i)].pieces = pieces++;
-    entry_table.push_back(entry(tensors.tensor(i), i));
+    const TensorGroups& of_tensor = groups[static_cast<size_t>(i)];
+    places.push_back({of_tensor.first_group, of_tensor.in_pieces ? pieces++ : nullptr});
+    entry_table.push_back(entry(tensors, i));
   }
   put(entry_table, entries_at, &image);
   const auto stream = static_cast<cudaStream_t>(options.stream);
@@ -209,13 +204,13 @@ Status PlanTables::make(const flashoptim::Plan& tensors, RuleKind rule, int stat
   return status.is_ok() ? done : status;
 }
 
-TensorEntry PlanTables::entry(const ParameterTensors& tensor, int64_t index) const {
-  const TensorWork& work = works[static_cast<size_t>(index)];
-  TensorEntry entry = make_entry(tensor);
-  entry.first_group = work.first_group;
-  entry.pieces = work.pieces;
-  if (work.pieces != nullptr) entry.flags |= kInPieces;
-  return entry;
+TensorEntry PlanTables::entry(const flashoptim::Plan& tensors, int64_t index) const {
+  TensorEntry out = make_entry(tensors.tensor(index));
+  const EntryPlace& place = places[static_cast<size_t>(index)];
+  out.first_group = place.first_group;
+  out.pieces = place.pieces;
+  if (place.pieces != nullptr) out.flags |= kInPieces;
+  return out;
 }
 
 }  // namespace flashoptim::cuda

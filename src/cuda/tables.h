@@ -27,7 +27,11 @@ struct TensorWork {
   int64_t chunks = 0;
   int64_t tiles = 0;
   StepLaunch function = nullptr;
-  int64_t first_group = 0;                     ///< of the tensor, in the whole
+};
+
+/// What an entry has beside ParameterTensors' fields: of TensorGroups.
+struct EntryPlace {
+  int64_t first_group = 0;
   const core::PlacedGroups* pieces = nullptr;  ///< on the device; null: not in pieces
 };
 
@@ -36,6 +40,7 @@ struct PlanTables {
   bool takes_large_arguments = false;
   std::vector<Launch> launches;
   std::vector<TensorWork> works;
+  std::vector<EntryPlace> places;
 
   PlanMemory* memory = nullptr;  // holds all of the following
   /// Two tables of tensors: launches that run read the first; those that are captured, and so their replays, the
@@ -64,9 +69,8 @@ struct PlanTables {
   Status make(const flashoptim::Plan& tensors, RuleKind rule, int states, int32_t hyper_capacity, int32_t device,
               const MakeOptions& options);
 
-  /// What the device's tables have of tensor `index`, which make() was given as it is but for its addresses and
-  /// hyper_index.
-  TensorEntry entry(const ParameterTensors& tensor, int64_t index) const;
+  /// Tensor `index` as the kernels read it, once the tables are made.
+  TensorEntry entry(const flashoptim::Plan& tensors, int64_t index) const;
 };
 
 }  // namespace flashoptim::cuda

@@ -312,7 +312,10 @@ def _broken(change):
         (lambda s, d: s.pop("exp_avg"), "lacks exp_avg"),
         (lambda s, d: s.update(exp_avg=s["exp_avg"][:5]), "'exp_avg' of parameter 0 .* has shape"),
         (lambda s, d: s.update(correction=s["correction"][:5]), "'correction' of parameter 0 .* has shape"),
-        (lambda s, d: s.update(correction=s["correction"].float()), "'correction' .* dtype float32; allowed are int8 and int16"),
+        (
+            lambda s, d: s.update(correction=s["correction"].float()),
+            "'correction' .* dtype float32; allowed are int8 and int16",
+        ),
         (lambda s, d: s.update(exp_avg_scale=s["exp_avg_scale"][:5]), "'exp_avg_scale' of parameter 0 .* has shape"),
         (lambda s, d: s.update(exp_avg_scale=s["exp_avg_scale"].float()), "no known format"),
         (lambda s, d: s.update(exp_avg=s["exp_avg"].to(torch.int32)), "no known format"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashoptim_native
-from flashoptim_native import _ops, _states
+from flashoptim_native import _ops, _parameters, _states
 from helpers import CLASSES, HYPERS, assert_same_bits, bits, make_params, set_grads
 
 pytestmark = pytest.mark.skipif(
@@ -77,7 +77,7 @@ def test_several_groups_and_dtypes_share_the_step():
         both.append((params, flashoptim_native.FlashAdamW(groups, lr=1e-3, min_quantized_numel=64)))
     run_both(*both, 0, 5)
     assert_same_bits(*both)
-    assert len(both[1][1]._prepared) == 1
+    assert len(both[1][1]._store.plans) == 1
 
 
 def test_sgd_groups_with_and_without_momentum():
@@ -366,25 +366,24 @@ def launches(function):
     return [name for name in names if "kernel" in name or name.startswith("Mem")]  # the others are ranges of the host
 
 
-@pytest.mark.parametrize("chunk", [1 << 30, 10_000])
-def test_states_are_zeroed_in_one_launch(monkeypatch, chunk):
-    monkeypatch.setattr(_states, "_CHUNK_BYTES", chunk)
+def test_states_are_zeroed_in_one_launch():
     forms = [
-        _states.Format(_ops.MasterWeights.CORRECTION8, _ops.StateCodec.DEFAULT),
-        _states.Format(_ops.MasterWeights.CORRECTION16_NEAREST, _ops.StateCodec.PAPER),
-        _states.Format(_ops.MasterWeights.NONE, _ops.StateCodec.FLOAT32),
+        _states.Format(_ops.MasterWeights.CORRECTION8, _ops.StateCodec.DEFAULT, True),
+        _states.Format(_ops.MasterWeights.CORRECTION16_NEAREST, _ops.StateCodec.PAPER, True),
+        _states.Format(_ops.MasterWeights.NONE, _ops.StateCodec.FLOAT32, True),
     ]
     params = to_cuda(make_params(torch.bfloat16, SHAPES))
-    items = [(p, ("exp_avg", "exp_avg_sq"), form) for p in params for form in forms]
+    items = [(_parameters.local(p), form) for p in params for form in forms]
     torch.full((1 << 24,), 0x5A, dtype=torch.uint8, device="cuda")  # what the allocator hands out next is not zero
     made = []
-    names = launches(lambda: made.extend(_states.new_states(items)))
+    names = launches(lambda: made.extend(_states.new_states("adamw", items)))
     assert len(names) == 1 and "zero_kernel" in names[0]
-    for (param, slots, form), state in zip(items, made, strict=True):
-        wanted = {array.name: array for array in _states.arrays_of(param, slots, form)}
-        assert list(state) == ["step", *wanted]
-        for name, array in wanted.items():
-            assert state[name].dtype == array.dtype and tuple(state[name].shape) == array.shape
+    for (_, form), state in zip(items, made, strict=True):
+        arrays = list(state)[1:]
+        assert arrays == list(_ops.array_names("adamw", True, form.master_weights, form.codec))
+        storages = {state[name].untyped_storage().data_ptr() for name in arrays if state[name].numel()}
+        assert len(storages) == sum(state[name].numel() != 0 for name in arrays)  # each has memory of its own
+        for name in arrays:
             assert state[name].data_ptr() % 16 == 0 and state[name].count_nonzero() == 0
 
 
@@ -407,7 +406,7 @@ def test_zero_operator_on_the_current_stream():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         tensor.fill_(1.0)
-        _ops.zero_([tensor])  # on another stream it would be overtaken by fill_
+        torch.ops.flashoptim.zero_([tensor])  # on another stream it would be overtaken by fill_
     stream.synchronize()
     assert tensor.count_nonzero() == 0
 
@@ -453,3 +452,72 @@ def test_more_than_two_to_the_31_elements():
         )
         del p, optimizer, state
     assert results[0] == results[1]
+
+
+def test_a_graph_outlives_what_is_done_to_its_optimizer():
+    """reset_numerics(), a first gradient of a parameter, an odd gradient: a replay still steps what was captured."""
+    names = ("graphed", "plain")
+    runs = {name: to_cuda(make_params(torch.bfloat16)) for name in names}
+    options = {"lr": 1e-2, "capturable": True, "min_quantized_numel": 64}
+    optimizers = {name: flashoptim_native.FlashAdamW(runs[name], **options) for name in names}
+    late = 0  # has its first gradient after the capture
+    for name in names:
+        for index, p in enumerate(runs[name]):
+            p.grad = None if index == late else torch.ones_like(p)
+        optimizers[name].step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizers["graphed"].step()
+    graph.replay()
+    optimizers["graphed"].reset_numerics()
+    runs["graphed"][late].grad = torch.ones_like(runs["graphed"][late])
+    for p in runs["graphed"][1:]:
+        p.grad = None
+    optimizers["graphed"].step()  # another plan
+    junk = [torch.full((1 << 20,), 0x5A, dtype=torch.uint8, device="cuda") for _ in range(64)]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(int(one[0]) == 0x5A and bool((one == 0x5A).all()) for one in junk)
+    for _ in range(2):
+        optimizers["plain"].step()
+    for p in runs["plain"][1:]:
+        p.grad = None
+    runs["plain"][late].grad = torch.ones_like(runs["plain"][late])
+    optimizers["plain"].step()
+    for p, q in zip(runs["graphed"], runs["plain"], strict=True):
+        assert bits(p) == bits(q)
+
+
+def test_one_parameter_at_a_time_is_one_launch():
+    params = [torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")) for _ in range(2000)]
+    together = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = flashoptim_native.FlashAdamW(params, min_quantized_numel=64)
+    other = flashoptim_native.FlashAdamW(together, min_quantized_numel=64)
+    for step in range(3):
+        for p, q in zip(params, together, strict=True):
+            p.grad = torch.full_like(p, 0.5 + step)
+            q.grad = p.grad.clone()
+        for p in params[:-1]:
+            optimizer.step_param(p)
+        names = launches(lambda: optimizer.step_param(params[-1]))
+        if step == 2:  # in the first they are new, in the second they are planned together
+            assert len(names) == 1
+        other.step()
+    assert_same_bits((params, optimizer), (together, other))
+
+
+def test_states_moved_behind_the_optimizer():
+    """What the much-copied optimizer_to(device) does, there and back."""
+    host, device = pair("adamw", torch.bfloat16)
+    _, optimizer = device
+    run_both(host, device, 0, 2)
+    for target in ("cpu", "cuda"):
+        for held in optimizer.state.values():
+            for value in held.values():
+                if isinstance(value, torch.Tensor):
+                    value.data = value.data.to(target)
+    junk = [torch.full((1 << 16,), 0x5A, dtype=torch.uint8, device="cuda") for _ in range(64)]
+    run_both(host, device, 2, 4)
+    torch.cuda.synchronize()
+    assert all(bool((one == 0x5A).all()) for one in junk)
+    assert_same_bits(host, device)
