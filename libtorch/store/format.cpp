@@ -139,6 +139,8 @@ std::vector<ArraySpec> arrays_of(OptimizerKind optimizer, bool has_momentum, For
   return arrays;
 }
 
+int slot_count(OptimizerKind optimizer, bool has_momentum) { return state_count(optimizer, has_momentum); }
+
 std::string array_name(OptimizerKind optimizer, Role role, int slot, StateCodec codec) {
   if (role == Role::kCorrection) return "correction";
   std::string name = state_slot(optimizer, slot).name;

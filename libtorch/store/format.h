@@ -81,6 +81,8 @@ struct ArraySpec {
 std::vector<ArraySpec> arrays_of(OptimizerKind optimizer, bool has_momentum, Format format,
                                  const std::vector<int64_t>& sizes, const StorageOrder& order, const Shard& shard = {});
 
+/// How many slots a parameter of the optimizer has.
+int slot_count(OptimizerKind optimizer, bool has_momentum);
 /// Name in `state[p]`: "exp_avg" (fp32 values), "exp_avg_codes", "exp_avg_scale", "correction". Codes have a name that
 /// torch's own optimizers do not know: they would take them for values.
 std::string array_name(OptimizerKind optimizer, Role role, int slot, StateCodec codec);

@@ -86,6 +86,10 @@ bool Record::fits_scale(const Facts& facts, int slot) const {
   return numel == tensors_.layout.groups();
 }
 
+// Here, so that callers need not see what plans consist of.
+Store::Store(OptimizerKind optimizer) : optimizer_(optimizer) {}
+Store::~Store() = default;
+
 void Store::reset(int64_t count) {
   records_.assign(static_cast<size_t>(count), Record());
   plans_.clear();

@@ -116,7 +116,8 @@ struct GroupHyperparameters {
 
 class Store {
  public:
-  explicit Store(OptimizerKind optimizer) : optimizer_(optimizer) {}
+  explicit Store(OptimizerKind optimizer);
+  ~Store();
 
   OptimizerKind optimizer() const { return optimizer_; }
   int64_t size() const { return static_cast<int64_t>(records_.size()); }
