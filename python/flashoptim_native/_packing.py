@@ -91,7 +91,9 @@ def expanded(kind: str, state: Mapping[str, Any], param: Tensor) -> dict[str, An
 # From a state dict
 
 
-def unpacked(kind: str, saved: Mapping[str, Any], param: Local, form: Format, stored: Stored, name: str) -> dict[str, Any]:
+def unpacked(
+    kind: str, saved: Mapping[str, Any], param: Local, form: Format, stored: Stored, name: str
+) -> dict[str, Any]:
     """A saved state as ``optimizer.state`` holds it: arrays of the local shape, with their own dtypes and order.
 
     Nothing of ``saved`` changes; arrays may be shared with it.
@@ -161,7 +163,9 @@ def _gathered(value: Tensor) -> Tensor:
 
 def _from_bytes(value: Tensor, dtype: torch.dtype, name: str, key: str) -> Tensor:
     if value.shape[-1:] != (2,):
-        raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}; allowed is two bytes an element, [..., 2]")
+        raise ValueError(
+            f"state {key!r} of {name} has shape {tuple(value.shape)}; allowed is two bytes an element, [..., 2]"
+        )
     return value.contiguous().view(dtype).squeeze(-1)
 
 

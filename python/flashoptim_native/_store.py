@@ -32,7 +32,7 @@ _UNSHARE_COUNTERS = -2
 _MOST_LOOKS = 5
 
 
-def _outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps torch.compile from tracing into a function, which works on real tensors' addresses.
 
     torch.compiler.disable does that; it takes seconds to import, so only where something is being compiled.
@@ -44,7 +44,7 @@ def _outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
         if get_eval_frame_callback() is None:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
     return call
@@ -161,7 +161,7 @@ class Store:
 
     # Steps
 
-    @_outside_compile
+    @outside_compile
     def step(
         self,
         state: State,
@@ -189,7 +189,7 @@ class Store:
             ),
         )
 
-    @_outside_compile
+    @outside_compile
     def gradient_norm(self, state: State, grad_scale: float, max_norm: float, result: Tensor) -> int:
         """The norm of all gradients, of one device and number of slots, to ``result``: 4 float32."""
         return self._run(
@@ -217,7 +217,7 @@ class Store:
             self._bump(self.params if done == len(self.params) else [p for p in self.params if p.grad is not None])
         return done
 
-    @_outside_compile
+    @outside_compile
     def step_one(
         self,
         record: int,

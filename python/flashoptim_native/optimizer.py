@@ -16,9 +16,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import _checksums, _groups, _ops, _packing, _parameters, _state_dict, _states, _validate, weights
 from ._groups import FORMAT_OPTIONS, ParamGroup
-from ._store import Controls, Store
+from ._store import Controls, Store, outside_compile
 from .numerics import NumericsMonitor, NumericsReport
-
 
 
 class FlashOptimizer(torch.optim.Optimizer):
@@ -192,18 +191,23 @@ class FlashOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @outside_compile
+    def _step(self) -> None:
         hypers = self._read_groups()
         if self._only_makes_states():
-            return loss
+            return
         if all(param.grad is None for group in self.param_groups for param in group["params"]):
             self._clip = None  # gradient release has stepped, or there was nothing to step
-            return loss
+            return
         store = self._store
         store.follow(self.param_groups)
         scaling = self._scaling()
         if scaling is None:  # the gradients overflowed: nothing changes
             self._clip = None
-            return loss
+            return
         if self._check_numerics:
             self._check_learning_rates(hypers, range(len(store.params)))
         lrs = self._lrs if any(lr is not None for lr in self._lrs) else None
@@ -219,7 +223,6 @@ class FlashOptimizer(torch.optim.Optimizer):
         if _is_capturing():
             self._keep_for_graph(scaling)
         self._clip = None
-        return loss
 
     def _only_makes_states(self) -> bool:
         """Whether this step is torch's way of making states: the first, at lr 0, of gradients that are all zero.

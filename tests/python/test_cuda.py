@@ -449,7 +449,10 @@ def test_more_than_two_to_the_31_elements():
         optimizer.step()
         state = optimizer.state[p]
         results.append(
-            [bits(t[-9000:]) + bits(t[:9000]) for t in (p, state["correction"], state["exp_avg_codes"], state["exp_avg_sq_codes"])]
+            [
+                bits(t[-9000:]) + bits(t[:9000])
+                for t in (p, state["correction"], state["exp_avg_codes"], state["exp_avg_sq_codes"])
+            ]
         )
         del p, optimizer, state
     assert results[0] == results[1]
