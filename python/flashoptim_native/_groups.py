@@ -177,8 +177,9 @@ def read_description(kind: str, group: Mapping[str, Any], index: int) -> Descrip
     if keys != [description_key(kind)]:
         raise ValueError(f"{where} is {', '.join(keys)}; allowed is {description_key(kind)}")
     held = group[keys[0]]
-    if isinstance(held, Mapping):  # a live group's, not state_dict()'s
-        return None
+    if isinstance(held, Mapping):  # a live group's, as ZeroRedundancyOptimizer's consolidated state dict has it
+        count = len(group["params"])
+        return Description(count, [[count, held.get("state_codec")]], [[count, None]])
     if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.dim() != 1:
         raise ValueError(f"{keys[0]} of {where} is {held!r}; allowed is a 1-D uint8 tensor that holds JSON")
     try:

@@ -126,7 +126,7 @@ def wrap(param: Local, tensor: Tensor, whole: Sequence[int], name: str) -> Tenso
         next_stride *= max(1, size)
     meta = TensorMeta(torch.Size(whole), tuple(reversed(strides)), tensor.dtype)
     # From a spec: DTensor.from_local() would move data to the mesh's device, which CPU offload does not want.
-    return DTensor(tensor, DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)  # type: ignore[no-any-return]
+    return DTensor(tensor, DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ def are_zero(grads: Sequence[Tensor]) -> bool:
     return here
 
 
-def name_of(groups: list[dict[str, Any]], group: int, position: int) -> str:
+def name_of(groups: Sequence[Mapping[str, Any]], group: int, position: int) -> str:
     """How messages call a parameter."""
     names = groups[group].get("param_names")
     if names is not None and position < len(names):

@@ -93,7 +93,7 @@ def converted_states(
             state[number] = deepcopy(saved)
             continue
         g, i, param = by_number[number]
-        name = _parameters.name_of(list(groups), g, i)
+        name = _parameters.name_of(groups, g, i)
         if not isinstance(saved, Mapping):
             raise ValueError(f"the state of {name} is a {type(saved).__name__}; allowed is a dict")
         local = _parameters.local(param)

@@ -76,7 +76,7 @@ def order_of(tensor: Tensor) -> list[int] | None:
     """The dimensions of a dense tensor from the outermost in memory to the innermost; None: in their own order."""
     if tensor.numel() == 0 or tensor.is_contiguous():
         return None
-    return sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    return sorted(range(tensor.dim()), key=lambda d: -int(tensor.stride()[d]))
 
 
 def _named(

@@ -36,7 +36,7 @@ _UNSHARE_COUNTERS = -2
 _MOST_LOOKS = 5
 
 
-def _outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps torch.compile from tracing into a function, which works on real tensors' addresses.
 
     torch.compiler.disable does that; it takes seconds to import, so only where something is being compiled.
@@ -174,7 +174,7 @@ class Store:
 
     # Steps
 
-    @_outside_compile
+    @outside_compile
     def step(
         self,
         state: State,
@@ -202,7 +202,7 @@ class Store:
             ),
         )
 
-    @_outside_compile
+    @outside_compile
     def gradient_norm(self, state: State, grad_scale: float, max_norm: float, result: Tensor) -> int:
         """The norm of all gradients, of one device and number of slots, to ``result``: 4 float32."""
         return self._run(
@@ -227,7 +227,7 @@ class Store:
             self._bump(self.params if done == len(self.params) else [p for p in self.params if p.grad is not None])
         return done
 
-    @_outside_compile
+    @outside_compile
     def step_one(
         self,
         record: int,

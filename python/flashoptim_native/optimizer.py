@@ -16,7 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import _checksums, _groups, _ops, _packing, _parameters, _state_dict, _states, _validate, weights
 from ._groups import FORMAT_OPTIONS, ParamGroup
-from ._store import Controls, Store, is_capturing
+from ._store import Controls, Store, is_capturing, outside_compile
 from .numerics import NumericsMonitor, NumericsReport
 
 
@@ -195,18 +195,23 @@ class FlashOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @outside_compile
+    def _step(self) -> None:
         hypers = self._read_groups()
         if self._only_makes_states():
-            return loss
+            return
         if all(param.grad is None for group in self.param_groups for param in group["params"]):
             self._clip = None  # gradient release has stepped, or there was nothing to step
-            return loss
+            return
         store = self._store
         store.follow(self.param_groups)
         scaling = self._scaling()
         if scaling is None:  # the gradients overflowed: nothing changes
             self._clip = None
-            return loss
+            return
         capturing = is_capturing()
         if capturing:
             self._check_can_be_captured()
@@ -225,7 +230,6 @@ class FlashOptimizer(torch.optim.Optimizer):
         if capturing:
             self._keep_for_graph(scaling)
         self._clip = None
-        return loss
 
     def _only_makes_states(self) -> bool:
         """Whether this step is torch's way of making states: the first, at lr 0, of gradients that are all zero.
