@@ -116,9 +116,10 @@ def unpacked(
             if is_sharded:
                 state[key] = _gathered(state[key])
         is_whole = True
+    codec = _codec_of(kind, state, stored)
     for key in arrays:
         if key.endswith(SCALE):
-            state[key] = _scale_of(state[key], stored.codec, param, name, key)
+            state[key] = _scale_of(state[key], codec, name, key)
         elif key.endswith(CODES) and stored.codec is not None:
             state[key] = _codes_of(state[key], kind, slots.index(key.removesuffix(CODES)), stored.codec)
         elif key == CORRECTION and state[key].dtype == torch.uint8 and state[key].dim() == len(param.whole) + 1:
@@ -132,7 +133,8 @@ def unpacked(
                         f"state {key!r} of {name} has shape {tuple(state[key].shape)}, and storage_order {order}; allowed is "
                         "one entry a dimension"
                     )
-                state[key] = state[key].contiguous().permute([order.index(d) for d in range(len(order))])
+                if _states.order_of(state[key]) is None:  # as state_dict() shows it, not as optimizer.state has it
+                    state[key] = state[key].permute([order.index(d) for d in range(len(order))])
     if is_whole and param.place is not None and arrays:
         return _cut(kind, state, param, form, name)
     return state
@@ -169,15 +171,23 @@ def _from_bytes(value: Tensor, dtype: torch.dtype, name: str, key: str) -> Tenso
     return value.contiguous().view(dtype).squeeze(-1)
 
 
-def _scale_of(value: Tensor, codec: str | None, param: Local, name: str, key: str) -> Tensor:
-    if value.dtype == torch.uint8:
-        if codec not in _SCALE_DTYPES:
-            raise ValueError(
-                f"state {key!r} of {name} is bytes, and its group in the state dict says nothing of their codec; allowed are "
-                "groups as state_dict() gave them"
-            )
-        return _from_bytes(value, _SCALE_DTYPES[codec], name, key)
-    return value
+def _codec_of(kind: str, state: Mapping[str, Any], stored: Stored) -> str | None:
+    """What is said of the codec, or what the codes of a signed slot show: int8 is the paper's alone."""
+    if stored.codec is not None:
+        return stored.codec
+    for number, slot in enumerate(_ops.state_names(kind, True)):
+        codes = state.get(slot + CODES)
+        if isinstance(codes, Tensor) and codes.dtype in (torch.int8, torch.uint8) and _is_signed(kind, number):
+            return "paper" if codes.dtype == torch.int8 else "default"
+    return None
+
+
+def _scale_of(value: Tensor, codec: str | None, name: str, key: str) -> Tensor:
+    if value.dtype != torch.uint8:
+        return value
+    if codec not in _SCALE_DTYPES:
+        raise ValueError(f"state {key!r} of {name} is bytes without codes of a known codec; allowed are both, as they were saved")
+    return _from_bytes(value, _SCALE_DTYPES[codec], name, key)
 
 
 def _codes_of(value: Tensor, kind: str, slot: int, codec: str) -> Tensor:

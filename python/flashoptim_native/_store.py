@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from . import _ops, _parameters, _states
+from . import _ops, _packing, _parameters, _states
+from ._groups import Stored
 from ._ops import Fit
 from ._parameters import Local
 from ._states import STEP, Format
@@ -401,7 +402,10 @@ class Store:
         self, record: int, held: dict[str, Any], local: Local, form: Format, change: _Change
     ) -> dict[str, Any]:
         param = self.params[record]
-        new, rewritten = _states.converted(self.kind, held, local, form, self.name(record), self.dtypes[record])
+        name = self.name(record)
+        # ZeroRedundancyOptimizer puts what a state dict holds into optimizer.state.
+        unpacked = _packing.unpacked(self.kind, held, local, form, Stored(), name)
+        new, rewritten = _states.converted(self.kind, unpacked, local, form, name, self.dtypes[record])
         change.put(param, new)
         if rewritten is not None:
             change.rewrite(param, rewritten)
