@@ -16,8 +16,8 @@ MasterWeights parse_master_weights(Op op, const std::string& argument, int64_t v
 StateCodec parse_state_codec(Op op, const std::string& argument, int64_t value);
 DType parse_dtype(Op op, const std::string& argument, int64_t value);
 
-/// What describes a shard's place (place_of_box): first_element, run, stride, rows and row size of the whole, its leading
-/// dimensions.
+/// What describes a shard's place (place_of_box): first_element, run, stride, rows and row size of the whole, its
+/// leading dimensions.
 inline constexpr int64_t kPlaceNumbers = 6;
 /// None at all, or zeros: the tensor is the whole.
 store::Shard parse_shard(Op op, const std::vector<int64_t>& numbers);

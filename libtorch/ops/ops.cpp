@@ -177,7 +177,8 @@ void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
 // Which master_weights and codec a group's options mean for a parameter. codec: 1 (paper) or 2 (default), of states
 // that are quantized; master_weight_bits: 0, 24 or 32.
 constexpr const char* kFormatSchema =
-    "format_of(int dtype, int[] whole_sizes, bool quantize, int codec, int master_weight_bits, bool stochastic_rounding, "
+    "format_of(int dtype, int[] whole_sizes, bool quantize, int codec, int master_weight_bits, bool "
+    "stochastic_rounding, "
     "int min_quantized_numel) -> int[]";
 
 void format_kernel(StableIValue* stack, uint64_t, uint64_t) {
@@ -209,8 +210,8 @@ void array_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give_string(names);
 }
 
-// Arrays of zeros for the states of parameters of one device, one parameter's behind the other's. places: kPlaceNumbers a
-// parameter (place_of_box; zeros for one that is no shard), or none at all.
+// Arrays of zeros for the states of parameters of one device, one parameter's behind the other's. places: kPlaceNumbers
+// a parameter (place_of_box; zeros for one that is no shard), or none at all.
 constexpr const char* kNewStatesSchema =
     "new_states(str optimizer, Tensor[] params, int[] has_momentum, int[] master_weights, int[] codecs, int[] places) "
     "-> Tensor[]";
@@ -356,8 +357,8 @@ STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
   for (const char* schema :
        {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kFormatSchema, kArrayNamesSchema,
-        kNewStatesSchema, kPlaceOfBoxSchema, kScaleSizesSchema, kFitSchema, kConvertSchema, kZeroSchema, kCpuIsaSchema, kHasCudaSchema,
-        kStateNamesSchema, kImplementationSchema}) {
+        kNewStatesSchema, kPlaceOfBoxSchema, kScaleSizesSchema, kFitSchema, kConvertSchema, kZeroSchema, kCpuIsaSchema,
+        kHasCudaSchema, kStateNamesSchema, kImplementationSchema}) {
     m.def(schema);
   }
 }

@@ -98,8 +98,8 @@ class Reference {
 
 inline bool is_none(PyObject* object) { return object == &_Py_NoneStruct; }
 
-/// The exact type, borrowed: its instance keeps it. The stable ABI's own Py_TYPE reads the same word; objects of a Python
-/// without lock are laid out otherwise, and asked.
+/// The exact type, borrowed: its instance keeps it. The stable ABI's own Py_TYPE reads the same word; objects of a
+/// Python without lock are laid out otherwise, and asked.
 inline PyObject* type_of(PyObject* object, bool is_free_threaded) {
   struct Head {
     std::intptr_t references;

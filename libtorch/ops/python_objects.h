@@ -16,8 +16,8 @@ struct PythonSide {
   PyObject *tensor_type = nullptr, *parameter_type = nullptr;
   // Names of attributes: of tensors, of their wrappers, of a wrapper's description.
   PyObject *grad = nullptr, *local_tensor = nullptr, *spec = nullptr, *mesh = nullptr, *placements = nullptr;
-  std::vector<PyObject*> wrapper_types;               // of tensors whose memory is their `_local_tensor`'s
-  std::intptr_t tensor_offset = 0;                    // of a tensor in its Python object
+  std::vector<PyObject*> wrapper_types;  // of tensors whose memory is their `_local_tensor`'s
+  std::intptr_t tensor_offset = 0;       // of a tensor in its Python object
   bool is_free_threaded = false;
 };
 PythonSide& python_side();
@@ -43,8 +43,8 @@ class LocalTensor {
   Reference held_;
 };
 
-/// Whether both are plain tensors, or both are wrappers that are cut and placed alike. Compares objects of Python's, which
-/// can run its code.
+/// Whether both are plain tensors, or both are wrappers that are cut and placed alike. Compares objects of Python's,
+/// which can run its code.
 bool are_placed_alike(PyObject* a, PyObject* b);
 
 std::string to_string(PyObject* text);

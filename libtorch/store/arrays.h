@@ -39,8 +39,8 @@ struct StateTensors {
   std::vector<AtenTensorHandle> states, scales;
 };
 
-/// How a state of these sizes is grouped, as the sizes of its scales tell: scale_sizes_of()'s, or, of a parameter that is
-/// no shard, state format 1's [rows, groups] of RowRule::kFirstDimension. Throws for others; `name` is the scales'.
+/// How a state of these sizes is grouped, as the sizes of its scales tell: scale_sizes_of()'s, or, of a parameter that
+/// is no shard, state format 1's [rows, groups] of RowRule::kFirstDimension. Throws for others; `name` is the scales'.
 GroupLayout stored_layout(Op op, const std::string& name, const std::vector<int64_t>& sizes, const StorageOrder& order,
                           const Shard& shard, const TensorInfo& scale);
 

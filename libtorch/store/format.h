@@ -18,8 +18,8 @@ struct FormatOptions {
   int64_t min_quantized_numel = 4096;       ///< parameters of fewer elements, of the whole, keep fp32 states
 };
 
-/// Parameters whose rows are shorter than a group are grouped across rows, so that shards could not be cut between rows.
-/// They keep fp32 states below this many elements of the whole, sharded or not (unless min_quantized_numel is 0).
+/// Parameters whose rows are shorter than a group are grouped across rows, so that shards could not be cut between
+/// rows. They keep fp32 states below this many elements of the whole, sharded or not (unless min_quantized_numel is 0).
 inline constexpr int64_t kMinFlatNumel = int64_t{1} << 20;
 
 /// How one parameter's weight and states are stored.
@@ -44,8 +44,8 @@ StorageOrder storage_order(const int64_t* sizes, const int64_t* strides, int64_t
 /// Strides of a dense tensor of these sizes that lies in `order`.
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const StorageOrder& order);
 
-/// Dimensions before those that form a row, RowRule::kShortest: 0 where the whole tensor is one row (1-D, or rows shorter
-/// than a group, which are then taken together).
+/// Dimensions before those that form a row, RowRule::kShortest: 0 where the whole tensor is one row (1-D, or rows
+/// shorter than a group, which are then taken together).
 int64_t leading_dimensions(const std::vector<int64_t>& sizes);
 
 /// Where a local tensor lies in the parameter that it is a shard of.
