@@ -51,7 +51,8 @@ const FlashParamState* FlashOptimizer::param_state(const at::Tensor& param) cons
   store::TensorList values =
       in_store([&] { return store::decode_states(kOp, kind_, stored.arrays, state->state_codec); });
   for (int k = 0; k < slots; ++k) {
-    result.insert(store::array_name(kind_, store::Role::kState, k), take(std::move(values[static_cast<size_t>(k)])));
+    result.insert(store::array_name(kind_, store::Role::kState, k, StateCodec::kFloat32),
+                  take(std::move(values[static_cast<size_t>(k)])));
   }
   return result;
 }

@@ -33,7 +33,7 @@ struct RecordOptions {
   /// The tensor is a copy for one step, of a parameter that lies otherwise than its state.
   bool is_copy = false;
   /// Where the local tensor lies in the whole; as it stands for a tensor that is the whole.
-  Place place;
+  Shard shard;
 };
 
 /// One parameter with what is stored for it: its local tensor, as it was when it was described.

@@ -419,7 +419,7 @@ def test_states_on_a_device_that_is_not_current():
     optimizer = flashoptim_native.FlashAdamW(params, min_quantized_numel=64)
     optimizer.step()
     assert torch.cuda.current_device() == 0
-    assert {state["exp_avg"].device for state in optimizer.state.values()} == {torch.device("cuda:1")}
+    assert {state["exp_avg_codes"].device for state in optimizer.state.values()} == {torch.device("cuda:1")}
 
 
 @pytest.mark.skipif(not os.environ.get("FLASHOPTIM_TEST_ALL"), reason="30 GB and a minute: FLASHOPTIM_TEST_ALL=1")
@@ -435,7 +435,10 @@ def test_more_than_two_to_the_31_elements():
         optimizer.step()
         state = optimizer.state[p]
         results.append(
-            [bits(t[-9000:]) + bits(t[:9000]) for t in (p, state["correction"], state["exp_avg"], state["exp_avg_sq"])]
+            [
+                bits(t[-9000:]) + bits(t[:9000])
+                for t in (p, state["correction"], state["exp_avg_codes"], state["exp_avg_sq_codes"])
+            ]
         )
         del p, optimizer, state
     assert results[0] == results[1]
