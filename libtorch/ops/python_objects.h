@@ -17,6 +17,7 @@ struct PythonSide {
   // Names of attributes: of tensors, of their wrappers, of a wrapper's description.
   PyObject *grad = nullptr, *local_tensor = nullptr, *spec = nullptr, *mesh = nullptr, *placements = nullptr;
   std::vector<PyObject*> wrapper_types;  // of tensors whose memory is their `_local_tensor`'s
+  std::vector<PyObject*> plain_types;    // subclasses of tensors whose memory is their own
   std::intptr_t tensor_offset = 0;       // of a tensor in its Python object
   bool is_free_threaded = false;
 };

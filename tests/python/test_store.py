@@ -205,9 +205,9 @@ def test_an_entry_that_is_deleted(key, one_by_one):
 
 EDITS = {
     "assigned": lambda state: state.__setitem__("exp_avg_codes", state["exp_avg_codes"] + 1),
-    "updated": lambda state: state.update(exp_avg=state["exp_avg_codes"] + 1),
+    "updated": lambda state: state.update(exp_avg_codes=state["exp_avg_codes"] + 1),
     "merged": lambda state: state.__ior__({"correction": state["correction"] + 1}),
-    "taken out and put back": lambda state: state.update(exp_avg=state.pop("exp_avg_codes") + 1),
+    "taken out and put back": lambda state: state.update(exp_avg_codes=state.pop("exp_avg_codes") + 1),
     "in another order": lambda state: reorder(state),
     "written to": lambda state: state["exp_avg_codes"].add_(1),
     "emptied": lambda state: state.clear(),
@@ -293,7 +293,7 @@ def test_a_smaller_storage_is_refused_wherever_it_lies():
         storage = state["exp_avg_codes"].untyped_storage()
         storage.resize_(0)
         storage.resize_(1000)
-        with pytest.raises(RuntimeError, match="state 'exp_avg' of parameter 0 of group 0 .* 1000 bytes"):
+        with pytest.raises(RuntimeError, match="state 'exp_avg_codes' of parameter 0 of group 0 .* 1000 bytes"):
             optimizer.step()
         state["exp_avg_codes"] = torch.zeros(256, 256, dtype=torch.uint8)
 
@@ -313,7 +313,7 @@ def test_a_count_that_is_none(count, one_by_one):
 def test_arrays_that_two_parameters_share_are_refused():
     shapes = [(64, 64), (64, 64), (64, 64)]
     shares = {
-        "a state": lambda ps, o: o.state[ps[2]].update(exp_avg=o.state[ps[0]]["exp_avg_codes"]),
+        "a state": lambda ps, o: o.state[ps[2]].update(exp_avg_codes=o.state[ps[0]]["exp_avg_codes"]),
         "all states": lambda ps, o: o.state.update({ps[2]: o.state[ps[0]]}),
         "memory": lambda ps, o: setattr(ps[2], "data", ps[0].data),
         "a part": lambda ps, o: setattr(o.state[ps[2]]["correction"], "data", o.state[ps[0]]["correction"].data),
