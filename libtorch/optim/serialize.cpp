@@ -27,6 +27,7 @@ using ::torch::serialize::InputArchive;
 using ::torch::serialize::OutputArchive;
 
 constexpr int64_t kArchiveVersion = 1;
+constexpr store::Op kOp{"load"};
 
 int64_t read_int(InputArchive& archive, const std::string& key) {
   c10::IValue value;
@@ -77,8 +78,6 @@ FlashParamState checked_state(const std::string& name, const at::Tensor& param, 
   const std::vector<int64_t> strides = lies_otherwise ? strides_of(kind, saved, form, param) : param.strides().vec();
   const store::StorageOrder order =
       store::storage_order(param.sizes().data(), strides.data(), static_cast<int64_t>(strides.size()));
-  const int64_t rows = store::layout_of(param.sizes().vec(), order).rows;
-  TORCH_CHECK(saved.rows == rows, name, ": rows = ", saved.rows, " in the archive; must be ", rows);
 
   FlashParamState state = saved;
   const at::Device device = param.device();
@@ -90,14 +89,26 @@ FlashParamState checked_state(const std::string& name, const at::Tensor& param, 
     state.correction = saved.correction.to(device);
   }
   for (const store::ArraySpec& spec : specs) {
+    if (spec.role == store::Role::kCorrection) continue;
     const auto slot = static_cast<size_t>(spec.slot);
     const std::string number = std::to_string(slot) + "]";
     if (spec.role == store::Role::kState) {
       state.states[slot] = checked(name + ": states[" + number, saved.states[slot], spec, device);
       state.scales[slot] = saved.scales[slot].to(device);
-    } else if (spec.role == store::Role::kScale) {
-      state.scales[slot] = checked(name + ": scales[" + number, saved.scales[slot], spec, device);
+      continue;
     }
+    // Of this state format's shape, or of format 1's.
+    const std::string scale_name = name + ": scales[" + number;
+    const at::Tensor& scale = saved.scales[slot];
+    const GroupLayout layout = in_store([&] {
+      const store::TensorInfo info = store::read_tensor(kOp, {scale_name.c_str()}, handle_of(scale));
+      return store::stored_layout(kOp, scale_name, param.sizes().vec(), order, {}, info);
+    });
+    TORCH_CHECK(saved.rows == layout.rows, name, ": rows = ", saved.rows, " in the archive; must be ", layout.rows);
+    store::ArraySpec as_saved = spec;
+    as_saved.sizes = scale.sizes().vec();
+    as_saved.strides = store::dense_strides(as_saved.sizes, {});
+    state.scales[slot] = checked(scale_name, scale, as_saved, device);
   }
   return state;
 }
@@ -196,7 +207,7 @@ void FlashOptimizer::load(InputArchive& archive) {
   TORCH_CHECK(value.toInt() == kArchiveVersion, where, "flashoptim_archive_version = ", value.toInt(), "; must be ",
               kArchiveVersion);
   const int64_t format = read_int(archive, "state_format_version");
-  TORCH_CHECK(format == kStateFormatVersion, where, "state_format_version = ", format, "; must be ",
+  TORCH_CHECK(format >= 1 && format <= kStateFormatVersion, where, "state_format_version = ", format, "; must be 1 to ",
               kStateFormatVersion);
   archive.read("optimizer", value);
   TORCH_CHECK(value.toStringRef() == archive_name(kind_), where, "optimizer = \"", value.toStringRef(),

@@ -337,6 +337,34 @@ TEST(Conversions, AnArchiveFollowsTheParameterItIsLoadedFor) {
   EXPECT_TRUE(same_bytes(resumed_param, wide));
 }
 
+TEST(Conversions, AnArchiveOfStateFormat1) {
+  // There a row was all dimensions but the first: the same groups here, under another shape of scales.
+  const Tensor param = parameter({8, 16, 64}, 1), twin = parameter({8, 16, 64}, 1);
+  flash::FlashAdamW old(std::vector<Tensor>{param}, flash::FlashAdamWOptions(1e-3)),
+      now(std::vector<Tensor>{twin}, flash::FlashAdamWOptions(1e-3));
+  for (int64_t i = 0; i < 3; ++i) {
+    step(old, {param}, i);
+    step(now, {twin}, i);
+  }
+  auto& state = const_cast<flash::FlashParamState&>(*old.param_state(param));
+  ASSERT_EQ(state.scales[0].sizes(), (std::vector<int64_t>{8, 16, 2}));
+  for (Tensor& scale : state.scales) scale = scale.view({8, 32}).clone();
+  state.rows = 8;
+  std::stringstream stream = saved(old);
+  const Tensor loaded_param = param.detach().clone().set_requires_grad(true);
+  flash::FlashAdamW loaded(std::vector<Tensor>{loaded_param});
+  load(loaded, stream);
+  EXPECT_TRUE(Snapshot(loaded) == Snapshot(now));
+  step(old, {param}, 3);  // and a state of that shape that is still in use
+  step(now, {twin}, 3);
+  step(loaded, {loaded_param}, 3);
+  EXPECT_TRUE(Snapshot(old) == Snapshot(now));
+  EXPECT_TRUE(Snapshot(loaded) == Snapshot(now));
+  const_cast<flash::FlashParamState&>(*old.param_state(param)).rows = 3;
+  std::stringstream bad = saved(old);
+  expect_error([&] { load(loaded, bad); }, {"rows = 3", "128"});
+}
+
 TEST(Conversions, StatesThatAreTakenAwayAreMadeAnew) {
   const Tensor param = parameter({64, 80}, 1);
   flash::FlashAdamW optimizer(std::vector<Tensor>{param}, flash::FlashAdamWOptions(1e-3));

@@ -41,8 +41,8 @@ struct FlashParamState : ::torch::optim::OptimizerCloneableParamState<FlashParam
   ::torch::Tensor correction;
   /// One per state slot, shape and strides of the parameter: int8 or uint8 codes, or float32.
   std::vector<::torch::Tensor> states;
-  /// One per state slot, [rows, groups_per_row]: int16 bit patterns ("default") or float16 ("paper"); 0 elements where
-  /// states are float32.
+  /// One per state slot, [leading dimensions, groups of a row]: int16 bit patterns ("default") or float16 ("paper"); 0
+  /// elements where states are float32.
   std::vector<::torch::Tensor> scales;
 
   void serialize(::torch::serialize::OutputArchive& archive) const override;
