@@ -41,7 +41,7 @@ void prefetch_block(const ParameterTensors& t, int64_t index) {
   prefetch(t.parameter, sizes.parameter);
   prefetch(t.gradient, sizes.gradient);
   prefetch(t.correction, sizes.correction);
-  for (int k = 0; k < kMaxStates; ++k) prefetch(t.states[k], sizes.state);
+  for (int k = 0; k < kMaxSlots; ++k) prefetch(t.states[k], sizes.state);
 }
 
 BlockWalker::BlockWalker(const ParameterTensors& tensor, int64_t index)
@@ -87,7 +87,7 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
   } else {
     set_first([this](int g) { return runs_[std::min(g, groups_ - 1)].first; });
   }
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     block.scales[k] = tensor_.scales[k] == nullptr ? nullptr : static_cast<uint16_t*>(tensor_.scales[k]) + first_group_;
   }
   const int64_t first = first_element_;
@@ -99,7 +99,7 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
     block.parameter = at(tensor_.parameter, sizes_.parameter);
     block.gradient = access.gradient ? at(tensor_.gradient, sizes_.gradient) : nullptr;
     block.correction = at(tensor_.correction, sizes_.correction);
-    for (int k = 0; k < kMaxStates; ++k) block.states[k] = at(tensor_.states[k], sizes_.state);
+    for (int k = 0; k < kMaxSlots; ++k) block.states[k] = at(tensor_.states[k], sizes_.state);
     return;
   }
   const auto copy_in = [this](unsigned char* to, const void* from, int64_t size) {
@@ -115,7 +115,7 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
   block.parameter = parameter_;
   block.gradient = access.gradient ? gradient_ : nullptr;
   block.correction = correction_;
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     if (tensor_.states[k] != nullptr) copy_in(states_[k], tensor_.states[k], sizes_.state);
     block.states[k] = states_[k];
   }
@@ -134,7 +134,7 @@ void BlockWalker::close(const BlockAccess& access) {
     if (tensor_.correction != nullptr) copy_out(tensor_.correction, correction_, sizes_.correction);
   }
   if (access.write_states) {
-    for (int k = 0; k < kMaxStates; ++k) {
+    for (int k = 0; k < kMaxSlots; ++k) {
       if (tensor_.states[k] != nullptr) copy_out(tensor_.states[k], states_[k], sizes_.state);
     }
   }

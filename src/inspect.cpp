@@ -49,7 +49,7 @@ void load_elements(const ParameterTensors& t, const cpu::ElementSizes& sizes, in
   if (t.correction != nullptr) {
     for (uint32_t& c : e.correction) c = core::shift_right_signed(c << unused_bits, unused_bits);
   }
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     load_patterns(t.states[k], sizes.state, first, count, e.states[k]);
     uint16_t header = 0;
     if (t.scales[k] != nullptr) std::memcpy(&header, static_cast<const unsigned char*>(t.scales[k]) + 2 * group, 2);
@@ -71,7 +71,7 @@ using Inspect = void (*)(const TensorInspection&, const Elements&, uint32_t, cor
 
 template <class Rule>
 Inspect choose(StateCodec codec) {
-  if constexpr (Rule::kStateCount > 0) {
+  if constexpr (Rule::kSlotCount > 0) {
     if (codec == StateCodec::kPaper) return inspect_elements<Rule, StateCodec::kPaper>;
     if (codec == StateCodec::kDefault) return inspect_elements<Rule, StateCodec::kDefault>;
   }

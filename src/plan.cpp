@@ -1,7 +1,5 @@
 #include <algorithm>
 #include <atomic>
-#include <charconv>
-#include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
@@ -14,6 +12,7 @@
 #include "src/inspect.h"
 #include "src/rules.h"
 #include "src/shares.h"
+#include "src/text.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -48,13 +47,6 @@ const char* dtype_name(DType dtype) {
 }
 
 std::string tensor_name(int64_t index) { return "tensors[" + std::to_string(index) + "]"; }
-
-/// Shortest text that reads back as the same number.
-std::string number(double value) {
-  char text[32];
-  const auto end = std::to_chars(text, text + sizeof text, value);
-  return std::string(text, end.ptr);
-}
 
 bool in_enum(int value, int count) { return value >= 0 && value < count; }
 
@@ -103,31 +95,6 @@ Status check_tensor(const ParameterTensors& t, int64_t index, int states) {
       return invalid(".scales[" + std::to_string(k) + "] is null, but .state_codec is quantized");
     }
   }
-  return Status::ok();
-}
-
-/// Which of a rule's numbers are wrong, by name and value.
-Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, int32_t index) {
-  const std::string name = "hypers[" + std::to_string(index) + "].";
-  const auto out_of_range = [&name](const char* field, double value, const char* allowed) {
-    return Status::invalid_argument(name + field + " = " + number(value) + "; allowed is " + allowed);
-  };
-  const auto finite_not_negative = [](double x) { return x >= 0.0 && x <= std::numeric_limits<double>::max(); };
-  if (!finite_not_negative(p.lr)) return out_of_range("lr", p.lr, "a finite number of at least 0");
-  if (!finite_not_negative(p.weight_decay))
-    return out_of_range("weight_decay", p.weight_decay, "a finite number of at least 0");
-  if (!finite_not_negative(p.decay_lr)) return out_of_range("decay_lr", p.decay_lr, "a finite number of at least 0");
-  const bool adam = optimizer == OptimizerKind::kAdamW || optimizer == OptimizerKind::kAdam;
-  if (adam || optimizer == OptimizerKind::kLion) {
-    if (!(p.beta1 >= 0.0 && p.beta1 < 1.0)) return out_of_range("beta1", p.beta1, "0 <= beta1 < 1");
-    if (!(p.beta2 >= 0.0 && p.beta2 < 1.0)) return out_of_range("beta2", p.beta2, "0 <= beta2 < 1");
-  } else {
-    if (!finite_not_negative(p.momentum)) return out_of_range("momentum", p.momentum, "a finite number of at least 0");
-    if (!(std::abs(p.dampening) <= std::numeric_limits<double>::max()))
-      return out_of_range("dampening", p.dampening, "a finite number");
-  }
-  if (adam && !finite_not_negative(p.eps)) return out_of_range("eps", p.eps, "a finite number of at least 0");
-  if (p.step < 1) return Status::invalid_argument(name + "step = " + std::to_string(p.step) + "; steps count from 1");
   return Status::ok();
 }
 
@@ -249,15 +216,12 @@ Plan& Plan::operator=(Plan&&) noexcept = default;
 
 Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count,
                   Plan* plan) {
-  if (!in_enum(static_cast<int>(optimizer), 5)) {
-    return Status::invalid_argument("optimizer = " + std::to_string(static_cast<int>(optimizer)) +
-                                    " is no OptimizerKind; allowed are kAdamW, kAdam, kSgd, kSgdw, kLion");
-  }
+  Status status = check_optimizer(optimizer);
+  if (!status.is_ok()) return status;
   if (count < 0 || (count > 0 && tensors == nullptr)) {
     return Status::invalid_argument("count = " + std::to_string(count) + " with tensors " +
                                     (tensors == nullptr ? "null" : "set") + "; count must be the number of tensors");
   }
-  Status status;
   const KernelTable* kernels = cpu::select_kernels(&status);
   if (kernels == nullptr) return status;
   const int states = state_count(optimizer, has_momentum);
@@ -273,7 +237,7 @@ Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTen
   impl->first_block.assign(1, 0);
   int32_t hypers = 0;
   for (ParameterTensors& t : impl->tensors) {
-    for (int k = states; k < kMaxStates; ++k) t.states[k] = t.scales[k] = nullptr;
+    for (int k = states; k < kMaxSlots; ++k) t.states[k] = t.scales[k] = nullptr;
     if (cpu::element_sizes(t).correction == 0) t.correction = nullptr;
     impl->first_block.push_back(impl->first_block.back() + cpu::block_count(t));
     hypers = std::max(hypers, t.hyper_index + 1);
@@ -320,11 +284,11 @@ Status Plan::Impl::prepare(const Hyperparameters* given, int64_t count, const St
                                     std::to_string(used - 1));
   }
   if (options.gradient_scale - options.gradient_scale != 0.0f) {
-    return Status::invalid_argument("options.gradient_scale = " + number(static_cast<double>(options.gradient_scale)) +
-                                    "; must be finite");
+    return Status::invalid_argument(
+        "options.gradient_scale = " + number_text(static_cast<double>(options.gradient_scale)) + "; must be finite");
   }
   for (int32_t i = 0; i < used; ++i) {
-    const Status status = check_hyperparameters(optimizer, given[i], i);
+    const Status status = check_hyperparameter_set(optimizer, given[i], i);
     if (!status.is_ok()) return status;
   }
   for (int32_t i = 0; i < used; ++i) {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <utility>
 
 namespace flashoptim::ops {
@@ -118,47 +117,31 @@ void check_count(Op op, const char* argument, size_t size, size_t wanted) {
   }
 }
 
-constexpr const char* kHyperNames[] = {"lr",        "beta1",    "beta2",    "eps",      "weight_decay", "momentum",
-                                       "dampening", "decay_lr", "nesterov", "maximize", "step",         "seed"};
-constexpr size_t kHyperCount = std::size(kHyperNames);
-
 }  // namespace
 
 void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer, bool holds_momentum_slot,
                    std::vector<Hyperparameters>* hypers) {
-  const bool momentum_decides = state_count(optimizer, true) != state_count(optimizer, false);
-  if (values.size() % kHyperCount != 0) {
-    op.fail("hypers has " + std::to_string(values.size()) + " numbers; needed are " + std::to_string(kHyperCount) +
-            " per set");
+  const auto count = static_cast<size_t>(hyperparameter_count(optimizer));
+  if (values.size() % count != 0) {
+    op.fail("hypers has " + std::to_string(values.size()) + " numbers; needed for " + optimizer_name(optimizer) +
+            " are " + std::to_string(count) + " per set");
   }
-  for (size_t set = 0; set * kHyperCount < values.size(); ++set) {
-    const double* v = values.data() + set * kHyperCount;
-    const auto need = [&](size_t field, bool ok, const char* allowed) {
-      if (ok) return;
-      op.fail("hypers[" + std::to_string(set * kHyperCount + field) + "] (" + kHyperNames[field] + " of set " +
-              std::to_string(set) + ") = " + number(v[field]) + "; " + allowed);
+  for (size_t set = 0; set * count < values.size(); ++set) {
+    const auto where = [&](size_t field) {
+      return "hypers[" + std::to_string(set * count + field) + "] (set " + std::to_string(set) + "): ";
     };
-    const auto finite_positive = [&](size_t field) {
-      need(field, std::isfinite(v[field]) && v[field] >= 0, "must be finite and at least 0");
-    };
-    const auto is_flag = [&](size_t field) { need(field, v[field] == 0 || v[field] == 1, "must be 0 or 1"); };
-    constexpr double kTwo53 = 9007199254740992.0;  // from here on a double skips integers
-    finite_positive(0);
-    for (const size_t beta : {1, 2}) need(beta, v[beta] >= 0 && v[beta] < 1, "must be at least 0 and below 1");
-    for (const size_t field : {3, 4, 5, 7}) finite_positive(field);
-    need(6, std::isfinite(v[6]), "must be finite");
-    is_flag(8);
-    is_flag(9);
-    need(10, v[10] >= 1 && v[10] < kTwo53 && v[10] == std::floor(v[10]), "must be an integer of at least 1");
-    need(11, v[11] >= 0 && v[11] < kTwo53 && v[11] == std::floor(v[11]),
-         "must be an integer of at least 0 and below 2^53");
-    if (momentum_decides && (v[5] != 0) != holds_momentum_slot) {
-      need(5, false,
-           holds_momentum_slot ? "must not be 0 where states holds momentum buffers"
-                               : "must be 0 where states holds no momentum buffers");
+    Hyperparameters& p = hypers->emplace_back();
+    for (size_t field = 0; field < count; ++field) {
+      const double value = values[set * count + field];
+      const Status status = set_hyperparameter(optimizer, static_cast<int64_t>(field), value, &p);
+      if (!status.is_ok()) op.fail(where(field) + status.message());
     }
-    hypers->push_back({v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8] != 0, v[9] != 0,
-                       static_cast<int64_t>(v[10]), static_cast<uint64_t>(v[11])});
+    const bool momentum_decides = state_count(optimizer, true) != state_count(optimizer, false);
+    if (momentum_decides && holds_momentum(optimizer, p) != holds_momentum_slot) {
+      op.fail("hypers, set " + std::to_string(set) + ": momentum = " + number(p.momentum) + "; " +
+              (holds_momentum_slot ? "must not be 0 where states holds momentum buffers"
+                                   : "must be 0 where states holds no momentum buffers"));
+    }
   }
 }
 
@@ -189,15 +172,10 @@ void* unpack_array(Op op, Name name, const Tensor& tensor, int32_t dtype, int64_
 }
 
 OptimizerKind parse_optimizer(Op op, const std::string& name) {
-  constexpr std::pair<const char*, OptimizerKind> kNames[] = {{"adamw", OptimizerKind::kAdamW},
-                                                              {"adam", OptimizerKind::kAdam},
-                                                              {"sgd", OptimizerKind::kSgd},
-                                                              {"sgdw", OptimizerKind::kSgdw},
-                                                              {"lion", OptimizerKind::kLion}};
-  for (const auto& [known, kind] : kNames) {
-    if (name == known) return kind;
-  }
-  op.fail("optimizer = '" + name + "'; allowed are adamw, adam, sgd, sgdw, lion");
+  OptimizerKind kind{};
+  const Status status = find_optimizer(name.c_str(), &kind);
+  if (!status.is_ok()) op.fail(status.message());
+  return kind;
 }
 
 MasterWeights parse_master_weights(Op op, const std::string& argument, int64_t value) {
@@ -317,7 +295,7 @@ void check_no_overlap(Op op, const std::vector<ParameterTensors>& tensors) {
     const bool is_wide = correction_dtype(t.master_weights) == codes().int16;
     add(t.parameter, numel * width, "params");
     add(t.correction, numel * (is_wide ? 2 : 1), "corrections");
-    for (int k = 0; k < kMaxStates; ++k) {
+    for (int k = 0; k < kMaxSlots; ++k) {
       add(t.states[k], t.state_codec == StateCodec::kFloat32 ? numel * 4 : numel, "states");
       add(t.scales[k], t.layout.groups() * 2, "scales");
     }

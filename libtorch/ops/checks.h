@@ -38,7 +38,7 @@ struct StepInput {
   StepControls controls;
 };
 
-/// Sets of 12 numbers as step_ documents them, appended to *hypers.
+/// Sets of hyperparameter_count(optimizer) numbers in the order of optimizer_info.h, appended to *hypers.
 void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer, bool has_momentum,
                    std::vector<Hyperparameters>* hypers);
 

@@ -75,7 +75,7 @@ void convert_state_slices(Op op, const ParameterTensors& whole,
       ParameterTensors slice = whole;
       slice.layout =
           by_row ? GroupLayout{count, unit} : GroupLayout{1, std::min(count * unit, layout.row_size - first)};
-      for (int k = 0; k < kMaxStates; ++k) {
+      for (int k = 0; k < kMaxSlots; ++k) {
         slice.states[k] = advance(whole.states[k], first, width);
         slice.scales[k] = advance(whole.scales[k], first_unit * unit_groups, 2);
       }
@@ -165,7 +165,11 @@ void plan_new_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const OptimizerKind optimizer = parse_optimizer(op, arguments.optimizer);
   const auto with = static_cast<size_t>(state_count(optimizer, true));
   const bool has_momentum = arguments.states.size() == with * arguments.params.size();
-  arguments.hypers = {0, 0, 0, 0, 0, has_momentum ? 0.5 : 0.0, 0, 0, 0, 0, 1, 0};
+  Hyperparameters any = default_hyperparameters(optimizer);
+  any.momentum = has_momentum ? 0.5 : 0.0;
+  for (int64_t i = 0; i < hyperparameter_count(optimizer); ++i) {
+    arguments.hypers.push_back(get_hyperparameter(optimizer, i, any));
+  }
 
   if (arguments.params.empty()) op.fail("params is empty; a plan needs at least one tensor");
   StepInput input;
@@ -349,7 +353,7 @@ void decode_kernel(StableIValue* stack, uint64_t, uint64_t) {
   TensorList values;
   for (const TensorInfo& info : input.infos) values.push_back(new_float_like(info));
   if (input.backend != Backend::kMeta) {
-    float* to[kMaxStates] = {};
+    float* to[kMaxSlots] = {};
     for (size_t k = 0; k < values.size(); ++k) to[k] = float_data(values[k]);
 #if FLASHOPTIM_HAS_CUDA
     if (input.backend == Backend::kCuda && !values.empty()) {
@@ -360,8 +364,8 @@ void decode_kernel(StableIValue* stack, uint64_t, uint64_t) {
 #endif
     if (input.backend == Backend::kCpu)
       convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
-        float* slice_to[kMaxStates];
-        for (int k = 0; k < kMaxStates; ++k) slice_to[k] = to[k] == nullptr ? nullptr : to[k] + first;
+        float* slice_to[kMaxSlots];
+        for (int k = 0; k < kMaxSlots; ++k) slice_to[k] = to[k] == nullptr ? nullptr : to[k] + first;
         return decode_states(input.optimizer, input.has_momentum, slice, slice_to);
       });
   }
@@ -381,7 +385,7 @@ void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
     op.fail("values has " + std::to_string(values.size()) + " tensors; needed are " + std::to_string(states.size()) +
             ", one per tensor of states");
   }
-  const float* from[kMaxStates] = {};
+  const float* from[kMaxSlots] = {};
   for (size_t k = 0; k < values.size(); ++k) {
     const std::string index = std::to_string(k);
     from[k] = static_cast<const float*>(
@@ -396,8 +400,8 @@ void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
   }
 #endif
   convert_state_slices(op, input.tensor, [&](const ParameterTensors& slice, int64_t first) {
-    const float* slice_from[kMaxStates];
-    for (int k = 0; k < kMaxStates; ++k) slice_from[k] = from[k] == nullptr ? nullptr : from[k] + first;
+    const float* slice_from[kMaxSlots];
+    for (int k = 0; k < kMaxSlots; ++k) slice_from[k] = from[k] == nullptr ? nullptr : from[k] + first;
     return encode_states(input.optimizer, input.has_momentum, slice, slice_from);
   });
 }
@@ -478,6 +482,19 @@ void state_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give_string(names);
 }
 
+constexpr const char* kHyperparameterNamesSchema = "hyperparameter_names(str optimizer) -> str";
+
+/// What the numbers of a set of step_'s and plan_step_'s hypers are, in their order.
+void hyperparameter_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const OptimizerKind optimizer = parse_optimizer({"hyperparameter_names"}, take_string(stack[0]));
+  std::string names;
+  for (int64_t i = 0; i < hyperparameter_count(optimizer); ++i) {
+    if (i > 0) names += ',';
+    names += hyperparameter(optimizer, i).name;
+  }
+  stack[0] = give_string(names);
+}
+
 constexpr const char* kStateSignsSchema = "state_signs(str optimizer, bool has_momentum) -> int[]";
 
 /// 1 for slots that take both signs (the paper's codec stores them as int8), 0 for the others (uint8).
@@ -498,9 +515,10 @@ extern "C" __attribute__((visibility("default"))) int flashoptim_ops_version() {
 
 STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
-  for (const char* schema : {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kGroupLayoutSchema,
-                             kCpuIsaSchema, kStateNamesSchema, kStateSignsSchema, kHasCudaSchema, kPlanNewSchema,
-                             kPlanFreeSchema, kPlanCheckSchema, kPlanStepSchema, kPlanNormSchema, kZeroSchema}) {
+  for (const char* schema :
+       {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kGroupLayoutSchema, kCpuIsaSchema,
+        kStateNamesSchema, kStateSignsSchema, kHasCudaSchema, kPlanNewSchema, kPlanFreeSchema, kPlanCheckSchema,
+        kPlanStepSchema, kPlanNormSchema, kZeroSchema, kHyperparameterNamesSchema}) {
     m.def(schema);
   }
 }
@@ -517,6 +535,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", cpu_isa_kernel);
   m.impl("state_names", state_names_kernel);
   m.impl("state_signs", state_signs_kernel);
+  m.impl("hyperparameter_names", hyperparameter_names_kernel);
   m.impl("has_cuda", has_cuda_kernel);
   m.impl("plan_new", plan_new_kernel);
   m.impl("plan_free", plan_free_kernel);

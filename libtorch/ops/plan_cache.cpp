@@ -9,11 +9,10 @@ namespace {
 /// Equal in everything that a plan was made for. Gradient and hyperparameter index are set anew in every step.
 bool same_tensor(const ParameterTensors& a, const ParameterTensors& b) {
   return a.parameter == b.parameter && a.correction == b.correction &&
-         std::equal(a.states, a.states + kMaxStates, b.states) &&
-         std::equal(a.scales, a.scales + kMaxStates, b.scales) && a.layout.rows == b.layout.rows &&
-         a.layout.row_size == b.layout.row_size && a.first_element == b.first_element &&
-         a.parameter_dtype == b.parameter_dtype && a.gradient_dtype == b.gradient_dtype &&
-         a.master_weights == b.master_weights && a.state_codec == b.state_codec;
+         std::equal(a.states, a.states + kMaxSlots, b.states) && std::equal(a.scales, a.scales + kMaxSlots, b.scales) &&
+         a.layout.rows == b.layout.rows && a.layout.row_size == b.layout.row_size &&
+         a.first_element == b.first_element && a.parameter_dtype == b.parameter_dtype &&
+         a.gradient_dtype == b.gradient_dtype && a.master_weights == b.master_weights && a.state_codec == b.state_codec;
 }
 
 }  // namespace

@@ -59,12 +59,12 @@ class Call:
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def hyper_set(self, group: int, step: int, values: list[float]) -> int:
-        """Index of the hyperparameters of one group at one step; ``values`` lack step and seed's place holds the seed."""
+        """Index of the hyperparameters of one group at one step; ``values`` lack the step."""
         index = self.hyper_sets.get((group, step))
         if index is None:
             index = self.hyper_sets[(group, step)] = len(self.hyper_sets)
             self.hypers += values
-            self.hypers[-2] = float(step)
+            self.hypers[_ops.STEP_PLACE - len(values)] = float(step)
         return index
 
     def run(self, kind: str, grad_scale: float, found_inf: Tensor | None, nonfinite: Tensor | None) -> None:

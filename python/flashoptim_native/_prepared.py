@@ -193,7 +193,7 @@ class Prepared:
         values: list[float] = []
         for group, count in keys:
             values += hypers[group]
-            values[-2] = 1.0 if on_device else float(count + 1)
+            values[_ops.STEP_PLACE - len(hypers[group])] = 1.0 if on_device else float(count + 1)
         steps = [count for _, count in keys] if on_device else []
         set_lrs = [self.empty if lrs[group] is None else lrs[group] for group, _ in keys] if on_device else []
         if index == self.hyper_index:

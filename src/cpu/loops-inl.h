@@ -237,7 +237,7 @@ struct Loops {
   /// that the compiler can keep them in registers across stores.
   template <class Rule>
   static FLASHOPTIM_HD auto update_body(Block& b) {
-    return [&b, h = *static_cast<const typename Rule::Hyper*>(b.hyper) ](int i, F(&s)[kMaxStates])
+    return [&b, h = *static_cast<const typename Rule::Hyper*>(b.hyper) ](int i, F(&s)[core::kSlotArray<Rule>])
         __attribute__((always_inline)) {
       const F delta = Rule::update(core::load_f32<F>(b.weight + i), core::load_f32<F>(b.gradient_f32 + i), s, h);
       core::store_f32(b.delta + i, delta);
@@ -246,21 +246,21 @@ struct Loops {
 
   template <class Rule>
   struct Float32States {
-    static FLASHOPTIM_HD void load(const Block& b, int i, F (&s)[kMaxStates]) {
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+    static FLASHOPTIM_HD void load(const Block& b, int i, F (&s)[core::kSlotArray<Rule>]) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         ask_ahead(b, static_cast<const float*>(b.states[k]), i);
         s[k] = core::load_f32<F>(static_cast<const float*>(b.states[k]) + i);
       }
     }
-    static FLASHOPTIM_HD void store(Block& b, int i, const F (&s)[kMaxStates]) {
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+    static FLASHOPTIM_HD void store(Block& b, int i, const F (&s)[core::kSlotArray<Rule>]) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         core::store_f32(static_cast<float*>(b.states[k]) + i, core::canonical_nan(s[k]));
       }
     }
     static void update(Block& b) {
       const auto body = update_body<Rule>(b);
       for (int i = 0; i < b.groups * kGroup; i += kWidth) {
-        F s[kMaxStates];
+        F s[core::kSlotArray<Rule>];
         load(b, i, s);
         body(i, s);
         store(b, i, s);
@@ -268,15 +268,15 @@ struct Loops {
     }
     static void decode(Block& b) {
       for (int i = 0; i < b.groups * kGroup; i += kWidth) {
-        F s[kMaxStates];
+        F s[core::kSlotArray<Rule>];
         load(b, i, s);
-        for (int k = 0; k < Rule::kStateCount; ++k) core::store_f32(b.state_f32[k] + i, s[k]);
+        for (int k = 0; k < Rule::kSlotCount; ++k) core::store_f32(b.state_f32[k] + i, s[k]);
       }
     }
     static void encode(Block& b) {
       for (int i = 0; i < b.groups * kGroup; i += kWidth) {
-        F s[kMaxStates];
-        for (int k = 0; k < Rule::kStateCount; ++k) s[k] = core::load_f32<F>(b.state_f32[k] + i);
+        F s[core::kSlotArray<Rule>];
+        for (int k = 0; k < Rule::kSlotCount; ++k) s[k] = core::load_f32<F>(b.state_f32[k] + i);
         store(b, i, s);
       }
     }
@@ -325,8 +325,8 @@ struct Loops {
 
   template <class Rule>
   struct PaperStates {
-    static constexpr int kSlots = Rule::kStateCount;
-    static constexpr bool is_signed(int k) { return Rule::kStates[k].kind == core::StateKind::kSigned; }
+    static constexpr int kSlots = Rule::kSlotCount;
+    static constexpr bool is_signed(int k) { return Rule::kSlots[k].kind == core::StateKind::kSigned; }
 
     template <int k>
     using Codec = std::conditional_t<is_signed(k), core::PaperMomentum, core::PaperVariance>;
@@ -381,7 +381,7 @@ struct Loops {
     /// body(i, states) over decoded states; then, if kEncode, the headers of what it left.
     template <bool kDecode, bool kEncode, class Body>
     static FLASHOPTIM_HD void run(Block& b, Body body) {
-      PerGroup scale[kMaxStates];
+      PerGroup scale[core::kSlotArray<Rule>];
       if constexpr (kDecode) {
         for (int k = 0; k < kSlots; ++k) {
           scale[k] = load_headers(b, k);
@@ -389,13 +389,13 @@ struct Loops {
               [&](int group) { scale[k].store(group, core::to_bits(core::half_to_float(scale[k].load(group)))); });
         }
       }
-      GroupVectors largest[kMaxStates] = {GroupVectors(b.groups), GroupVectors(b.groups)};
+      GroupVectors largest[2] = {GroupVectors(b.groups), GroupVectors(b.groups)};
       for (int group = 0; group < b.groups; ++group) {
-        I group_largest[kMaxStates] = {core::splat_bits<F>(0u), core::splat_bits<F>(0u)};
+        I group_largest[2] = {core::splat_bits<F>(0u), core::splat_bits<F>(0u)};
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
           const int i = group * kGroup + j * kWidth;
-          F s[kMaxStates];
+          F s[core::kSlotArray<Rule>];
           if constexpr (kDecode) ask_ahead_codes<kSlots>(b, i);
           if constexpr (kDecode && kSlots > 0) s[0] = decode_slot<0>(b, i, scale[0].spread_f32(group));
           if constexpr (kDecode && kSlots > 1) s[1] = decode_slot<1>(b, i, scale[1].spread_f32(group));
@@ -422,28 +422,28 @@ struct Loops {
   /// Bodies of decode and encode: states to and from the block's fp32 arrays.
   template <class Rule>
   static auto keep_decoded(Block& b) {
-    return [&b](int i, F(&s)[kMaxStates]) {
-      for (int k = 0; k < Rule::kStateCount; ++k) core::store_f32(b.state_f32[k] + i, s[k]);
+    return [&b](int i, F(&s)[core::kSlotArray<Rule>]) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) core::store_f32(b.state_f32[k] + i, s[k]);
     };
   }
   template <class Rule>
   static auto take_decoded(Block& b) {
-    return [&b](int i, F(&s)[kMaxStates]) {
-      for (int k = 0; k < Rule::kStateCount; ++k) s[k] = core::load_f32<F>(b.state_f32[k] + i);
+    return [&b](int i, F(&s)[core::kSlotArray<Rule>]) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) s[k] = core::load_f32<F>(b.state_f32[k] + i);
     };
   }
 
   /// Slot 0 is signed; slot 1, if there is one, a variance that slot 0 is relative to.
   template <class Rule>
   struct DefaultStates {
-    static constexpr int kSlots = Rule::kStateCount;
+    static constexpr int kSlots = Rule::kSlotCount;
     static constexpr bool kHasVariance = kSlots > 1;
-    using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
-    static constexpr bool kGroupChooses = kSlots > 0 && Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
-    static_assert(kSlots == 0 || Rule::kStates[0].kind == core::StateKind::kSigned);
+    using MuLaw = typename core::SignedCodec<Rule::kSlots[0].mantissa_bits>::type;
+    static constexpr bool kGroupChooses = kSlots > 0 && Rule::kSlots[0].mantissa_bits == 0;  ///< K of momentum
+    static_assert(kSlots == 0 || Rule::kSlots[0].kind == core::StateKind::kSigned);
     static_assert(!kHasVariance || !kGroupChooses);
     static_assert(!kHasVariance ||
-                  (Rule::kStates[1].kind == core::StateKind::kUnsigned && Rule::kStates[0].relative_to == 1));
+                  (Rule::kSlots[1].kind == core::StateKind::kUnsigned && Rule::kSlots[0].relative_to == 1));
 
     static FLASHOPTIM_HD void make_variance_header(Block& b, const GroupVectors& largest,
                                                    const GroupVectors& smallest) {
@@ -597,7 +597,7 @@ struct Loops {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
           const int i = group * kGroup + j * kWidth;
-          F s[kMaxStates];
+          F s[core::kSlotArray<Rule>];
           if constexpr (kDecode) ask_ahead_codes<kSlots>(b, i);
           if constexpr (kDecode && kSlots > 0) {
             if constexpr (kGroupChooses) {
@@ -675,12 +675,12 @@ struct Loops {
     t.decode[r][f32] = Float32States<Rule>::decode;
     t.encode[r][f32] = Float32States<Rule>::encode;
     t.rule[r][paper][0] = PaperStates<Rule>::update;
-    if constexpr (Rule::kStateCount > 0) t.rule[r][paper][1] = PaperStates<Rule>::encode_slots;
+    if constexpr (Rule::kSlotCount > 0) t.rule[r][paper][1] = PaperStates<Rule>::encode_slots;
     t.decode[r][paper] = PaperStates<Rule>::decode;
     t.encode[r][paper] = PaperStates<Rule>::encode;
     t.rule[r][window][0] = DefaultStates<Rule>::update;
-    if constexpr (Rule::kStateCount > 0) t.rule[r][window][1] = DefaultStates<Rule>::template encode_momentum<true>;
-    if constexpr (Rule::kStateCount > 1) {
+    if constexpr (Rule::kSlotCount > 0) t.rule[r][window][1] = DefaultStates<Rule>::template encode_momentum<true>;
+    if constexpr (Rule::kSlotCount > 1) {
       t.rule[r][window][2] = t.rule[r][window][1];
       t.rule[r][window][1] = DefaultStates<Rule>::template encode_variance<true>;
     }

@@ -101,31 +101,31 @@ __global__ void __launch_bounds__(kThreads) states_kernel(const __grid_constant_
     if (!active) unit.valid = 0;
     const bool vector = (t.flags & kVectorAligned) && unit.valid == kUnit && unit.first % kUnit == 0;
     StoredStates<kCodec> stored{};
-    States s = {};
+    States<Rule> s = {};
     if constexpr (kEncode) {
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         const Words<4> in = load_unit<4>(bytes_of(args.values[k]) + unit.first * 4, unit.valid, vector);
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) s[i][k] = core::from_bits(in.w[i]);
       }
       Codec<Rule, kCodec>::encode(s, NearestSource(), stored);
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, stored.words[k], unit.valid,
                            vector);
       }
       store_headers<Rule, kCodec>(t, group, active && lane == 0, stored);
     } else {
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         stored.words[k] =
             load_unit<kBytes>(static_cast<const unsigned char*>(t.states[k]) + unit.first * kBytes, unit.valid, vector);
       }
       load_headers<Rule, kCodec>(t, group, active, stored);
       Codec<Rule, kCodec>::decode(stored, s);
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         Words<4> out;
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) out.w[i] = core::to_bits(s[i][k]);
@@ -152,7 +152,7 @@ void launch_codec(const ConvertArguments& args, bool encode, unsigned int blocks
 
 template <class Rule>
 void launch_rule(const ConvertArguments& args, bool encode, unsigned int blocks, cudaStream_t stream) {
-  if constexpr (Rule::kStateCount > 0) {
+  if constexpr (Rule::kSlotCount > 0) {
     switch (args.codec) {
       case StateCodec::kFloat32:
         return launch_codec<Rule, StateCodec::kFloat32>(args, encode, blocks, stream);

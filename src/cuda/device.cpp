@@ -15,7 +15,7 @@ TensorEntry make_entry(const ParameterTensors& t) {
   e.gradient = t.gradient;
   e.correction = t.correction;
   bool aligned = is_aligned(t.parameter) && is_aligned(t.correction);
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     e.states[k] = t.states[k];
     e.scales[k] = static_cast<uint16_t*>(t.scales[k]);
     aligned = aligned && is_aligned(t.states[k]);

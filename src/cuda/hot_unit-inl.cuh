@@ -49,8 +49,8 @@ struct alignas(16) HotContext {
   unsigned char* parameter;
   const unsigned char* gradient;
   unsigned char* correction;
-  unsigned char* states[kMaxStates];
-  uint16_t* scales[kMaxStates];
+  unsigned char* states[kMaxSlots];
+  uint16_t* scales[kMaxSlots];
   uint64_t first_index;  ///< of the segment in the whole tensor, for the dither
   PreparedHyper prepared;
   /// Starts of the dither's streams, but for the group's hash.
@@ -73,7 +73,7 @@ struct alignas(16) HotContext {
       parameter = static_cast<unsigned char*>(t.parameter) + first * 2;
       gradient = static_cast<const unsigned char*>(t.gradient) + first * 2;
       correction = static_cast<unsigned char*>(t.correction) + first * (kHotBits<kMaster> / 8);
-      for (int k = 0; k < kMaxStates; ++k) {
+      for (int k = 0; k < kMaxSlots; ++k) {
         states[k] = static_cast<unsigned char*>(t.states[k]) + first;
         scales[k] = t.scales[k] + first_group;
       }
@@ -202,8 +202,8 @@ __device__ __forceinline__ float look_up(uint32_t table, const HotWords<4>& word
 template <class Rule, class Narrow, MasterWeights kMaster>
 struct HotTables {
   static constexpr int kBits = kHotBits<kMaster>;
-  using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
-  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
+  using MuLaw = typename core::SignedCodec<Rule::kSlots[0].mantissa_bits>::type;
+  static constexpr bool kGroupChooses = Rule::kSlots[0].mantissa_bits == 0;  ///< K of momentum
   static constexpr int kChoices = kGroupChooses ? 4 : 1;
 
   float fraction[kBits == 8 ? 256 : 1];  ///< (c / N) * (half an ULP of 1), by the correction's byte
@@ -384,13 +384,13 @@ using HotWeightsOf = std::conditional_t<core::has_correction(kMaster), HotWeight
 /// States of the default codec.
 template <class Rule, bool kZeros>
 struct HotStates {
-  static constexpr bool kHasVariance = Rule::kStateCount > 1;
+  static constexpr bool kHasVariance = Rule::kSlotCount > 1;
   static constexpr uint32_t kExponentMask = 0x7f800000u;
-  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;
-  using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
+  static constexpr bool kGroupChooses = Rule::kSlots[0].mantissa_bits == 0;
+  using MuLaw = typename core::SignedCodec<Rule::kSlots[0].mantissa_bits>::type;
 
-  HotWords<4> codes[kMaxStates];
-  uint32_t header[kMaxStates];
+  HotWords<4> codes[Rule::kSlotCount];
+  uint32_t header[Rule::kSlotCount];
 
   /// Codec::decode; without kZeros false where a variance is 0.
   template <class Tables>
@@ -552,7 +552,7 @@ __device__ __forceinline__ void wait_for_copies() {
 
 /// A group's headers, one tile ahead like the rest.
 struct HotHeaders {
-  uint32_t of[kMaxStates] = {0u, 0u};
+  uint32_t of[kMaxSlots] = {};
 };
 
 /// Where the q-th 16 bytes of a tile stand, if a thread takes two in a row: so that neither way of access has
@@ -567,7 +567,7 @@ struct HotStage {
   uint4 parameter[64];
   uint4 gradient[64];
   uint4 correction[kCorrectionQuads > 0 ? 32 * kCorrectionQuads : 1];
-  uint4 states[Rule::kStateCount][32];
+  uint4 states[Rule::kSlotCount][32];
 
   __device__ __forceinline__ HotHeaders fetch(const HotContext& context, uint32_t first_group, int thread) {
     __syncwarp();  // all have read what stood here
@@ -578,7 +578,7 @@ struct HotStage {
     HotHeaders headers;
     const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) {
+    for (int k = 0; k < Rule::kSlotCount; ++k) {
       headers.of[k] = __ldcs(context.scales[k] + group);
       copy_16(&states[k][thread], context.states[k] + first_code);
     }
@@ -648,7 +648,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
   Weights weights;
   __syncwarp();  // every thread's copies have come
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) {
+  for (int k = 0; k < Rule::kSlotCount; ++k) {
     states.codes[k] = Stage::template take<1>(stage.states[k], thread);
     states.header[k] = headers.of[k];
   }
@@ -680,10 +680,12 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
       value[i] = weights.correction_value(tables, n, i);
       w = n + value[i];
     }
-    Lane s[kMaxStates] = {{m[i], &guard}, {v[i], &guard}};
+    Lane s[core::kSlotArray<Rule>];
+    s[0] = {m[i], &guard};
+    if constexpr (States::kHasVariance) s[1] = {v[i], &guard};
     const Lane d = Rule::update(Lane(w, &guard), Lane(g, &guard), s, hyper);
     m[i] = s[0].v;
-    v[i] = s[1].v;
+    if constexpr (States::kHasVariance) v[i] = s[1].v;
     delta[i] = d.v;
     // Rules let a weight or gradient that is not finite through to delta or to the states; a delta of 0 changes
     // nothing. (With a correction, a delta that is not finite makes a weight so, which update() looks for.)
@@ -765,10 +767,10 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Narrow, kMas
     store_pairs(context.correction + static_cast<uint64_t>(first) * 2u, weights.correction, stage.correction, thread);
   }
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) hot_store(context.states[k] + first_code, states.codes[k]);
+  for (int k = 0; k < Rule::kSlotCount; ++k) hot_store(context.states[k] + first_code, states.codes[k]);
   if (lane == 0) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) context.scales[k][group] = static_cast<uint16_t>(states.header[k]);
+    for (int k = 0; k < Rule::kSlotCount; ++k) context.scales[k][group] = static_cast<uint16_t>(states.header[k]);
   }
   return kZeros && __any_sync(0xffffffffu, has_zeros) ? kHotWithZeros : kHotWithoutZeros;
 }

@@ -46,11 +46,11 @@ __device__ __forceinline__ void unpack(const AnyTypes& types, const StoredUnit<k
                                          : signed_element(stored.weights.correction, i);
     }
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) e.states[k][i] = element(stored.states.words[k], i);
+    for (int k = 0; k < Rule::kSlotCount; ++k) e.states[k][i] = element(stored.states.words[k], i);
   }
   if constexpr (kBytes == 1) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) e.scales[k] = stored.states.header[k];
+    for (int k = 0; k < Rule::kSlotCount; ++k) e.scales[k] = stored.states.header[k];
   }
 }
 
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant
     const int local = tile + static_cast<int>(threadIdx.x / kThreadsPerGroup);
     const bool active = local < count;
     const int64_t group = chunk.first_group + skipped + local * args.stride;
-    if constexpr (Rule::kStateCount > 0) {
+    if constexpr (Rule::kSlotCount > 0) {
       if (tensor.flags & kPaperStates) {
         inspect_unit<Rule, StateCodec::kPaper>(tensor, prepared, largest_update, group, lane, active, found);
         continue;

@@ -31,19 +31,6 @@ const StepLaunches& step_launches(RuleKind rule) {
 
 namespace {
 
-// The table above is in the list's order; the enumeration must be too.
-constexpr int kRuleOrder[] = {
-#define FLASHOPTIM_KIND(name) static_cast<int>(RuleKind::k##name),
-    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_KIND)
-#undef FLASHOPTIM_KIND
-};
-constexpr bool rules_in_order() {
-  for (int i = 0; i < cpu::kRuleKinds; ++i) {
-    if (kRuleOrder[i] != i) return false;
-  }
-  return true;
-}
-
 /// Cuts [0, groups) of a tensor into chunks.
 void add_chunks(int32_t tensor, int64_t groups, int64_t groups_per_chunk, std::vector<Chunk>* chunks) {
   for (int64_t first = 0; first < groups; first += groups_per_chunk) {
@@ -74,6 +61,7 @@ struct Plan::Impl {
   };
 
   flashoptim::Plan tensors;  // checks and keeps the host's copy
+  OptimizerKind optimizer;
   RuleKind rule;
   int32_t device = 0;
   int multiprocessors = 0;
@@ -349,10 +337,10 @@ Plan& Plan::operator=(Plan&&) noexcept = default;
 
 Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTensors* tensors, int64_t count,
                   int32_t device, Plan* plan) {
-  static_assert(rules_in_order());
   auto impl = std::make_unique<Impl>();
   Status status = flashoptim::Plan::make(optimizer, has_momentum, tensors, count, &impl->tensors);
   if (!status.is_ok()) return status;
+  impl->optimizer = optimizer;
   impl->rule = rule_kind(optimizer, has_momentum);
   impl->states = state_count(optimizer, has_momentum);
   impl->device = device;
@@ -360,7 +348,7 @@ Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTen
   for (int64_t i = 0; i < count; ++i) impl->gradients.push_back(tensors[i].gradient);
   for (int64_t i = 0; i < count; ++i) {
     impl->hyper_capacity = std::max(impl->hyper_capacity, tensors[i].hyper_index + 1);
-    for (int k = 0; k < kMaxStates; ++k) {
+    for (int k = 0; k < kMaxSlots; ++k) {
       if (reinterpret_cast<uintptr_t>(impl->tensors.tensor(i).scales[k]) % sizeof(uint16_t) != 0) {
         return Status::invalid_argument("tensors[" + std::to_string(i) + "].scales[" + std::to_string(k) +
                                         "] is at an odd address; scales are 16-bit numbers");
@@ -418,11 +406,14 @@ Status Plan::Impl::check(const Hyperparameters* given, int64_t count, const Step
                    options.found_inf != nullptr;
   for (int32_t i = 0; i < used; ++i) {
     const bool device_step = options.step != nullptr && options.step[i] != nullptr;
-    use->on_device = use->on_device || device_step || (options.lr != nullptr && options.lr[i] != nullptr);
-    if (!device_step && given[i].step < 1) {
-      return Status::invalid_argument("hypers[" + std::to_string(i) + "].step = " + std::to_string(given[i].step) +
-                                      "; steps count from 1");
-    }
+    const bool device_lr = options.lr != nullptr && options.lr[i] != nullptr;
+    use->on_device = use->on_device || device_step || device_lr;
+    // What only the device knows is not checked.
+    Hyperparameters known = given[i];
+    if (device_step) known.step = 1;
+    if (device_lr) known.lr = 0.0;
+    const Status status = check_hyperparameter_set(optimizer, known, i);
+    if (!status.is_ok()) return status;
   }
   return Status::ok();
 }

@@ -21,8 +21,8 @@ inline constexpr int kStateBytes = kCodec == StateCodec::kFloat32 ? 4 : 1;
 /// A group's stored states, as one thread sees them.
 template <StateCodec kCodec>
 struct StoredStates {
-  Words<kStateBytes<kCodec>> words[kMaxStates];
-  uint32_t header[kMaxStates];
+  Words<kStateBytes<kCodec>> words[kMaxSlots];
+  uint32_t header[kMaxSlots];
 };
 
 /// Where a thread's 8 elements get their dither from.
@@ -54,7 +54,8 @@ struct NearestSource {
   }
 };
 
-using States = F[kUnit][kMaxStates];
+template <class Rule>
+using States = F[kUnit][core::kSlotArray<Rule>];
 
 template <class Rule, StateCodec kCodec>
 struct Codec;
@@ -63,17 +64,17 @@ template <class Rule>
 struct Codec<Rule, StateCodec::kFloat32> {
   using Stored = StoredStates<StateCodec::kFloat32>;
 
-  static __device__ __forceinline__ void decode(const Stored& stored, States& s) {
+  static __device__ __forceinline__ void decode(const Stored& stored, States<Rule>& s) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) {
+    for (int k = 0; k < Rule::kSlotCount; ++k) {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) s[i][k] = core::from_bits(stored.words[k].w[i]);
     }
   }
   template <class Dither>
-  static __device__ __forceinline__ void encode(States& s, const Dither&, Stored& stored) {
+  static __device__ __forceinline__ void encode(States<Rule>& s, const Dither&, Stored& stored) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) {
+    for (int k = 0; k < Rule::kSlotCount; ++k) {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) stored.words[k].w[i] = core::to_bits(core::canonical_nan(s[i][k]));
     }
@@ -84,10 +85,10 @@ template <class Rule>
 struct Codec<Rule, StateCodec::kPaper> {
   using Stored = StoredStates<StateCodec::kPaper>;
   template <int k>
-  static constexpr bool kIsSigned = Rule::kStates[k].kind == core::StateKind::kSigned;
+  static constexpr bool kIsSigned = Rule::kSlots[k].kind == core::StateKind::kSigned;
 
   template <int k>
-  static __device__ __forceinline__ void decode_slot(const Stored& stored, States& s) {
+  static __device__ __forceinline__ void decode_slot(const Stored& stored, States<Rule>& s) {
     const F scale = core::half_to_float(stored.header[k]);
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
@@ -99,7 +100,7 @@ struct Codec<Rule, StateCodec::kPaper> {
     }
   }
   template <int k>
-  static __device__ __forceinline__ void encode_slot(States& s, Stored& stored) {
+  static __device__ __forceinline__ void encode_slot(States<Rule>& s, Stored& stored) {
     uint32_t largest = 0u;
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
@@ -118,33 +119,33 @@ struct Codec<Rule, StateCodec::kPaper> {
     stored.words[k] = pack<1>(codes);
   }
 
-  static __device__ __forceinline__ void decode(const Stored& stored, States& s) {
-    if constexpr (Rule::kStateCount > 0) decode_slot<0>(stored, s);
-    if constexpr (Rule::kStateCount > 1) decode_slot<1>(stored, s);
+  static __device__ __forceinline__ void decode(const Stored& stored, States<Rule>& s) {
+    if constexpr (Rule::kSlotCount > 0) decode_slot<0>(stored, s);
+    if constexpr (Rule::kSlotCount > 1) decode_slot<1>(stored, s);
   }
   template <class Dither>
-  static __device__ __forceinline__ void encode(States& s, const Dither&, Stored& stored) {
-    if constexpr (Rule::kStateCount > 0) encode_slot<0>(s, stored);
-    if constexpr (Rule::kStateCount > 1) encode_slot<1>(s, stored);
+  static __device__ __forceinline__ void encode(States<Rule>& s, const Dither&, Stored& stored) {
+    if constexpr (Rule::kSlotCount > 0) encode_slot<0>(s, stored);
+    if constexpr (Rule::kSlotCount > 1) encode_slot<1>(s, stored);
   }
 };
 
 template <class Rule>
 struct Codec<Rule, StateCodec::kDefault> {
   using Stored = StoredStates<StateCodec::kDefault>;
-  static constexpr bool kHasVariance = Rule::kStateCount > 1;
-  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
-  using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
+  static constexpr bool kHasVariance = Rule::kSlotCount > 1;
+  static constexpr bool kGroupChooses = Rule::kSlots[0].mantissa_bits == 0;  ///< K of momentum
+  using MuLaw = typename core::SignedCodec<Rule::kSlots[0].mantissa_bits>::type;
 
-  static __device__ __forceinline__ void decode(const Stored& stored, States& s) {
-    if constexpr (Rule::kStateCount > 0 && kGroupChooses) {
+  static __device__ __forceinline__ void decode(const Stored& stored, States<Rule>& s) {
+    if constexpr (Rule::kSlotCount > 0 && kGroupChooses) {
       const F scale = MuLaw::template scale<F>(stored.header[0]);
       const auto group = MuLaw::template group<F>(stored.header[0]);
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
         s[i][0] = MuLaw::template decode<F>(signed_element(stored.words[0], i), group) * scale;
       }
-    } else if constexpr (Rule::kStateCount > 0) {
+    } else if constexpr (Rule::kSlotCount > 0) {
       const F scale = MuLaw::template decoding_scale<kHasVariance, F>(stored.header[0]);
       core::WindowCodec::Window<uint32_t> window{};
       if constexpr (kHasVariance) window = core::WindowCodec::window<F>(stored.header[1]);
@@ -160,8 +161,8 @@ struct Codec<Rule, StateCodec::kDefault> {
   }
 
   template <class Dither>
-  static __device__ __forceinline__ void encode(States& s, const Dither& dither, Stored& stored) {
-    if constexpr (Rule::kStateCount > 0) {
+  static __device__ __forceinline__ void encode(States<Rule>& s, const Dither& dither, Stored& stored) {
+    if constexpr (Rule::kSlotCount > 0) {
       uint32_t momentum_largest = 0u, momentum_smallest = 0xffffffffu;
       if constexpr (kHasVariance) {
         momentum_largest = encode_variance(s, dither, stored);
@@ -184,7 +185,7 @@ struct Codec<Rule, StateCodec::kDefault> {
 
   /// Leaves momentum relative to the stored variance in slot 0 and returns the largest of this thread's.
   template <class Dither>
-  static __device__ __forceinline__ uint32_t encode_variance(States& s, const Dither& dither, Stored& stored) {
+  static __device__ __forceinline__ uint32_t encode_variance(States<Rule>& s, const Dither& dither, Stored& stored) {
     constexpr auto kStream = core::DitherStream::kVariance;
     uint32_t bits[kUnit];
     uint32_t largest = 0u, smallest = 0xffffffffu;
@@ -211,7 +212,7 @@ struct Codec<Rule, StateCodec::kDefault> {
   }
 
   template <class Dither>
-  static __device__ __forceinline__ void encode_momentum(States& s, uint32_t largest, const Dither& dither,
+  static __device__ __forceinline__ void encode_momentum(States<Rule>& s, uint32_t largest, const Dither& dither,
                                                          Stored& stored) {
     constexpr auto kStream = core::DitherStream::kMomentum;
     stored.header[0] = MuLaw::template header<F>(core::from_bits(largest));
@@ -226,7 +227,7 @@ struct Codec<Rule, StateCodec::kDefault> {
   }
 
   template <class Dither>
-  static __device__ __forceinline__ void encode_chosen(States& s, uint32_t largest, uint32_t smallest_minus_one,
+  static __device__ __forceinline__ void encode_chosen(States<Rule>& s, uint32_t largest, uint32_t smallest_minus_one,
                                                        const Dither& dither, Stored& stored) {
     constexpr auto kStream = core::DitherStream::kMomentum;
     stored.header[0] = MuLaw::template header<F>(largest, smallest_minus_one);

@@ -75,7 +75,7 @@ __device__ __forceinline__ void load_stored(const TensorEntry& t, const Types& t
   load_weights(t, types, unit.first, unit.valid, vector, out.weights);
   load_2_or_4(t.gradient, unit.first, types.gradient() == DType::kFloat32, unit.valid, vector, out.gradient);
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) {
+  for (int k = 0; k < Rule::kSlotCount; ++k) {
     out.states.words[k] =
         load_unit<kBytes>(static_cast<const unsigned char*>(t.states[k]) + unit.first * kBytes, unit.valid, vector);
   }
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_stored(const TensorEntry& t, const Types& 
   constexpr int kBytes = kStateBytes<kCodec>;
   store_weights(t, types, unit.first, unit.valid, vector, in.weights);
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) {
+  for (int k = 0; k < Rule::kSlotCount; ++k) {
     store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, in.states.words[k], unit.valid,
                        vector);
   }
@@ -98,7 +98,7 @@ __device__ __forceinline__ void load_headers(const TensorEntry& t, int64_t group
                                              StoredStates<kCodec>& states) {
   if constexpr (kCodec != StateCodec::kFloat32) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) states.header[k] = active ? t.scales[k][group] : 0u;
+    for (int k = 0; k < Rule::kSlotCount; ++k) states.header[k] = active ? t.scales[k][group] : 0u;
   }
 }
 template <class Rule, StateCodec kCodec>
@@ -107,7 +107,7 @@ __device__ __forceinline__ void store_headers(const TensorEntry& t, int64_t grou
   if constexpr (kCodec != StateCodec::kFloat32) {
     if (writes) {
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) t.scales[k][group] = static_cast<uint16_t>(states.header[k]);
+      for (int k = 0; k < Rule::kSlotCount; ++k) t.scales[k][group] = static_cast<uint16_t>(states.header[k]);
     }
   }
 }
@@ -150,16 +150,17 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
   load_headers<Rule, kCodec>(t, group, active, stored.states);
 
   F w[kUnit], g[kUnit], delta[kUnit];
-  States s;
+  States<Rule> s;
   scaled_gradients(context, types, stored.gradient, unit.valid, g);
   merge_weights(types, stored.weights, w);
   Codec<Rule, kCodec>::decode(stored.states, s);
   const typename Rule::Hyper& hyper = reinterpret_cast<const typename Rule::Hyper&>(context.prepared.rule);
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    ExactLane state[kMaxStates] = {s[i][0], s[i][1]};
+    ExactLane state[core::kSlotArray<Rule>];
+    for (int k = 0; k < Rule::kSlotCount; ++k) state[k] = s[i][k];
     delta[i] = Rule::update(ExactLane(w[i]), ExactLane(g[i]), state, hyper).v;
-    for (int k = 0; k < Rule::kStateCount; ++k) s[i][k] = state[k].v;
+    for (int k = 0; k < Rule::kSlotCount; ++k) s[i][k] = state[k].v;
   }
   const DitherSource dither = dither_source(context, unit.group_first, lane);
   update_weights(types, w, delta, dither, stored.weights);
@@ -359,7 +360,7 @@ StepLaunches make_step_launches() {
   StepLaunches out{};
   StepLaunch* const any = out.kernel + kAnyTypes;
   any[static_cast<int>(StateCodec::kFloat32)] = launch_step<Rule, StateCodec::kFloat32>;
-  if constexpr (Rule::kStateCount > 0) {
+  if constexpr (Rule::kSlotCount > 0) {
     any[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
     any[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
     out.kernel[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection8>;

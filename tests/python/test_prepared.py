@@ -320,13 +320,13 @@ def test_a_step_in_c_takes_what_the_operator_takes(look):
     (params, optimizer), _ = pair()
     run(optimizer, params, 0, 2)
     prepared, before = optimizer._prepared[0], [p.clone() for p in params]
-    hypers = [0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0]
+    hypers = [0.1, 0.0, 0.0, 0.0, 3.0, 0.0, 0.9, 0.999, 1e-8]
     counter = torch.zeros(1, dtype=torch.int64)
     for wrong in (counter.to(torch.int32), torch.zeros(2, dtype=torch.int64), counter.to("meta"), None):
         assert not step(prepared.plan, [], hypers, 1.0, wrong)
     with pytest.raises(RuntimeError, match="grads has 0 entries; needed are"):
         step(prepared.plan, [], hypers, 1.0, counter)  # none were taken
-    with pytest.raises(RuntimeError, match=r"hypers has 11 numbers"):
+    with pytest.raises(RuntimeError, match=r"hypers has 8 numbers"):
         step(prepared.plan, [], hypers[1:], 1.0, counter)
     with pytest.raises(RuntimeError, match=r"hyper_index has 1 entries"):
         step(prepared.plan, [0], hypers, 1.0, counter)

@@ -47,11 +47,11 @@ struct ElementTypes {
 template <int N>
 struct StoredElements {
   int valid;
-  uint32_t parameter[N];           ///< 16 or 32 bits
-  uint32_t correction[N];          ///< with its sign
-  uint32_t gradient[N];            ///< 16 or 32 bits
-  uint32_t states[kMaxStates][N];  ///< 8 bits without sign, or fp32
-  uint32_t scales[kMaxStates];     ///< the group's headers
+  uint32_t parameter[N];          ///< 16 or 32 bits
+  uint32_t correction[N];         ///< with its sign
+  uint32_t gradient[N];           ///< 16 or 32 bits
+  uint32_t states[kMaxSlots][N];  ///< 8 bits without sign, or fp32
+  uint32_t scales[kMaxSlots];     ///< the group's headers
 };
 
 /// One step's numbers.
@@ -177,19 +177,20 @@ struct InspectedStates;
 template <class Rule>
 struct InspectedStates<Rule, StateCodec::kFloat32> {
   template <int N>
-  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
+  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kSlotArray<Rule>]) {
     for (int i = 0; i < N; ++i) {
-      for (int k = 0; k < Rule::kStateCount; ++k) s[i][k] = from_bits(e.states[k][i]);
+      for (int k = 0; k < Rule::kSlotCount; ++k) s[i][k] = from_bits(e.states[k][i]);
     }
   }
   template <int N, class Group>
-  static FLASHOPTIM_HD void inspect(const float (&)[N][kMaxStates], int, const GroupDither&, Group, Inspection&) {}
+  static FLASHOPTIM_HD void inspect(const float (&)[N][kSlotArray<Rule>], int, const GroupDither&, Group, Inspection&) {
+  }
 };
 
 template <class Rule>
 struct InspectedStates<Rule, StateCodec::kPaper> {
   template <int k>
-  static constexpr bool kIsSigned = Rule::kStates[k].kind == StateKind::kSigned;
+  static constexpr bool kIsSigned = Rule::kSlots[k].kind == StateKind::kSigned;
   template <int k>
   using Codec = std::conditional_t<kIsSigned<k>, PaperMomentum, PaperVariance>;
 
@@ -199,7 +200,7 @@ struct InspectedStates<Rule, StateCodec::kPaper> {
     return Codec<k>::template decode<float>(code, scale);
   }
   template <int k, int N>
-  static FLASHOPTIM_HD void decode_slot(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
+  static FLASHOPTIM_HD void decode_slot(const StoredElements<N>& e, float (&s)[N][kSlotArray<Rule>]) {
     const float scale = half_to_float(e.scales[k]);
     for (int i = 0; i < N; ++i) s[i][k] = decode_code<k>(e.states[k][i], scale);
   }
@@ -209,7 +210,8 @@ struct InspectedStates<Rule, StateCodec::kPaper> {
     return state;
   }
   template <int k, int N, class Group>
-  static FLASHOPTIM_HD void inspect_slot(const float (&s)[N][kMaxStates], int valid, Group group, Inspection& out) {
+  static FLASHOPTIM_HD void inspect_slot(const float (&s)[N][kSlotArray<Rule>], int valid, Group group,
+                                         Inspection& out) {
     uint32_t largest = 0u;
     for (int i = 0; i < N; ++i) largest = int_max(largest, to_bits(abs(finite_or_zero(kept<k>(s[i][k])))));
     const float absmax = max(kPaperSmallestAbsmax, from_bits(group.largest(largest)));
@@ -223,24 +225,24 @@ struct InspectedStates<Rule, StateCodec::kPaper> {
   }
 
   template <int N>
-  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
-    if constexpr (Rule::kStateCount > 0) decode_slot<0>(e, s);
-    if constexpr (Rule::kStateCount > 1) decode_slot<1>(e, s);
+  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kSlotArray<Rule>]) {
+    if constexpr (Rule::kSlotCount > 0) decode_slot<0>(e, s);
+    if constexpr (Rule::kSlotCount > 1) decode_slot<1>(e, s);
   }
   template <int N, class Group>
-  static FLASHOPTIM_HD void inspect(const float (&s)[N][kMaxStates], int valid, const GroupDither&, Group group,
+  static FLASHOPTIM_HD void inspect(const float (&s)[N][kSlotArray<Rule>], int valid, const GroupDither&, Group group,
                                     Inspection& out) {
-    if constexpr (Rule::kStateCount > 0) inspect_slot<0>(s, valid, group, out);
-    if constexpr (Rule::kStateCount > 1) inspect_slot<1>(s, valid, group, out);
+    if constexpr (Rule::kSlotCount > 0) inspect_slot<0>(s, valid, group, out);
+    if constexpr (Rule::kSlotCount > 1) inspect_slot<1>(s, valid, group, out);
   }
 };
 
 /// Slot 0 is signed; slot 1, if there is one, a variance that slot 0 is relative to.
 template <class Rule>
 struct InspectedStates<Rule, StateCodec::kDefault> {
-  static constexpr bool kHasVariance = Rule::kStateCount > 1;
-  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
-  using MuLaw = typename SignedCodec<Rule::kStates[0].mantissa_bits>::type;
+  static constexpr bool kHasVariance = Rule::kSlotCount > 1;
+  static constexpr bool kGroupChooses = Rule::kSlots[0].mantissa_bits == 0;  ///< K of momentum
+  using MuLaw = typename SignedCodec<Rule::kSlots[0].mantissa_bits>::type;
   using Window = WindowCodec::Window<uint32_t>;
 
   static FLASHOPTIM_HD float scale(uint32_t header) {
@@ -261,8 +263,8 @@ struct InspectedStates<Rule, StateCodec::kDefault> {
   }
 
   template <int N>
-  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
-    if constexpr (Rule::kStateCount > 0) {
+  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kSlotArray<Rule>]) {
+    if constexpr (Rule::kSlotCount > 0) {
       Window window{};
       if constexpr (kHasVariance) window = WindowCodec::window<float>(e.scales[1]);
       for (int i = 0; i < N; ++i) {
@@ -274,9 +276,9 @@ struct InspectedStates<Rule, StateCodec::kDefault> {
   }
 
   template <int N, class Group>
-  static FLASHOPTIM_HD void inspect(const float (&s)[N][kMaxStates], int valid, const GroupDither& dither, Group group,
-                                    Inspection& out) {
-    if constexpr (Rule::kStateCount > 0) {
+  static FLASHOPTIM_HD void inspect(const float (&s)[N][kSlotArray<Rule>], int valid, const GroupDither& dither,
+                                    Group group, Inspection& out) {
+    if constexpr (Rule::kSlotCount > 0) {
       float x[N], variance[N];  // what is encoded of momentum, and the variance as it would be read back
       if constexpr (kHasVariance) {
         inspect_variance(s, valid, dither, group, x, variance, out);
@@ -310,8 +312,9 @@ struct InspectedStates<Rule, StateCodec::kDefault> {
   }
 
   template <int N, class Group>
-  static FLASHOPTIM_HD void inspect_variance(const float (&s)[N][kMaxStates], int valid, const GroupDither& dither,
-                                             Group group, float (&x)[N], float (&variance)[N], Inspection& out) {
+  static FLASHOPTIM_HD void inspect_variance(const float (&s)[N][kSlotArray<Rule>], int valid,
+                                             const GroupDither& dither, Group group, float (&x)[N],
+                                             float (&variance)[N], Inspection& out) {
     uint32_t largest = 0u, smallest = 0xffffffffu;
     for (int i = 0; i < N; ++i) {
       const uint32_t bits = WindowCodec::storable(s[i][1]);
@@ -337,7 +340,7 @@ template <class Rule, StateCodec kCodec, int N, class Group>
 FLASHOPTIM_HD_FUNCTION void inspect_elements(const ElementTypes& types, const StoredElements<N>& e,
                                              const InspectedStep<Rule>& step, const GroupDither& dither, Group group,
                                              Inspection& out) {
-  float s[N][kMaxStates];
+  float s[N][kSlotArray<Rule>];
   InspectedStates<Rule, kCodec>::decode(e, s);
   float largest = 0.0f;
   for (int i = 0; i < N; ++i) {
@@ -345,8 +348,8 @@ FLASHOPTIM_HD_FUNCTION void inspect_elements(const ElementTypes& types, const St
     const float w = stored_weight(types, e.parameter[i], e.correction[i]);
     if constexpr (Rule::kDecoupledDecay) {
       // Without a weight there is nothing to decay.
-      float old[kMaxStates];
-      for (int k = 0; k < Rule::kStateCount; ++k) old[k] = s[i][k];
+      float old[kSlotArray<Rule>];
+      for (int k = 0; k < Rule::kSlotCount; ++k) old[k] = s[i][k];
       if (step.largest_update > 0.0f) largest = max(abs(Rule::update(0.0f, g, old, step.hyper)), largest);
     }
     const float delta = Rule::update(w, g, s[i], step.hyper);

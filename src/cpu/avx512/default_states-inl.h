@@ -30,7 +30,7 @@ inline namespace FLASHOPTIM_AVX512 {
 template <class Rule>
 struct HotDefaultStates : HotWeights {
   using States = Generic::DefaultStates<Rule>;
-  using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
+  using MuLaw = typename core::SignedCodec<Rule::kSlots[0].mantissa_bits>::type;
   using Hyper = typename Rule::Hyper;
   using Lane = BoundedLane<Pair>;
   static constexpr uint32_t kSmallestG = (127u - 50u) << 23;  ///< a pattern
@@ -123,7 +123,7 @@ struct HotDefaultStates : HotWeights {
       return _mm512_mul_ps(x, float_of(and_or(sum, exponent, headers.mantissa.spread(group))));
     }
 
-    FLASHOPTIM_HD void operator()(int group, Lane (&s)[kMaxStates]) const {
+    FLASHOPTIM_HD void operator()(int group, Lane (&s)[Rule::kSlotCount]) const {
       const int i = group * kGroup;
       __m512 low, high;
       momentum(i, &low, &high);
@@ -150,7 +150,7 @@ struct HotDefaultStates : HotWeights {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
         const int group = first + k, i = group * kGroup;
-        Lane w, g, s[kMaxStates];
+        Lane w, g, s[Rule::kSlotCount];
         codes_ahead.ask(group);
         inputs(group, &w.v, &g.v);
         decode(group, s);

@@ -14,14 +14,14 @@ struct HotPaperStates : HotWeights {
 
   using States = Generic::PaperStates<Rule>;
   struct Headers {
-    PerGroup of[kMaxStates];
+    PerGroup of[Rule::kSlotCount];
 
     /// False where one is not finite.
     FLASHOPTIM_HD bool open(const Block& b) {
       __mmask16 infinite = 0;
       for_each_header(
           b, [&](int first) __attribute__((always_inline)) {
-            for (int k = 0; k < kMaxStates; ++k) {
+            for (int k = 0; k < Rule::kSlotCount; ++k) {
               const __m512 s =
                   _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
               infinite |= _mm512_cmp_ps_mask(_mm512_abs_ps(s), all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
@@ -63,7 +63,8 @@ struct HotPaperStates : HotWeights {
           return _mm512_mul_ps(r, r);
         };
         Lane w, g,
-            s[kMaxStates] = {{{{decode_m(i)}, {decode_m(i + kLanes)}}}, {{{decode_v(i)}, {decode_v(i + kLanes)}}}};
+            s[Rule::kSlotCount] = {{{{decode_m(i)}, {decode_m(i + kLanes)}}},
+                                   {{{decode_v(i)}, {decode_v(i + kLanes)}}}};
         codes_ahead.ask(group);
         inputs(group, &w.v, &g.v);
         Rule::template advance<Lane>(w, g, s, h);
@@ -77,7 +78,7 @@ struct HotPaperStates : HotWeights {
       largest_m.store(first, most_m);
       largest_root.store(first, most_root);
     }
-    I absmax[kMaxStates][kBlockGroups / kLanes];
+    I absmax[Rule::kSlotCount][kBlockGroups / kLanes];
     __mmask16 unusual = 0;
     for_each_header(
         b, [&](int first) __attribute__((always_inline)) {
@@ -88,7 +89,7 @@ struct HotPaperStates : HotWeights {
     if (unusual != 0 || inputs.unusual != 0) return false;
     for_each_header(
         b, [&](int first) __attribute__((always_inline)) {
-          for (int slot = 0; slot < kMaxStates; ++slot) {
+          for (int slot = 0; slot < Rule::kSlotCount; ++slot) {
             const F a =
                 core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax[slot][first / kLanes]));
             core::store_16(b.scales[slot] + first, core::paper_header(a));

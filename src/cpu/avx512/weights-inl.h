@@ -258,7 +258,7 @@ struct HotWeights : HotPieces {
     float* steps;
 
     FLASHOPTIM_HD KeepStep(Block& b, const typename Rule::Hyper& hyper) : h(hyper), steps(b.delta) {}
-    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[kMaxStates]) const {
+    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[Rule::kSlotCount]) const {
       core::store_f32(steps + group * kGroup, Rule::template step<BoundedLane<Pair>>(s, h).v);
     }
   };
@@ -270,7 +270,7 @@ struct HotWeights : HotPieces {
 
     FLASHOPTIM_HD KeepDelta(Block& b, const typename Rule::Hyper& hyper)
         : h(hyper), deltas(b.delta), weight(b.weight) {}
-    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[kMaxStates]) const {
+    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[Rule::kSlotCount]) const {
       using Lane = BoundedLane<Pair>;
       const Lane w{core::load_f32<Pair>(weight + group * kGroup)};
       core::store_f32(deltas + group * kGroup, Rule::template decayed<Lane>(w, Rule::template step<Lane>(s, h), h).v);
