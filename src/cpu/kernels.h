@@ -25,6 +25,8 @@ inline constexpr int kRuleKinds = static_cast<int>(RuleKind::kCount);
 inline constexpr int kCodecs = 3;
 inline constexpr int kMasterKinds = 6;
 inline constexpr int kDTypes = 3;
+/// Most constants that a codec reads of a header.
+inline constexpr int kGroupConstants = 6;
 
 /// Large enough for every rule's Hyper.
 struct HyperStorage {
@@ -52,16 +54,9 @@ struct Block {
   alignas(64) float gradient_f32[kBlockElements];
   alignas(64) float delta[kBlockElements];
   alignas(64) float state_f32[kMaxSlots][kBlockElements];
-  /// Constants of the encoders, per group: found by one stage from statistics over the group, used by the next. The
-  /// window's shifts are the variance's, or those of momentum alone.
-  alignas(64) uint32_t window_shift[kBlockGroups];
-  alignas(64) uint32_t window_dither_shift[kBlockGroups];
-  alignas(64) uint32_t window_base_minus_one[kBlockGroups];
-  alignas(64) uint32_t window_below[kBlockGroups];
-  alignas(64) float encoding_factor[kMaxSlots][kBlockGroups];
-  alignas(64) uint32_t mu_law_mask[kBlockGroups];
-  alignas(64) float mu_law_offset[kBlockGroups];
-  alignas(64) uint32_t mu_law_lowest[kBlockGroups];
+  /// What slots' codecs read of their headers (core/codecs/slot_codecs.h), per group: found by one stage from
+  /// statistics over the group, used by the next.
+  alignas(64) uint32_t constants[kMaxSlots][kGroupConstants][kBlockGroups];
   /// Set by the rule's first stage for its others: that states are such as nearly always (avx512/).
   bool usual = false;
   int64_t ahead = 0;  ///< elements from this block's to those whose memory is asked for; 0: none

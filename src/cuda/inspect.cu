@@ -7,27 +7,9 @@
 namespace flashoptim::cuda {
 namespace {
 
-/// The group's extremes, from the quad of threads that holds it.
-struct QuadGroup {
-  static FLASHOPTIM_HD uint32_t largest(uint32_t a) {
-#if defined(__CUDA_ARCH__)
-    return group_int_max(a);
-#else
-    return a;
-#endif
-  }
-  static FLASHOPTIM_HD uint32_t smallest(uint32_t a) {
-#if defined(__CUDA_ARCH__)
-    return group_unsigned_min(a);
-#else
-    return a;
-#endif
-  }
-};
-
 /// A thread's unit as the patterns that core reads.
-template <class Rule, StateCodec kCodec>
-__device__ __forceinline__ void unpack(const AnyTypes& types, const StoredUnit<kCodec>& stored, int valid,
+template <core::Rule Rule, StateCodec kCodec>
+__device__ __forceinline__ void unpack(const AnyTypes& types, const StoredUnit<Rule, kCodec>& stored, int valid,
                                        core::StoredElements<kUnit>& e) {
   constexpr int kBytes = kStateBytes<kCodec>;
   const bool wide_parameter = types.parameter() == DType::kFloat32, wide_gradient = types.gradient() == DType::kFloat32;
@@ -46,22 +28,22 @@ __device__ __forceinline__ void unpack(const AnyTypes& types, const StoredUnit<k
                                          : signed_element(stored.weights.correction, i);
     }
 #pragma unroll
-    for (int k = 0; k < Rule::kSlotCount; ++k) e.states[k][i] = element(stored.states.words[k], i);
+    for (int k = 0; k < Rule::kSlotCount; ++k) e.states.codes[k][i] = element(stored.states.words[k], i);
   }
   if constexpr (kBytes == 1) {
 #pragma unroll
-    for (int k = 0; k < Rule::kSlotCount; ++k) e.scales[k] = stored.states.header[k];
+    for (int k = 0; k < Rule::kSlotCount; ++k) e.states.header[k] = stored.states.header[k];
   }
 }
 
-template <class Rule, StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 __device__ __forceinline__ void inspect_unit(const TensorEntry& t, const PreparedHyper& prepared, float largest_update,
                                              int64_t group, int lane, bool active, core::Inspection& out) {
   const AnyTypes types(t);
   Unit unit = locate_unit(t, active ? group : 0, lane);
   if (!active) unit.valid = 0;
   const bool vector = all_aligned(t) && unit.valid == kUnit && unit.first % kUnit == 0;
-  StoredUnit<kCodec> stored;
+  StoredUnit<Rule, kCodec> stored;
   load_stored<Rule, kCodec>(t, types, unit, vector, stored);
   load_headers<Rule, kCodec>(t, group, active, stored.states);
   core::StoredElements<kUnit> elements;
@@ -102,7 +84,7 @@ __device__ void add_block(const core::Inspection& found, StepTelemetry* out) {
   if (threadIdx.x == 5 && ratio != 0) atomicMax(reinterpret_cast<int*>(&out->largest_update_ratio), ratio);
 }
 
-template <class Rule>
+template <core::Rule Rule>
 __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant__ InspectArguments args) {
   __shared__ TensorEntry tensor;
   __shared__ PreparedHyper prepared;

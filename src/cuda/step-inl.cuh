@@ -61,16 +61,16 @@ struct TensorContext {
 };
 
 /// Everything a thread holds of its unit in stored form.
-template <StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 struct StoredUnit {
   StoredWeights weights;
   Words<4> gradient;
-  StoredStates<kCodec> states;
+  StoredStates<Rule, kCodec> states;
 };
 
-template <class Rule, StateCodec kCodec, class Types>
+template <core::Rule Rule, StateCodec kCodec, class Types>
 __device__ __forceinline__ void load_stored(const TensorEntry& t, const Types& types, const Unit& unit, bool vector,
-                                            StoredUnit<kCodec>& out) {
+                                            StoredUnit<Rule, kCodec>& out) {
   constexpr int kBytes = kStateBytes<kCodec>;
   load_weights(t, types, unit.first, unit.valid, vector, out.weights);
   load_2_or_4(t.gradient, unit.first, types.gradient() == DType::kFloat32, unit.valid, vector, out.gradient);
@@ -81,9 +81,9 @@ __device__ __forceinline__ void load_stored(const TensorEntry& t, const Types& t
   }
 }
 
-template <class Rule, StateCodec kCodec, class Types>
+template <core::Rule Rule, StateCodec kCodec, class Types>
 __device__ __forceinline__ void store_stored(const TensorEntry& t, const Types& types, const Unit& unit, bool vector,
-                                             const StoredUnit<kCodec>& in) {
+                                             const StoredUnit<Rule, kCodec>& in) {
   constexpr int kBytes = kStateBytes<kCodec>;
   store_weights(t, types, unit.first, unit.valid, vector, in.weights);
 #pragma unroll
@@ -93,17 +93,17 @@ __device__ __forceinline__ void store_stored(const TensorEntry& t, const Types& 
   }
 }
 
-template <class Rule, StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 __device__ __forceinline__ void load_headers(const TensorEntry& t, int64_t group, bool active,
-                                             StoredStates<kCodec>& states) {
+                                             StoredStates<Rule, kCodec>& states) {
   if constexpr (kCodec != StateCodec::kFloat32) {
 #pragma unroll
     for (int k = 0; k < Rule::kSlotCount; ++k) states.header[k] = active ? t.scales[k][group] : 0u;
   }
 }
-template <class Rule, StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 __device__ __forceinline__ void store_headers(const TensorEntry& t, int64_t group, bool writes,
-                                              const StoredStates<kCodec>& states) {
+                                              const StoredStates<Rule, kCodec>& states) {
   if constexpr (kCodec != StateCodec::kFloat32) {
     if (writes) {
 #pragma unroll
@@ -125,14 +125,14 @@ __device__ __forceinline__ void scaled_gradients(const TensorContext& context, c
   }
 }
 
-__device__ __forceinline__ DitherSource dither_source(const TensorContext& context, int64_t group_first, int lane) {
+__device__ __forceinline__ core::GroupDither group_dither(const TensorContext& context, int64_t group_first, int lane) {
   const core::DitherKey key = context.prepared.dither;
   const uint64_t index = static_cast<uint64_t>(context.tensor.first_element + group_first);
   return {key, core::dither_group_hash<F>(key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32)), lane};
 }
 
 /// One unit by core's formulas: any values, any alignment, short groups.
-template <class Rule, StateCodec kCodec, class Types>
+template <core::Rule Rule, StateCodec kCodec, class Types>
 __device__ __forceinline__ void exact_unit(const TensorContext& context, const Types& types, bool aligned,
                                            int64_t group, int lane, bool active) {
   const TensorEntry& t = context.tensor;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
   const bool vector = aligned && unit.valid == kUnit && unit.first % kUnit == 0;
 
   // One branch around all loads and one around all stores: they are then in flight together.
-  StoredUnit<kCodec> stored;
+  StoredUnit<Rule, kCodec> stored;
   if (vector) {
     load_stored<Rule, kCodec>(t, types, unit, true, stored);
   } else {
@@ -162,9 +162,9 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
     delta[i] = Rule::update(ExactLane(w[i]), ExactLane(g[i]), state, hyper).v;
     for (int k = 0; k < Rule::kSlotCount; ++k) s[i][k] = state[k].v;
   }
-  const DitherSource dither = dither_source(context, unit.group_first, lane);
+  const core::GroupDither dither = group_dither(context, unit.group_first, lane);
   update_weights(types, w, delta, dither, stored.weights);
-  Codec<Rule, kCodec>::encode(s, dither, stored.states);
+  Codec<Rule, kCodec>::encode(s, QuadGroup(), dither, stored.states);
 
   // Read the pointers again rather than keep them.
   asm volatile("" ::: "memory");
@@ -190,7 +190,7 @@ __device__ __forceinline__ bool all_aligned(const TensorEntry& t) {
 }
 
 /// Any values: a block per chunk.
-template <class Rule, StateCodec kCodec, class Types>
+template <core::Rule Rule, StateCodec kCodec, class Types>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     step_kernel(const __grid_constant__ StepArguments args) {
   // In shared memory: registers are for the elements.
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 /// The way out of the hot path, for `count` groups of a warp: a function of its own, so that its registers are not the
 /// hot path's.
-template <class Rule, class Types>
+template <core::Rule Rule, class Types>
 __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const PreparedHyper& prepared,
                                                unsigned long long* nonfinite, int64_t first_group, int count) {
   const TensorContext context{tensor, prepared, nonfinite};
@@ -238,11 +238,11 @@ using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>, kMaster>;
 /// 16-bit weights and gradients of one type, default codec, nothing rounded to nearest but weights without corrections.
 /// Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then as they come, so that all
 /// warps together sweep through memory.
-template <class Rule, class Narrow, MasterWeights kMaster>
+template <core::Rule Rule, class Narrow, MasterWeights kMaster>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
-  __shared__ HotContext contexts[kWarps][2];
+  __shared__ HotContext<Rule> contexts[kWarps][2];
   __shared__ HotStage<Rule, kMaster> stages[kWarps][2];
   __shared__ HotTables<Rule, Narrow, kMaster> tables;
   tables.fill();
@@ -276,17 +276,17 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   uint32_t taken = take();
   int slot = 0, stage = 0;
   bool zeros = false;  // the tile before had some: the next one probably has, too
-  HotHeaders next_headers;
+  HotHeaders<Rule> next_headers;
   if (exists) {
-    contexts[warp][0].template open<Rule, kMaster>(args, tile.tensor, tile.segment, thread);
+    contexts[warp][0].template open<kMaster>(args, tile.tensor, tile.segment, thread);
     if (contexts[warp][0].takes(tile.first, tile.groups))
       next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
 #pragma unroll 1
   while (exists) {
-    const HotContext& context = contexts[warp][slot];
-    const HotHeaders headers = next_headers;
+    const HotContext<Rule>& context = contexts[warp][slot];
+    const HotHeaders<Rule> headers = next_headers;
     const uint32_t number = __shfl_sync(0xffffffffu, taken, 0);
     const bool next_exists = number < tiles;
     HotChunk next{};
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
       taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
-        contexts[warp][next_slot].template open<Rule, kMaster>(args, next.tensor, next.segment, thread);
+        contexts[warp][next_slot].template open<kMaster>(args, next.tensor, next.segment, thread);
       }
       if (contexts[warp][next_slot].takes(next.first, next.groups)) {
         next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   if (thread == 0 && atomicAdd(&args.work->finished, 1u) + 1u == warps) *args.work = WorkCounter{0u, 0u};
 }
 
-template <class Rule, StateCodec kCodec, class Types = AnyTypes>
+template <core::Rule Rule, StateCodec kCodec, class Types = AnyTypes>
 int launch_step(const StepArguments& args, void* stream) {
   step_kernel<Rule, kCodec, Types><<<args.chunk_count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return static_cast<int>(cudaGetLastError());
@@ -341,7 +341,7 @@ int launch_step(const StepArguments& args, void* stream) {
 template <MasterWeights kMaster>
 using BFloat16Types = HotTypes<core::BFloat16, kMaster>;
 
-template <class Rule, class Narrow, MasterWeights kMaster>
+template <core::Rule Rule, class Narrow, MasterWeights kMaster>
 int launch_hot(const StepArguments& args, void* stream) {
   // As many blocks as fit the device at a time.
   constexpr uint32_t kWarps = kHotThreads / 32;
@@ -355,7 +355,7 @@ int launch_hot(const StepArguments& args, void* stream) {
 }
 
 /// A rule's launches. A rule without states has no codec: one kernel serves all three.
-template <class Rule>
+template <core::Rule Rule>
 StepLaunches make_step_launches() {
   StepLaunches out{};
   StepLaunch* const any = out.kernel + kAnyTypes;

@@ -97,6 +97,7 @@ struct AdamRule {
   /// bounds what a tiny weight adds to delta.)
   static constexpr uint32_t kSmallestBoundingVariance = (127u - 124u) << 23;
   static constexpr uint32_t kLargestBoundingVariance = (127u + 54u) << 23;
+  static constexpr bool kDividesRelative = true;
   static FLASHOPTIM_HD bool variance_bounds(const Hyper& h) {
     return h.beta2 >= 0x1p-20f && h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f &&
            h.decay <= 1.0f;

@@ -25,6 +25,7 @@
 //     template <class F> static F decayed(F w, F step, const Hyper&);            // delta
 //     static constexpr uint32_t kSmallestBoundingVariance, kLargestBoundingVariance;  // patterns
 //     static bool variance_bounds(const Hyper&);
+//     static constexpr bool kDividesRelative = true;  // update() divides every new relative slot, as it is
 //
 // variance_bounds() also says that update() takes no root but that of the new variance, and that a slot relative to it
 // stays over that root below kLargestRelative (codecs/default_codec.h) whatever was stored.
@@ -59,6 +60,16 @@ struct StateSlot {
   int mantissa_bits = 0;
 };
 
+using NumberField = double Hyperparameters::*;
+using FlagField = bool Hyperparameters::*;
+using WholeField = int64_t Hyperparameters::*;
+using SeedField = uint64_t Hyperparameters::*;
+
+// What nvcc gives the host's compiler has parentheses that GCC warns of.
+#if defined(__CUDACC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wparentheses"
+#endif
 /// HyperparameterInfo and which field it is about: the pointer of the field's type, the others null.
 struct HyperparameterField : HyperparameterInfo {
   double Hyperparameters::*number = nullptr;
@@ -97,8 +108,9 @@ constexpr HyperparameterField nonnegative_field(const char* name, double Hyperpa
                                                 double default_value) {
   return number_field(name, field, default_value, 0.0, kInfinity);
 }
-constexpr HyperparameterField finite_field(const char* name, double Hyperparameters::*field, double default_value) {
-  return number_field(name, field, default_value, -kInfinity, kInfinity);
+constexpr HyperparameterField finite_field(const char* name, NumberField field, double default_value) {
+  const HyperparameterInfo info{name, HyperparameterKind::kNumber, default_value, -kInfinity, kInfinity, false, false};
+  return {info, field};
 }
 constexpr HyperparameterField flag_field(const char* name, bool Hyperparameters::*field, bool default_value) {
   const HyperparameterInfo info{name, HyperparameterKind::kFlag, default_value ? 1.0 : 0.0, 0.0, 1.0, true, true};
