@@ -5,9 +5,11 @@
 #include <torch/types.h>
 
 #include <algorithm>
+#include <tuple>
 #include <unordered_set>
 #include <utility>
 
+#include "flashoptim/core/optimizer_list.h"
 #include "libtorch/optim/operators.h"
 #include "libtorch/optim/param_state.h"
 
@@ -33,6 +35,19 @@ struct FlashOptimizer::Batch {
 };
 
 namespace {
+
+/// A set of the operators' hypers: what the optimizer reads, in the order of optimizer_info.h.
+void append_hypers(OptimizerKind kind, const Hyperparameters& p, std::vector<double>* hypers) {
+  const auto append = [&]<class Rule>() {
+    if (Rule::kKind != kind || core::kIsWithoutMomentum<Rule>) return;
+    for (const core::HyperparameterField& field : Rule::kHyperparameters.fields) {
+      hypers->push_back(core::value_of(field, p));
+    }
+  };
+#define FLASHOPTIM_APPEND(name) append.template operator()<core::name>();
+  FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_APPEND)
+#undef FLASHOPTIM_APPEND
+}
 
 std::string prefix(OptimizerKind kind) { return std::string(class_name(kind)) + ": "; }
 
@@ -167,10 +182,19 @@ int64_t FlashOptimizer::Batch::hyper_index(const FlashOptions& options, int64_t 
   const auto found = std::find(hyper_keys.rbegin(), hyper_keys.rend(), key);
   if (found != hyper_keys.rend()) return hyper_keys.rend() - found - 1;
   const OptionValues& v = options.values();
-  lists.hypers.insert(lists.hypers.end(),
-                      {v.lr, std::get<0>(v.betas), std::get<1>(v.betas), v.eps, v.weight_decay, v.momentum, v.dampening,
-                       v.decouple_lr ? v.initial_lr : 0.0, v.nesterov ? 1.0 : 0.0, v.maximize ? 1.0 : 0.0,
-                       static_cast<double>(step), static_cast<double>(v.seed)});
+  Hyperparameters p;
+  p.lr = v.lr;
+  std::tie(p.beta1, p.beta2) = v.betas;
+  p.eps = v.eps;
+  p.weight_decay = v.weight_decay;
+  p.momentum = v.momentum;
+  p.dampening = v.dampening;
+  p.decay_lr = v.decouple_lr ? v.initial_lr : 0.0;
+  p.nesterov = v.nesterov;
+  p.maximize = v.maximize;
+  p.step = step;
+  p.seed = static_cast<uint64_t>(v.seed);
+  append_hypers(options.kind(), p, &lists.hypers);
   hyper_keys.push_back(key);
   return static_cast<int64_t>(hyper_keys.size()) - 1;
 }
