@@ -118,10 +118,15 @@ GroupLayout shard_layout(const Place& place, int64_t numel) {
 
 namespace {
 
+/// Whether a shard of `numel` elements is more than one stretch of the whole.
+bool has_inner_cut(const Place& place, int64_t numel) {
+  return place.run > 0 && place.run < numel && place.stride != place.run;
+}
+
 /// Whether the groups of `layout` are groups of the whole, each all of it.
 bool groups_agree(const GroupLayout& layout, const Place& place) {
   const int64_t numel = layout.numel(), row = place.whole.row_size;
-  const bool is_cut = place.run > 0 && place.run < numel;
+  const bool is_cut = has_inner_cut(place, numel);
   const int64_t run = is_cut ? place.run : numel, column = place.first_element % row;
   // Whether groups are at multiples of 32, in the whole and here; only the last may be short then.
   const bool whole_by_32 = row % kGroupSize == 0 || place.whole.rows <= 1;
@@ -136,11 +141,11 @@ bool groups_agree(const GroupLayout& layout, const Place& place) {
     return has_rows && place.stride % row == 0 && column + run <= row && is_edge(column + run);
   }
   if (whole_by_32 && by_32) return is_edge((place.first_element + run - 1) % row + 1);
-  return layout.rows == 1 && column + run <= row && is_edge(column + run);
+  return by_32 && column + run <= row && is_edge(column + run);
 }
 
 core::PlacedGroups placed_groups(const Place& place, int64_t numel) {
-  const bool is_cut = place.run > 0 && place.run < numel;
+  const bool is_cut = has_inner_cut(place, numel);
   const int64_t row = place.whole.row_size, column = place.first_element % row;
   core::PlacedGroups out{};
   out.first_element = place.first_element;
@@ -174,9 +179,8 @@ TensorGroups tensor_groups(const ParameterTensors& t) {
   TensorGroups out;
   out.count = t.layout.groups();
   if (out.count == 0 || t.place.whole.numel() == 0) return out;
-  const bool is_cut = t.place.run > 0 && t.place.run < t.layout.numel();
   out.pieces = placed_groups(t.place, t.layout.numel());
-  out.in_pieces = is_cut || !groups_agree(t.layout, t.place);
+  out.in_pieces = has_inner_cut(t.place, t.layout.numel()) || !groups_agree(t.layout, t.place);
   if (out.in_pieces) {
     out.count = out.pieces.groups();
   } else {
@@ -201,37 +205,38 @@ Status check_place(const ParameterTensors& t, const TensorName& name, bool is_qu
   if (!status.is_ok()) return status;
   const int64_t numel = t.layout.numel();
   if (numel == 0) return Status::ok();
-  const bool is_cut = place.run > 0 && place.run < numel;
-  if (is_cut && numel % place.run != 0) {
-    return invalid(field(".run", place.run) + " does not divide the " + std::to_string(numel) + " elements of .layout");
+  const bool has_runs = place.run > 0 && place.run < numel;
+  if (has_runs && numel % place.run != 0) {
+    return invalid(field(".run", place.run) + " does not divide the " + std::to_string(numel) + " elements of layout");
   }
-  if (is_cut && place.stride < place.run) {
-    return invalid(field(".stride", place.stride) + "; must be at least .run, " + std::to_string(place.run));
+  if (has_runs && place.stride < place.run) {
+    return invalid(field(".stride", place.stride) + "; must be at least run, " + std::to_string(place.run));
   }
   if (whole.numel() == 0) {
-    if (is_cut) return invalid(field(".run", place.run) + " without .whole, which says where rows and groups begin");
+    if (has_inner_cut(place, numel))
+      return invalid(field(".run", place.run) + " without whole, which says where rows and groups begin");
     if (place.first_element > std::numeric_limits<int64_t>::max() - numel) {
       return invalid(field(".first_element", place.first_element) + "; with numel = " + std::to_string(numel) +
                      " it must be below 2^63");
     }
     return Status::ok();
   }
-  const int64_t run = is_cut ? place.run : numel, runs = numel / run;
+  const int64_t run = has_runs ? place.run : numel, runs = numel / run;
   const int64_t last_start = whole.numel() - run;  // the last run must begin here or before
   if (place.first_element > last_start ||
       (runs > 1 && place.stride > (last_start - place.first_element) / (runs - 1))) {
     return invalid(field(".first_element", place.first_element) + ", " + field("run", place.run) + ", " +
                    field("stride", place.stride) + " with " + std::to_string(numel) +
-                   " elements goes past the end of .whole, which has " + std::to_string(whole.numel()));
+                   " elements goes past the end of whole, which has " + std::to_string(whole.numel()));
   }
   if (is_quantized && !groups_agree(t.layout, place)) {
     return invalid(field(".first_element", place.first_element) + ", " + field("run", place.run) + ", " +
-                   field("stride", place.stride) + " with .layout " + std::to_string(t.layout.rows) + " x " +
+                   field("stride", place.stride) + " with layout " + std::to_string(t.layout.rows) + " x " +
                    std::to_string(t.layout.row_size) + " cuts groups of " + std::to_string(kGroupSize) +
                    " of the whole, " + std::to_string(whole.rows) + " x " + std::to_string(whole.row_size) +
                    ", which quantized states do not allow: cut between rows or at multiples of " +
                    std::to_string(kGroupSize) +
-                   " within them (with .layout by shard_layout), or keep this tensor's states in StateCodec::kFloat32");
+                   " within them (with layout by shard_layout), or keep this tensor's states in StateCodec::kFloat32");
   }
   return Status::ok();
 }

@@ -67,8 +67,8 @@ struct Place {
 
 /// Place of the box [offsets, offsets + sizes) of a whole of `whole_sizes`, as torch's DTensor describes a shard, all
 /// of `dimensions` entries. kInvalidArgument for a box that does not lie in the whole, or a whole of more elements than
-/// 2^63 - 1; kUnsupported where two
-/// dimensions are cut and the box has several indices of one before them, for its runs are not evenly spaced then.
+/// 2^63 - 1; kUnsupported where two dimensions are cut and the box has several indices of one before them, for its runs
+/// are not evenly spaced then.
 Status place_of_box(const int64_t* whole_sizes, const int64_t* offsets, const int64_t* sizes, int64_t dimensions,
                     RowRule rule, Place* place);
 

@@ -92,6 +92,15 @@ StateCodec parse_state_codec(Op op, const std::string& argument, int64_t value) 
   return static_cast<StateCodec>(value);
 }
 
+store::Shard parse_shard(Op op, const std::vector<int64_t>& numbers) {
+  if (numbers.empty()) return {};
+  if (static_cast<int64_t>(numbers.size()) != kPlaceNumbers) {
+    op.fail("place has " + std::to_string(numbers.size()) + " numbers; needed are none or " +
+            std::to_string(kPlaceNumbers));
+  }
+  return {{numbers[0], numbers[1], numbers[2], {numbers[3], numbers[4]}}, numbers[5]};
+}
+
 DType parse_dtype(Op op, const std::string& argument, int64_t value) {
   if (value < 0 || value > static_cast<int64_t>(DType::kFloat16)) {
     op.fail(argument + " = " + std::to_string(value) + "; allowed are 0 (float32), 1 (bfloat16), 2 (float16)");

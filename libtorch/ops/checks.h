@@ -7,6 +7,7 @@
 
 #include "flashoptim/step.h"
 #include "libtorch/ops/boxed.h"
+#include "libtorch/store/format.h"
 
 namespace flashoptim::ops {
 
@@ -14,6 +15,12 @@ OptimizerKind parse_optimizer(Op op, const std::string& name);
 MasterWeights parse_master_weights(Op op, const std::string& argument, int64_t value);
 StateCodec parse_state_codec(Op op, const std::string& argument, int64_t value);
 DType parse_dtype(Op op, const std::string& argument, int64_t value);
+
+/// What describes a shard's place (place_of_box): first_element, run, stride, rows and row size of the whole, its
+/// leading dimensions.
+inline constexpr int64_t kPlaceNumbers = 6;
+/// None at all, or zeros: the tensor is the whole.
+store::Shard parse_shard(Op op, const std::vector<int64_t>& numbers);
 
 /// Whether a set of numbers must say which step it is, or may leave that open by a step of 0.
 enum class StepNumber { kGiven, kOpen };

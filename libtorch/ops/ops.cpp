@@ -71,7 +71,7 @@ void step_kernel(StableIValue* stack, uint64_t, uint64_t) {
     options.format.codec = parse_state_codec(op, Name{"state_codecs", index}.str(), codecs[i]);
     options.has_momentum = has_momentum;
     options.gradient_dtype = gradient_dtype(op, {"grads", index}, grads[i]);
-    options.place.first_element = first_elements[i];
+    options.shard.place.first_element = first_elements[i];
     store::StateTensors stored;
     for (size_t k = 0; k < slots; ++k) {
       stored.states.push_back(states[i * slots + k]);
@@ -125,16 +125,21 @@ void split_kernel(StableIValue* stack, uint64_t, uint64_t) {
 
 // ---- states ---------------------------------------------------------------------------------------------------------
 
-/// [first_element, run, stride, rows and row size of the whole], or nothing: the tensor is the whole.
-Place parse_place(Op op, const std::vector<int64_t>& numbers) {
-  if (numbers.empty()) return {};
-  if (numbers.size() != 5) op.fail("place has " + std::to_string(numbers.size()) + " numbers; needed are none or 5");
-  Place place;
-  place.first_element = numbers[0];
-  place.run = numbers[1];
-  place.stride = numbers[2];
-  place.whole = {numbers[3], numbers[4]};
-  return place;
+constexpr const char* kPlaceOfBoxSchema = "place_of_box(int[] whole_sizes, int[] offsets, int[] sizes) -> int[]";
+
+/// The place of a shard as kPlaceNumbers numbers, which other operators take (checks.h).
+void place_of_box_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"place_of_box"};
+  store::Shard shard;
+  op.check(store::shard_of_box(take_ints(stack[0]), take_ints(stack[1]), take_ints(stack[2]), &shard));
+  const Place& p = shard.place;
+  stack[0] = give_ints({p.first_element, p.run, p.stride, p.whole.rows, p.whole.row_size, shard.leading});
+}
+
+constexpr const char* kScaleSizesSchema = "scale_sizes(int[] sizes) -> int[]";
+
+void scale_sizes_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = give_ints(store::scale_sizes_of(take_ints(stack[0]), {}));
 }
 
 constexpr const char* kDecodeSchema =
@@ -147,7 +152,7 @@ void decode_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const StateCodec codec = parse_state_codec(op, "state_codec", take_int(stack[3]));
   const std::vector<int64_t> place = take_ints(stack[4]);
   stack[0] = give_tensors(decode_states(op, parse_optimizer(op, optimizer), {handles(states), handles(scales)}, codec,
-                                        parse_place(op, place)));
+                                        parse_shard(op, place)));
 }
 
 constexpr const char* kEncodeSchema =
@@ -161,7 +166,7 @@ void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const StateCodec codec = parse_state_codec(op, "state_codec", take_int(stack[4]));
   const std::vector<int64_t> place = take_ints(stack[5]);
   encode_states(op, parse_optimizer(op, optimizer), handles(values), {handles(states), handles(scales)}, codec,
-                parse_place(op, place));
+                parse_shard(op, place));
 }
 
 // ---- formats --------------------------------------------------------------------------------------------------------
@@ -169,7 +174,8 @@ void encode_kernel(StableIValue* stack, uint64_t, uint64_t) {
 // Which master_weights and codec a group's options mean for a parameter. codec: 1 (paper) or 2 (default), of states
 // that are quantized; master_weight_bits: 0, 24 or 32.
 constexpr const char* kFormatSchema =
-    "format_of(int dtype, int whole_numel, bool quantize, int codec, int master_weight_bits, bool stochastic_rounding, "
+    "format_of(int dtype, int[] whole_sizes, bool quantize, int codec, int master_weight_bits, bool "
+    "stochastic_rounding, "
     "int min_quantized_numel) -> int[]";
 
 void format_kernel(StableIValue* stack, uint64_t, uint64_t) {
@@ -181,7 +187,7 @@ void format_kernel(StableIValue* stack, uint64_t, uint64_t) {
   options.master_weight_bits = take_int(stack[4]);
   options.stochastic_rounding = take_bool(stack[5]);
   options.min_quantized_numel = take_int(stack[6]);
-  const store::Format format = store::format_of(dtype, take_int(stack[1]), options);
+  const store::Format format = store::format_of(dtype, take_ints(stack[1]), options);
   stack[0] = give_ints({static_cast<int64_t>(format.master_weights), static_cast<int64_t>(format.codec)});
 }
 
@@ -196,13 +202,13 @@ void array_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
                              parse_state_codec(op, "codec", take_int(stack[3]))};
   std::string names;
   for (const store::ArraySpec& spec : store::arrays_of(optimizer, take_bool(stack[1]), format, {1}, {})) {
-    names += (names.empty() ? "" : ",") + store::array_name(optimizer, spec.role, spec.slot);
+    names += (names.empty() ? "" : ",") + store::array_name(optimizer, spec.role, spec.slot, format.codec);
   }
   stack[0] = give_string(names);
 }
 
-// Arrays of zeros for the states of parameters of one device, one parameter's behind the other's. places: 5 numbers a
-// parameter (decode_states), or none at all.
+// Arrays of zeros for the states of parameters of one device, one parameter's behind the other's. places: kPlaceNumbers
+// a parameter (place_of_box; zeros for one that is no shard), or none at all.
 constexpr const char* kNewStatesSchema =
     "new_states(str optimizer, Tensor[] params, int[] has_momentum, int[] master_weights, int[] codecs, int[] places) "
     "-> Tensor[]";
@@ -217,7 +223,7 @@ void new_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
   check_count(op, "has_momentum", has_momentum.size(), params.size());
   check_count(op, "master_weights", master_weights.size(), params.size());
   check_count(op, "codecs", codecs.size(), params.size());
-  if (!places.empty()) check_count(op, "places", places.size(), 5 * params.size());
+  if (!places.empty()) check_count(op, "places", places.size(), static_cast<size_t>(kPlaceNumbers) * params.size());
   std::vector<store::ArraySpec> specs;
   Device device;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -227,14 +233,14 @@ void new_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
     check_device(op, {"params", index}, info.device, {"params", 0}, device);
     const store::Format format{parse_master_weights(op, Name{"master_weights", index}.str(), master_weights[i]),
                                parse_state_codec(op, Name{"codecs", index}.str(), codecs[i])};
-    Place place;
+    store::Shard shard;
     if (!places.empty()) {
-      const auto first = places.begin() + 5 * index;
-      place = parse_place(op, {first, first + 5});
+      const auto first = places.begin() + static_cast<std::ptrdiff_t>(i * kPlaceNumbers);
+      shard = parse_shard(op, {first, first + kPlaceNumbers});
     }
     const std::vector<store::ArraySpec> arrays =
         store::arrays_of(optimizer, has_momentum[i] != 0, format, {info.sizes, info.sizes + info.dim},
-                         store::storage_order(info.sizes, info.strides, info.dim), place);
+                         store::storage_order(info.sizes, info.strides, info.dim), shard);
     specs.insert(specs.end(), arrays.begin(), arrays.end());
   }
   stack[0] = give_tensors(store::new_arrays(op, specs, device));
@@ -268,10 +274,10 @@ void fit_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const StoredArguments arguments(op, stack + 3);
   const store::Format format{parse_master_weights(op, "master_weights", take_int(stack[7])),
                              parse_state_codec(op, "codec", take_int(stack[8]))};
-  const Place place = parse_place(op, take_ints(stack[9]));
+  const store::Shard shard = parse_shard(op, take_ints(stack[9]));
   const std::string name = take_string(stack[10]);
   stack[0] = give_int(
-      static_cast<int64_t>(store::fit(optimizer, has_momentum, param, arguments.stored(), format, place, name)));
+      static_cast<int64_t>(store::fit(optimizer, has_momentum, param, arguments.stored(), format, shard, name)));
 }
 
 // The arrays of a state in another format (store::convert): the arrays, the parameter's new values (one tensor, or
@@ -292,7 +298,7 @@ void convert_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const std::vector<int64_t> place = take_ints(stack[9]);
   const std::string name = take_string(stack[10]);
   store::Converted converted =
-      store::convert(op, name, optimizer, has_momentum, param, arguments.stored(), format, parse_place(op, place));
+      store::convert(op, name, optimizer, has_momentum, param, arguments.stored(), format, parse_shard(op, place));
   TensorList rewritten;
   if (converted.param.has_value()) rewritten.push_back(std::move(converted.param));
   stack[0] = give_tensors(std::move(converted.arrays));
@@ -305,20 +311,6 @@ constexpr const char* kZeroSchema = "zero_(Tensor(a!)[] tensors) -> ()";
 void zero_kernel(StableIValue* stack, uint64_t, uint64_t) { store::zero({"zero_"}, handles(take_tensors(stack[0]))); }
 
 // ---- facts ----------------------------------------------------------------------------------------------------------
-
-constexpr const char* kGroupLayoutSchema = "group_layout(int[] sizes) -> int[]";
-
-void group_layout_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const std::vector<int64_t> sizes = take_ints(stack[0]);
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] < 0) {
-      Op{"group_layout"}.fail("sizes[" + std::to_string(d) + "] = " + std::to_string(sizes[d]) +
-                              "; must be at least 0");
-    }
-  }
-  const GroupLayout layout = group_layout(sizes.data(), static_cast<int64_t>(sizes.size()));
-  stack[0] = give_ints({layout.rows, layout.row_size, layout.groups_per_row()});
-}
 
 constexpr const char* kCpuIsaSchema = "cpu_isa() -> str";
 
@@ -376,8 +368,8 @@ STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
   for (const char* schema :
        {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kFormatSchema, kArrayNamesSchema,
-        kNewStatesSchema, kFitSchema, kConvertSchema, kZeroSchema, kGroupLayoutSchema, kCpuIsaSchema, kHasCudaSchema,
-        kStateNamesSchema, kHyperparameterNamesSchema, kImplementationSchema}) {
+        kNewStatesSchema, kPlaceOfBoxSchema, kScaleSizesSchema, kFitSchema, kConvertSchema, kZeroSchema, kCpuIsaSchema,
+        kHasCudaSchema, kStateNamesSchema, kHyperparameterNamesSchema, kImplementationSchema}) {
     m.def(schema);
   }
 }
@@ -393,10 +385,11 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("format_of", format_kernel);
   m.impl("array_names", array_names_kernel);
   m.impl("new_states", new_states_kernel);
+  m.impl("place_of_box", place_of_box_kernel);
+  m.impl("scale_sizes", scale_sizes_kernel);
   m.impl("fit_state", fit_kernel);
   m.impl("convert_state", convert_kernel);
   m.impl("zero_", zero_kernel);
-  m.impl("group_layout", group_layout_kernel);
   m.impl("cpu_isa", cpu_isa_kernel);
   m.impl("has_cuda", has_cuda_kernel);
   m.impl("state_names", state_names_kernel);

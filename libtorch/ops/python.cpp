@@ -65,13 +65,12 @@ PyObject* forget(Arguments a) {
   return none();
 }
 
-/// (first_element, run, stride, rows of the whole, row size of the whole); None: the whole itself.
-Place to_place(PyObject* tuple) {
-  Place place;
-  if (is_none(tuple)) return place;
-  int64_t* const fields[] = {&place.first_element, &place.run, &place.stride, &place.whole.rows, &place.whole.row_size};
-  for (PySsize i = 0; i < 5; ++i) *fields[i] = to_int(PyTuple_GetItem(tuple, i));
-  return place;
+/// kPlaceNumbers numbers (checks.h); None: the whole itself.
+store::Shard to_shard(Op op, PyObject* tuple) {
+  if (is_none(tuple)) return {};
+  std::vector<int64_t> numbers;
+  for (PySsize i = 0; i < PyTuple_Size(tuple); ++i) numbers.push_back(to_int(PyTuple_GetItem(tuple, i)));
+  return parse_shard(op, numbers);
 }
 
 /// describe(store, index: int, name: str, group: int, master_weights: int, codec: int, has_momentum: int,
@@ -86,7 +85,7 @@ PyObject* describe(Arguments a) {
   options.format.codec = parse_state_codec(op, "codec", to_int(a[5]));
   options.has_momentum = to_int(a[6]) != 0;
   options.gradient_dtype = static_cast<DType>(to_int(a[7]));
-  options.place = to_place(a[8]);
+  options.shard = to_shard(op, a[8]);
   options.is_copy = to_int(a[10]) != 0;
   store.describe(op, to_int(a[1]), to_string(a[2]), options, a[9], a[11]);
   return none();
@@ -291,6 +290,9 @@ extern "C" __attribute__((visibility("default"))) PyObject* flashoptim_python_fu
     if (side.grad == nullptr) {
       side.grad = Reference(PyUnicode_InternFromString("grad")).release();
       side.local_tensor = Reference(PyUnicode_InternFromString("_local_tensor")).release();
+      side.spec = Reference(PyUnicode_InternFromString("_spec")).release();
+      side.mesh = Reference(PyUnicode_InternFromString("mesh")).release();
+      side.placements = Reference(PyUnicode_InternFromString("placements")).release();
       side.tensor_type = Reference::borrowed(tensor_type).release();
       side.parameter_type = Reference::borrowed(parameter_type).release();
     }

@@ -28,6 +28,35 @@ LocalTensor::LocalTensor(PyObject* object) {
   if (is_plain(type_of(held_.get()))) object_ = held_.get();
 }
 
+namespace {
+
+bool is_wrapper(PyObject* object) {
+  const std::vector<PyObject*>& types = python_side().wrapper_types;
+  return std::find(types.begin(), types.end(), type_of(object)) != types.end();
+}
+
+bool are_equal(PyObject* a, PyObject* b, PyObject* attribute) {
+  const Reference first(PyObject_GetAttr(a, attribute)), second(PyObject_GetAttr(b, attribute));
+  if (first.get() == second.get()) return true;
+  constexpr int kEqual = 2;  // Py_EQ
+  const int result = PyObject_RichCompareBool(first.get(), second.get(), kEqual);
+  if (result < 0) throw PythonError();
+  return result == 1;
+}
+
+}  // namespace
+
+bool are_placed_alike(PyObject* a, PyObject* b) {
+  const PythonSide& side = python_side();
+  if (side.wrapper_types.empty()) return true;
+  const bool is_wrapped = is_wrapper(a);
+  if (is_wrapped != is_wrapper(b)) return false;
+  if (!is_wrapped) return true;
+  const Reference first(PyObject_GetAttr(a, side.spec)), second(PyObject_GetAttr(b, side.spec));
+  if (first.get() == second.get()) return true;
+  return are_equal(first.get(), second.get(), side.placements) && are_equal(first.get(), second.get(), side.mesh);
+}
+
 std::string to_string(PyObject* text) {
   PySsize size = 0;
   const char* const data = PyUnicode_AsUTF8AndSize(text, &size);

@@ -14,10 +14,11 @@ using namespace store;  // NOLINT: written in the store's words
 /// What the Python side was given when it was set up; lives as long as the process.
 struct PythonSide {
   PyObject *tensor_type = nullptr, *parameter_type = nullptr;
-  PyObject *grad = nullptr, *local_tensor = nullptr;  // names of attributes
-  std::vector<PyObject*> wrapper_types;               // of tensors whose memory is their `_local_tensor`'s
-  std::vector<PyObject*> plain_types;                 // subclasses of tensors whose memory is their own
-  std::intptr_t tensor_offset = 0;                    // of a tensor in its Python object
+  // Names of attributes: of tensors, of their wrappers, of a wrapper's description.
+  PyObject *grad = nullptr, *local_tensor = nullptr, *spec = nullptr, *mesh = nullptr, *placements = nullptr;
+  std::vector<PyObject*> wrapper_types;  // of tensors whose memory is their `_local_tensor`'s
+  std::vector<PyObject*> plain_types;    // subclasses of tensors whose memory is their own
+  std::intptr_t tensor_offset = 0;       // of a tensor in its Python object
   bool is_free_threaded = false;
 };
 PythonSide& python_side();
@@ -42,6 +43,10 @@ class LocalTensor {
   PyObject* object_ = nullptr;
   Reference held_;
 };
+
+/// Whether both are plain tensors, or both are wrappers that are cut and placed alike. Compares objects of Python's,
+/// which can run its code.
+bool are_placed_alike(PyObject* a, PyObject* b);
 
 std::string to_string(PyObject* text);
 int64_t to_int(PyObject* number);

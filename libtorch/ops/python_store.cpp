@@ -104,8 +104,12 @@ std::shared_ptr<const PythonStore::Entries> PythonStore::entries_of(PyObject* st
     if (name == "step") entry.kind = EntryKind::kStep;
     if (name == "correction") entry.kind = EntryKind::kCorrection;
     for (int k = 0; k < slots; ++k) {
-      const bool is_state = name == store::array_name(store_.optimizer(), store::Role::kState, k);
-      if (!is_state && name != store::array_name(store_.optimizer(), store::Role::kScale, k)) continue;
+      const auto is = [&](store::Role role, StateCodec codec) {
+        return name == store::array_name(store_.optimizer(), role, k, codec);
+      };
+      const bool is_state =
+          is(store::Role::kState, StateCodec::kFloat32) || is(store::Role::kState, StateCodec::kDefault);
+      if (!is_state && !is(store::Role::kScale, StateCodec::kDefault)) continue;
       entry.kind = is_state ? EntryKind::kState : EntryKind::kScale;
       entry.slot = k;
     }
@@ -234,10 +238,12 @@ PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool coun
   Step step;
   const auto records = static_cast<size_t>(size());
   std::vector<PyObject*> grads(records);
+  std::vector<bool> are_alike(records);
   for (size_t i = 0; i < records; ++i) {
     Reference grad(PyObject_GetAttr(params_[i].get(), side.grad));
     if (is_none(grad.get())) continue;
     grads[i] = grad.get();
+    are_alike[i] = are_placed_alike(params_[i].get(), grad.get());
     step.held.push_back(std::move(grad));
   }
   // From here to the launch nothing runs that could change a container: no Python code, and Python's lock is kept, or
@@ -259,6 +265,8 @@ PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool coun
       const LocalTensor param(staged_or(pair, 0, params_[i].get())), grad(staged_or(pair, 1, grads[i]));
       Facts facts;
       if (!param.has_value() || !read_facts(param.handle(), &facts) || !record.is_parameter(facts)) return false;
+      // A gradient that is placed otherwise is redistributed first, which gives a staged one.
+      if (!are_alike[i] && staged_or(pair, 1, grads[i]) == grads[i]) return false;
       if (!read_gradient(record, grad, &one.gradient)) return false;
       return (one.count.on_device != nullptr || !counts_on_device);
     };
@@ -298,12 +306,14 @@ PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool coun
 bool PythonStore::look_at(int64_t index, PyObject* state, PyObject* staged, One* one) {
   PyObject* const object = params_.at(static_cast<size_t>(index)).get();
   one->held_gradient = Reference(PyObject_GetAttr(object, python_side().grad));
+  const bool are_alike = are_placed_alike(object, one->held_gradient.get());
   if (is_none(state) || !is_current(index, state, &one->count, &one->held)) return false;
   PyObject* const pair = is_none(staged) ? nullptr : staged;
   const store::Record& record = store_.record(index);
   const LocalTensor param(staged_or(pair, 0, object)), grad(staged_or(pair, 1, one->held_gradient.get()));
   Facts facts;
   if (!param.has_value() || !read_facts(param.handle(), &facts) || !record.is_parameter(facts)) return false;
+  if (!are_alike && staged_or(pair, 1, one->held_gradient.get()) == one->held_gradient.get()) return false;
   return read_gradient(record, grad, &one->gradient);
 }
 

@@ -5,6 +5,7 @@
 #include <fnmatch.h>
 #include <torch/types.h>
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <tuple>
@@ -96,9 +97,9 @@ at::Tensor fp32_copy(const at::Tensor& tensor) {
   return tensor.detach().to(dtype, /*non_blocking=*/false, /*copy=*/true);
 }
 
-}  // namespace
-
-void cast_model(Module& module, ::torch::Dtype dtype, const std::vector<std::string>& keep_fp32_patterns) {
+/// cast_model(); optimizer may be null.
+void cast(Module& module, FlashOptimizer* optimizer, ::torch::Dtype dtype,
+          const std::vector<std::string>& keep_fp32_patterns) {
   TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kHalf, "cast_model: dtype = ", dtype,
               "; must be BFloat16 or Half");
   Patterns patterns(keep_fp32_patterns);
@@ -108,6 +109,10 @@ void cast_model(Module& module, ::torch::Dtype dtype, const std::vector<std::str
   const at::NoGradGuard no_grad;
   for (auto& [memory, tied] : all) {
     if (tied.keep) continue;
+    const auto owned = std::find_if(tied.tensors.begin(), tied.tensors.end(), [&](const at::Tensor& tensor) {
+      return optimizer != nullptr && optimizer->holds(tensor) && optimizer->param_state(tensor) != nullptr;
+    });
+    const at::Tensor weights = owned == tied.tensors.end() ? at::Tensor() : optimizer->fp32_weight(*owned);
     const at::Tensor cast = tied.tensors.front().detach().to(dtype);
     for (at::Tensor& tensor : tied.tensors) {
       tensor.set_data(cast);
@@ -115,7 +120,19 @@ void cast_model(Module& module, ::torch::Dtype dtype, const std::vector<std::str
         tensor.mutable_grad() = tensor.grad().to(dtype);
       }
     }
+    if (weights.defined()) optimizer->set_fp32_weight(*owned, weights);
   }
+}
+
+}  // namespace
+
+void cast_model(Module& module, ::torch::Dtype dtype, const std::vector<std::string>& keep_fp32_patterns) {
+  cast(module, nullptr, dtype, keep_fp32_patterns);
+}
+
+void cast_model(Module& module, ::torch::optim::Optimizer& optimizer, ::torch::Dtype dtype,
+                const std::vector<std::string>& keep_fp32_patterns) {
+  cast(module, const_cast<FlashOptimizer*>(&as_flash("cast_model", optimizer)), dtype, keep_fp32_patterns);
 }
 
 Dict get_fp32_model_state(const Module& module, const ::torch::optim::Optimizer& optimizer) {

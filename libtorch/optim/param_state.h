@@ -1,4 +1,4 @@
-// Parameters: which can be optimized, and the state that is kept for one.
+// Parameters: which can be optimized; and the state that is kept for one, in the terms of the store.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,44 +8,78 @@
 #include <vector>
 
 #include "flashoptim/torch/optimizer.h"
+#include "libtorch/store/arrays.h"
 
 namespace flashoptim::libtorch {
 
 /// "FlashAdamW", ...
 const char* class_name(OptimizerKind kind);
+/// "adamw", ...: in archives.
+const char* archive_name(OptimizerKind kind);
 
 /// Throws unless `param` can be optimized; `name` stands for it in the message.
 void check_param(const std::string& name, const at::Tensor& param);
+/// Throws unless `grad` goes with `param`; `name` stands for it in the message.
+void check_gradient(const std::string& name, const at::Tensor& param, const at::Tensor& grad);
 
-/// Same order of elements in memory, for tensors of the same shape.
-bool same_element_order(const at::Tensor& a, const at::Tensor& b);
+/// The library's word for a dtype of check_param.
+DType dtype_of(const at::Tensor& param);
 
-/// Tensors of zeros, asked for one by one and made together. On CUDA they lie in a few allocations, one behind the
-/// other, and one launch zeroes them; elsewhere each has its own.
-class Zeros {
- public:
-  /// *place, which must stay where it is, becomes a tensor of these dense sizes and strides.
-  void add(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& options, at::Tensor* place);
-  void make();
-
- private:
-  struct Wanted {
-    std::vector<int64_t> sizes, strides;
-    at::TensorOptions options;
-    int64_t numel;
-    at::Tensor* place;
-  };
-  void make_together(at::Device device);
-
-  std::vector<Wanted> wanted_;
+/// How a parameter's state is to be.
+struct Form {
+  store::Format format;
+  bool has_momentum = true;
 };
+/// What a group's options mean for a parameter.
+Form form_of(const OptionValues& values, bool has_momentum, const at::Tensor& param);
+inline Form form_of(const FlashOptions& options, const at::Tensor& param) {
+  return form_of(options.values(), options.has_momentum(), param);
+}
 
-/// A state before the first step: every byte 0, which decodes to 0. Its tensors are there once `zeros` has been made.
-std::unique_ptr<FlashParamState> make_state(const at::Tensor& param, const FlashOptions& options, Zeros* zeros);
-/// As make_state, with the formats given.
-std::unique_ptr<FlashParamState> make_state(const at::Tensor& param, OptimizerKind kind, bool has_momentum,
-                                            MasterWeights master_weights, StateCodec codec, Zeros* zeros);
-/// Gives a state the slots that it lacks because momentum was 0 so far.
-void add_slots(const at::Tensor& param, OptimizerKind kind, FlashParamState* state, Zeros* zeros);
+// Order of elements in memory.
+
+/// Strides of a dense tensor that lies as a state of this form does; as the parameter where it has no array.
+std::vector<int64_t> strides_of(OptimizerKind kind, const FlashParamState& state, Form form, const at::Tensor& param);
+/// Whether elements lie with these strides; those of dimensions of one element do not matter.
+bool lies(const at::Tensor& tensor, at::IntArrayRef strides);
+/// A copy of the tensor's values with these strides.
+at::Tensor copy_with(const at::Tensor& tensor, at::IntArrayRef strides);
+
+// States. Those that are made have allocations of their own for every tensor.
+
+/// A state's arrays, borrowed: of its first `slots` slots, none of them where it has fewer.
+store::Stored stored_of(const FlashParamState& state, int slots);
+bool has_correction(const FlashParamState& state);
+
+/// What a state is to be made for.
+struct NewState {
+  const at::Tensor* param;
+  Form form;
+  std::unique_ptr<FlashParamState> state;  ///< as before the first step: every byte 0, which decodes to 0
+};
+/// Makes the states, zeroing those of a device together.
+void make_states(OptimizerKind kind, std::vector<NewState>* wanted);
+std::unique_ptr<FlashParamState> make_state(OptimizerKind kind, const at::Tensor& param, Form form);
+
+/// Whether a step can run on a state as it is; `name` stands for the parameter in messages.
+store::Fit fit_of(OptimizerKind kind, const std::string& name, const FlashParamState& state, const at::Tensor& param,
+                  Form form);
+
+/// A state in another form.
+struct Conversion {
+  std::unique_ptr<FlashParamState> state;
+  at::Tensor values;  ///< the parameter's new ones; undefined where they stay
+  store::CorrectionFate fate;
+};
+/// Changes nothing. Slots that the form lacks (momentum is 0) stay as they are, for later; where it has slots that are
+/// not there yet, the next step is the first.
+Conversion convert_state(OptimizerKind kind, const std::string& name, const FlashParamState& saved,
+                         const at::Tensor& param, Form form);
+/// TORCH_WARN where weights lose what their correction held.
+void warn_of(store::CorrectionFate fate, const std::string& name, const FlashParamState& saved,
+             const at::Tensor& param);
+
+/// The weights, fp32, that a parameter and the correction in its state stand for.
+at::Tensor merged_weights(const at::Tensor& param, const FlashParamState& state);
 
 }  // namespace flashoptim::libtorch

@@ -5,6 +5,9 @@
 //   param_groups/{size, 0/{params, options/...}, ...}  params: how many parameters the group has
 //   state/{0/{...}, ...}                               by number of the parameter, counted over the groups in order;
 //                                                      only parameters that have a state
+//
+// A state's own key `lies_otherwise` says that it lies in memory otherwise than its parameter did when it was saved.
+#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <torch/serialize/archive.h>
 #include <torch/types.h>
@@ -13,8 +16,9 @@
 
 #include "flashoptim/torch/optimizer.h"
 #include "flashoptim/version.h"
-#include "libtorch/optim/operators.h"
+#include "libtorch/optim/handles.h"
 #include "libtorch/optim/param_state.h"
+#include "libtorch/optim/param_store.h"
 
 namespace flashoptim::libtorch {
 namespace {
@@ -30,50 +34,88 @@ int64_t read_int(InputArchive& archive, const std::string& key) {
   return value.toInt();
 }
 
-/// An archive holds whole storages: a tensor that shares its own is copied, to the host.
+/// An archive holds whole storages, and is read on machines without this one's devices: a tensor that shares its own or
+/// is not on the host is copied there.
 at::Tensor with_own_storage(const at::Tensor& tensor) {
-  if (tensor.storage().nbytes() <= tensor.nbytes()) return tensor;
+  if (tensor.is_cpu() && tensor.storage().nbytes() <= tensor.nbytes()) return tensor;
   return tensor.to(at::kCPU, /*non_blocking=*/false, /*copy=*/true);
 }
 
-/// The saved tensor must be what a new state would have in its place.
-void check_saved(const std::string& name, const at::Tensor& saved, const at::Tensor& expected) {
-  TORCH_CHECK(saved.scalar_type() == expected.scalar_type(), name, " was saved with dtype ", saved.scalar_type(),
-              "; must be ", expected.scalar_type());
-  TORCH_CHECK(saved.sizes() == expected.sizes(), name, " was saved with shape ", saved.sizes(), "; must be ",
-              expected.sizes());
-  TORCH_CHECK(same_element_order(saved, expected), name, " was saved with strides ", saved.strides(), "; must be ",
-              expected.strides(), ", the parameter's");
+at::ScalarType parse_dtype(const std::string& name, const std::string& dtype) {
+  for (const at::ScalarType known : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    if (dtype == toString(known)) return known;
+  }
+  TORCH_CHECK(false, name, ": param_dtype = \"", dtype, "\" in the archive; must be Float, BFloat16 or Half");
 }
 
-/// Copies a saved state into a new one of the parameter's device and strides, or throws.
-std::unique_ptr<FlashParamState> restore_state(const std::string& name, const at::Tensor& param, OptimizerKind kind,
-                                               const FlashParamState& saved) {
-  check_param(name, param);
+/// The saved tensor must be what its format says, and lie in memory as `strides` do. A copy with them on `device`.
+at::Tensor checked(const std::string& name, const at::Tensor& saved, const store::ArraySpec& spec, at::Device device) {
+  TORCH_CHECK(dtype_code(saved.scalar_type()) == spec.dtype, name, " was saved with dtype ", saved.scalar_type(),
+              "; must be ", static_cast<at::ScalarType>(spec.dtype));
+  TORCH_CHECK(saved.sizes() == spec.sizes, name, " was saved with shape ", saved.sizes(), "; must be ",
+              at::IntArrayRef(spec.sizes));
+  TORCH_CHECK(lies(saved, spec.strides), name, " was saved with strides ", saved.strides(), "; must be ",
+              at::IntArrayRef(spec.strides), ", the parameter's");
+  return at::empty_strided(spec.sizes, spec.strides, saved.options().device(device)).copy_(saved);
+}
+
+/// A state from an archive, checked against what the archive says of its own format.
+FlashParamState checked_state(const std::string& name, const at::Tensor& param, OptimizerKind kind,
+                              const FlashParamState& saved, bool lies_otherwise) {
   const int64_t master = static_cast<int64_t>(saved.master_weights), codec = static_cast<int64_t>(saved.state_codec);
   TORCH_CHECK(master >= 0 && master <= static_cast<int64_t>(MasterWeights::kCorrection16Nearest), name,
               ": master_weights = ", master, " in the archive; must be 0 to 5");
   TORCH_CHECK(codec >= 0 && codec <= static_cast<int64_t>(StateCodec::kDefault), name, ": state_codec = ", codec,
               " in the archive; must be 0 to 2");
   TORCH_CHECK(saved.step >= 0, name, ": step = ", saved.step, " in the archive; must be at least 0");
-  Zeros zeros;
-  auto state = make_state(param, kind, !saved.states.empty(), saved.master_weights, saved.state_codec, &zeros);
-  zeros.make();
-  state->step = saved.step;
-  TORCH_CHECK(saved.rows == state->rows, name, ": rows = ", saved.rows, " in the archive; must be ", state->rows);
-  TORCH_CHECK(saved.states.size() == state->states.size() && saved.scales.size() == state->scales.size(), name, ": ",
-              saved.states.size(), " states and ", saved.scales.size(), " scales in the archive; must be ",
-              state->states.size());
-  check_saved(name + ": correction", saved.correction, state->correction);
-  state->correction.copy_(saved.correction);
-  for (size_t k = 0; k < state->states.size(); ++k) {
-    const std::string index = std::to_string(k);
-    check_saved(name + ": states[" + index + "]", saved.states[k], state->states[k]);
-    check_saved(name + ": scales[" + index + "]", saved.scales[k], state->scales[k]);
-    state->states[k].copy_(saved.states[k]);
-    state->scales[k].copy_(saved.scales[k]);
+  const bool has_momentum = !saved.states.empty();
+  const auto slots = static_cast<size_t>(store::slot_count(kind, has_momentum));
+  TORCH_CHECK(saved.states.size() == slots && saved.scales.size() == slots, name, ": ", saved.states.size(),
+              " states and ", saved.scales.size(), " scales in the archive; must be ",
+              store::slot_count(kind, /*has_momentum=*/true));
+  const Form form{{saved.master_weights, saved.state_codec}, has_momentum};
+  const std::vector<int64_t> strides = lies_otherwise ? strides_of(kind, saved, form, param) : param.strides().vec();
+  const store::StorageOrder order =
+      store::storage_order(param.sizes().data(), strides.data(), static_cast<int64_t>(strides.size()));
+  const int64_t rows = store::layout_of(param.sizes().vec(), order).rows;
+  TORCH_CHECK(saved.rows == rows, name, ": rows = ", saved.rows, " in the archive; must be ", rows);
+
+  FlashParamState state = saved;
+  const at::Device device = param.device();
+  const std::vector<store::ArraySpec> specs =
+      store::arrays_of(kind, has_momentum, form.format, param.sizes().vec(), order);
+  if (has_correction(saved)) {
+    state.correction = checked(name + ": correction", saved.correction, specs.back(), device);
+  } else {
+    state.correction = saved.correction.to(device);
+  }
+  for (const store::ArraySpec& spec : specs) {
+    const auto slot = static_cast<size_t>(spec.slot);
+    const std::string number = std::to_string(slot) + "]";
+    if (spec.role == store::Role::kState) {
+      state.states[slot] = checked(name + ": states[" + number, saved.states[slot], spec, device);
+      state.scales[slot] = saved.scales[slot].to(device);
+    } else if (spec.role == store::Role::kScale) {
+      state.scales[slot] = checked(name + ": scales[" + number, saved.scales[slot], spec, device);
+    }
   }
   return state;
+}
+
+/// What an archive's state becomes: as it is, or converted to the options of now.
+Conversion restored(const std::string& name, const at::Tensor& param, OptimizerKind kind, const FlashOptions& options,
+                    FlashParamState saved) {
+  const Form form = form_of(options, param);
+  if (fit_of(kind, name, saved, param, form) != store::Fit::kNo) {
+    return {std::make_unique<FlashParamState>(std::move(saved)), {}, store::CorrectionFate::kKept};
+  }
+  Conversion converted = convert_state(kind, name, saved, param, form);
+  TORCH_CHECK(converted.fate != store::CorrectionFate::kLost, name, " has dtype ", param.scalar_type(),
+              " and other values than ", saved.param_dtype, " can hold, or fewer; its correction was saved for ",
+              saved.param_dtype, " weights. Must be ", saved.param_dtype,
+              ", as when it was saved, or of a dtype that holds the weights of then, which are loaded first");
+  warn_of(converted.fate, name, saved, param);
+  return converted;
 }
 
 }  // namespace
@@ -89,6 +131,8 @@ void FlashParamState::serialize(OutputArchive& archive) const {
     archive.write("states" + std::to_string(k), with_own_storage(states[k]), /*is_buffer=*/true);
     archive.write("scales" + std::to_string(k), with_own_storage(scales[k]), /*is_buffer=*/true);
   }
+  // So that a 16-bit correction is not taken for one of the other 16-bit type.
+  archive.write("param_dtype", c10::IValue(std::string(toString(param_dtype))));
 }
 
 void FlashParamState::serialize(InputArchive& archive) {
@@ -104,12 +148,15 @@ void FlashParamState::serialize(InputArchive& archive) {
     archive.read("states" + std::to_string(k), states.emplace_back(), /*is_buffer=*/true);
     archive.read("scales" + std::to_string(k), scales.emplace_back(), /*is_buffer=*/true);
   }
+  c10::IValue dtype;
+  archive.read("param_dtype", dtype);
+  param_dtype = parse_dtype("FlashParamState", dtype.toStringRef());
 }
 
 void FlashOptimizer::save(OutputArchive& archive) const {
   archive.write("flashoptim_archive_version", c10::IValue(kArchiveVersion));
   archive.write("state_format_version", c10::IValue(static_cast<int64_t>(kStateFormatVersion)));
-  archive.write("optimizer", c10::IValue(std::string(operators::name_of(kind_))));
+  archive.write("optimizer", c10::IValue(std::string(archive_name(kind_))));
   OutputArchive groups(archive.compilation_unit()), states(archive.compilation_unit());
   groups.write("size", c10::IValue(static_cast<int64_t>(param_groups_.size())));
   size_t number = 0;
@@ -127,8 +174,11 @@ void FlashOptimizer::save(OutputArchive& archive) const {
       if (const FlashParamState* state = find_state(param)) {
         OutputArchive state_archive(archive.compilation_unit());
         state->serialize(state_archive);
-        // So that a 16-bit correction is not taken for one of the other 16-bit type.
-        state_archive.write("param_dtype", c10::IValue(std::string(toString(param.scalar_type()))));
+        const bool has_momentum = !state->states.empty();
+        const Form form{{state->master_weights, state->state_codec}, has_momentum};
+        if (!lies(param, strides_of(kind_, *state, form, param))) {
+          state_archive.write("lies_otherwise", c10::IValue(true));  // than its parameter
+        }
         states.write(std::to_string(number), state_archive);
       }
       ++number;
@@ -149,10 +199,11 @@ void FlashOptimizer::load(InputArchive& archive) {
   TORCH_CHECK(format == kStateFormatVersion, where, "state_format_version = ", format, "; must be ",
               kStateFormatVersion);
   archive.read("optimizer", value);
-  TORCH_CHECK(value.toStringRef() == operators::name_of(kind_), where, "optimizer = \"", value.toStringRef(),
-              "\"; must be \"", operators::name_of(kind_), "\"");
+  TORCH_CHECK(value.toStringRef() == archive_name(kind_), where, "optimizer = \"", value.toStringRef(),
+              "\"; must be \"", archive_name(kind_), "\"");
 
-  // Read and check all of it first, so that a bad archive changes nothing.
+  // Read, check and convert all of it first, so that a bad archive changes nothing.
+  const at::NoGradGuard no_grad;
   InputArchive groups, states;
   archive.read("param_groups", groups);
   archive.read("state", states);
@@ -160,7 +211,7 @@ void FlashOptimizer::load(InputArchive& archive) {
   TORCH_CHECK(size == static_cast<int64_t>(param_groups_.size()), where, "the archive has ", size,
               " param_groups; must be ", param_groups_.size());
   std::vector<std::unique_ptr<FlashOptions>> new_options;
-  std::vector<std::pair<void*, std::unique_ptr<FlashParamState>>> new_states;
+  std::vector<std::pair<at::Tensor, Conversion>> new_states;
   size_t number = 0;
   for (size_t g = 0; g < param_groups_.size(); ++g) {
     InputArchive group, options_archive;
@@ -177,18 +228,23 @@ void FlashOptimizer::load(InputArchive& archive) {
       InputArchive state_archive;
       if (!states.try_read(std::to_string(number), state_archive)) continue;
       const at::Tensor& param = param_groups_[g].params()[i];
-      const std::string name = where + Place{g, i}.str();
+      const std::string name = where + Position{g, i}.str();
       FlashParamState saved;
       saved.serialize(state_archive);
-      state_archive.read("param_dtype", value);
-      TORCH_CHECK(value.toStringRef() == toString(param.scalar_type()), name, " has dtype ", param.scalar_type(),
-                  "; must be ", value.toStringRef(), ", as when it was saved");
-      new_states.emplace_back(param.unsafeGetTensorImpl(), restore_state(name, param, kind_, saved));
+      check_param(name, param);
+      const bool lies_otherwise = state_archive.try_read("lies_otherwise", value) && value.toBool();
+      new_states.emplace_back(
+          param, restored(name, param, kind_, *options, checked_state(name, param, kind_, saved, lies_otherwise)));
     }
   }
   for (size_t g = 0; g < param_groups_.size(); ++g) param_groups_[g].set_options(std::move(new_options[g]));
   state_.clear();
-  for (auto& [key, state] : new_states) state_[key] = std::move(state);
+  for (auto& [param, restored] : new_states) {
+    if (restored.values.defined()) param.detach().copy_(restored.values);
+    restored.state->param_dtype = param.scalar_type();
+    state_[param.unsafeGetTensorImpl()] = std::move(restored.state);
+  }
+  store_->reset();
 }
 
 }  // namespace flashoptim::libtorch

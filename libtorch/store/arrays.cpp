@@ -108,7 +108,7 @@ struct States {
   std::vector<TensorInfo> infos;  // of the states
 };
 
-States read_states(Op op, OptimizerKind optimizer, const StateTensors& stored, StateCodec codec, const Place& place) {
+States read_states(Op op, OptimizerKind optimizer, const StateTensors& stored, StateCodec codec, const Shard& shard) {
   States states;
   const auto slots = static_cast<int>(stored.states.size());
   states.has_momentum = slots == state_count(optimizer, true);
@@ -122,14 +122,17 @@ States read_states(Op op, OptimizerKind optimizer, const StateTensors& stored, S
             ", one per tensor of states");
   }
   states.tensor.state_codec = codec;
+  std::vector<int64_t> sizes;
+  StorageOrder order;
   for (int k = 0; k < slots; ++k) {
     const auto at = static_cast<size_t>(k);
     const Name name{"states", k}, scale_name{"scales", k};
     const TensorInfo info = read_dense(op, name, stored.states[at]);
     if (k == 0) {
       states.backend = select_backend(op.name, "states[0]", info.device);
-      const std::vector<int64_t> sizes(info.sizes, info.sizes + info.dim);
-      states.tensor.layout = layout_of(sizes, storage_order(info.sizes, info.strides, info.dim), place);
+      sizes.assign(info.sizes, info.sizes + info.dim);
+      order = storage_order(info.sizes, info.strides, info.dim);
+      states.tensor.layout = layout_of(sizes, order, shard);
     } else {
       check_like(op, name, info, {"states", 0}, states.infos[0]);
     }
@@ -143,10 +146,10 @@ States read_states(Op op, OptimizerKind optimizer, const StateTensors& stored, S
       op.fail(scale_name.str() + " has dtype " + dtype_name(scale.dtype) + "; its state codec needs " +
               dtype_name(scale_dtype(codec)));
     }
-    const GroupLayout& layout = states.tensor.layout;
-    if (scale.numel != layout.groups()) {
-      op.fail(scale_name.str() + " has shape " + ints(scale.sizes, scale.dim) + "; needed are " +
-              std::to_string(layout.rows) + " x " + std::to_string(layout.groups_per_row()) + " elements");
+    const GroupLayout layout = stored_layout(op, scale_name.str(), sizes, order, shard, scale);
+    if (k == 0) states.tensor.layout = layout;
+    if (!(layout == states.tensor.layout)) {
+      op.fail(scale_name.str() + " has shape " + ints(scale.sizes, scale.dim) + ", unlike the scales of states[0]");
     }
     check_contiguous(op, scale_name, scale);
     check_device(op, scale_name, scale.device, name, info.device);
@@ -172,6 +175,21 @@ TensorInfo read_dense(Op op, Name name, AtenTensorHandle tensor) {
             "; its elements must fill their memory without gaps or overlap (dense)");
   }
   return info;
+}
+
+GroupLayout stored_layout(Op op, const std::string& name, const std::vector<int64_t>& sizes, const StorageOrder& order,
+                          const Shard& shard, const TensorInfo& scale) {
+  const std::vector<int64_t> found(scale.sizes, scale.sizes + scale.dim), wanted = scale_sizes_of(sizes, order, shard);
+  if (found == wanted) return layout_of(sizes, order, shard);
+  if (!shard.is_set()) {
+    std::vector<int64_t> taken(sizes);
+    for (size_t i = 0; i < order.size(); ++i) taken[i] = sizes[static_cast<size_t>(order[i])];
+    const GroupLayout old = group_layout(taken.data(), static_cast<int64_t>(taken.size()), RowRule::kFirstDimension);
+    if (found == std::vector<int64_t>{old.rows, old.groups_per_row()}) return old;
+  }
+  const auto dim = static_cast<int64_t>(sizes.size());
+  op.fail(name + " has shape " + ints(scale.sizes, scale.dim) + "; allowed for codes of shape " +
+          ints(sizes.data(), dim) + " is " + ints(wanted.data(), static_cast<int64_t>(wanted.size())));
 }
 
 void check_master(Op op, Name name, DType dtype, MasterWeights master_weights, Name param) {
@@ -273,8 +291,8 @@ void split_weights(Op op, AtenTensorHandle weights, AtenTensorHandle param, Aten
 }
 
 TensorList decode_states(Op op, OptimizerKind optimizer, const StateTensors& stored, StateCodec codec,
-                         const Place& place) {
-  const States states = read_states(op, optimizer, stored, codec, place);
+                         const Shard& shard) {
+  const States states = read_states(op, optimizer, stored, codec, shard);
   TensorList values;
   float* to[kMaxSlots] = {};
   for (size_t k = 0; k < states.infos.size(); ++k) {
@@ -301,8 +319,8 @@ TensorList decode_states(Op op, OptimizerKind optimizer, const StateTensors& sto
 }
 
 void encode_states(Op op, OptimizerKind optimizer, const std::vector<AtenTensorHandle>& values,
-                   const StateTensors& stored, StateCodec codec, const Place& place) {
-  const States states = read_states(op, optimizer, stored, codec, place);
+                   const StateTensors& stored, StateCodec codec, const Shard& shard) {
+  const States states = read_states(op, optimizer, stored, codec, shard);
   if (values.size() != stored.states.size()) {
     op.fail("values has " + std::to_string(values.size()) + " tensors; needed are " +
             std::to_string(stored.states.size()) + ", one per tensor of states");

@@ -39,12 +39,17 @@ struct StateTensors {
   std::vector<AtenTensorHandle> states, scales;
 };
 
-/// fp32 values of every slot, of the states' sizes and strides. place: of a shard.
+/// How a state of these sizes is grouped, as the sizes of its scales tell: scale_sizes_of()'s, or, of a parameter that
+/// is no shard, state format 1's [rows, groups] of RowRule::kFirstDimension. Throws for others; `name` is the scales'.
+GroupLayout stored_layout(Op op, const std::string& name, const std::vector<int64_t>& sizes, const StorageOrder& order,
+                          const Shard& shard, const TensorInfo& scale);
+
+/// fp32 values of every slot, of the states' sizes and strides.
 TensorList decode_states(Op op, OptimizerKind optimizer, const StateTensors& stored, StateCodec codec,
-                         const Place& place = {});
+                         const Shard& shard = {});
 /// Codes and scales from fp32 values of the states' sizes and strides, rounded to nearest.
 void encode_states(Op op, OptimizerKind optimizer, const std::vector<AtenTensorHandle>& values,
-                   const StateTensors& stored, StateCodec codec, const Place& place = {});
+                   const StateTensors& stored, StateCodec codec, const Shard& shard = {});
 
 /// The codec that a parameter's states are in, from their dtypes; throws std::runtime_error for a mixture or an unknown
 /// one. `name` stands for the parameter.
@@ -78,7 +83,7 @@ struct Converted {
 /// be those of before in the new dtype, and looked at (kMerged, kLost). Changes nothing but what it returns. `name`
 /// stands for the parameter in messages.
 Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param,
-                  const Stored& stored, Format to, const Place& place = {});
+                  const Stored& stored, Format to, const Shard& shard = {});
 
 /// Whether a step can run on what is stored as it is. `name` stands for the parameter in messages, of storages that are
 /// too small.
@@ -88,6 +93,6 @@ enum class Fit : int64_t {
   kOwnOrder = 2,  ///< in a storage order of its own: the parameter must be copied to be stepped
 };
 Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, const Stored& stored, Format format,
-        const Place& place = {}, const std::string& name = "param");
+        const Shard& shard = {}, const std::string& name = "param");
 
 }  // namespace flashoptim::store

@@ -65,8 +65,18 @@ Tensor rescaled(Op op, AtenTensorHandle correction, MasterWeights from, MasterWe
   return copy_like(result, info, correction_dtype(to), info.device);
 }
 
+/// Element by element, whatever their shapes: both are contiguous and of equal numbers of elements.
+void copy_elements(AtenTensorHandle to, AtenTensorHandle from) {
+  const TensorInfo info = read_tensor({"copy_"}, {"scales"}, to);
+  AtenTensorHandle view = nullptr;
+  check_torch(aoti_torch__reinterpret_tensor(from, info.dim, info.sizes, info.strides, /*offset_increment=*/0, &view),
+              "reinterpret_tensor");
+  const Tensor owned(view);
+  check_torch(aoti_torch_copy_(to, owned, /*non_blocking=*/0), "copy_");
+}
+
 void convert_states(Op op, const std::string& name, OptimizerKind optimizer, const TensorInfo& param,
-                    const StateTensors& saved, Format to, const Place& place, const StateTensors& made) {
+                    const StateTensors& saved, Format to, const Shard& shard, const StateTensors& made) {
   const std::vector<int64_t> sizes(param.sizes, param.sizes + param.dim);
   const StateCodec codec = stored_codec(op, optimizer, saved, name);
   std::vector<Dense> states, scales;
@@ -78,19 +88,17 @@ void convert_states(Op op, const std::string& name, OptimizerKind optimizer, con
     scales.emplace_back(op, Name{"scales", static_cast<int64_t>(k)}, saved.scales[k], param.device);
   }
   const StorageOrder from_order = order_of(read_tensor(op, {"states"}, states[0].get()));
-  const GroupLayout layout = layout_of(sizes, from_order, place);
+  const GroupLayout layout = layout_of(sizes, order_of(param), shard);
   for (size_t k = 0; k < scales.size(); ++k) {
-    const TensorInfo info = read_tensor(op, {"scales"}, scales[k].get());
-    const int64_t expected[] = {layout.rows, layout.groups_per_row()};
-    if (info.dim == 2 && info.sizes[0] == expected[0] && info.sizes[1] == expected[1]) continue;
-    op.fail("state '" + array_name(optimizer, Role::kScale, static_cast<int>(k)) + "' of " + name + " has shape " +
-            ints(info.sizes, info.dim) + "; allowed for codes of shape " + ints(param.sizes, param.dim) + " is " +
-            ints(expected, 2));
+    const std::string array = array_name(optimizer, Role::kScale, static_cast<int>(k), codec);
+    const GroupLayout found = stored_layout(op, "state '" + array + "' of " + name, sizes, from_order, shard,
+                                            read_tensor(op, {"scales"}, scales[k].get()));
+    same = same && found == layout;
   }
   if (same) {
     for (size_t k = 0; k < states.size(); ++k) {
       check_torch(aoti_torch_copy_(made.states[k], states[k].get(), 0), "copy_");
-      if (codec != StateCodec::kFloat32) check_torch(aoti_torch_copy_(made.scales[k], scales[k].get(), 0), "copy_");
+      if (codec != StateCodec::kFloat32) copy_elements(made.scales[k], scales[k].get());
     }
     return;
   }
@@ -99,7 +107,7 @@ void convert_states(Op op, const std::string& name, OptimizerKind optimizer, con
     StateTensors dense;
     for (const Dense& state : states) dense.states.push_back(state.get());
     for (const Dense& scale : scales) dense.scales.push_back(scale.get());
-    values = decode_states(op, optimizer, dense, codec, place);
+    values = decode_states(op, optimizer, dense, codec, shard);
   }
   TensorList in_order;
   for (size_t k = 0; k < states.size(); ++k) {
@@ -111,7 +119,7 @@ void convert_states(Op op, const std::string& name, OptimizerKind optimizer, con
     for (size_t k = 0; k < states.size(); ++k) check_torch(aoti_torch_copy_(made.states[k], in_order[k], 0), "copy_");
     return;
   }
-  encode_states(op, optimizer, {in_order.begin(), in_order.end()}, made, to.codec, place);
+  encode_states(op, optimizer, {in_order.begin(), in_order.end()}, made, to.codec, shard);
 }
 
 /// Width of a stored correction by its dtype.
@@ -167,7 +175,7 @@ StateCodec stored_codec(Op op, OptimizerKind optimizer, const StateTensors& stor
     const bool known =
         scale == nullptr ? is_float : codec != StateCodec::kFloat32 && state == state_dtype(optimizer, slot, codec);
     if (!known) {
-      op.fail("state '" + array_name(optimizer, Role::kState, slot) + "' of " + name + " of dtype " +
+      op.fail("state '" + array_name(optimizer, Role::kState, slot, codec) + "' of " + name + " of dtype " +
               dtype_name(state) +
               (scale == nullptr ? " without scales" : " with scales of dtype " + dtype_name(scales)) +
               " is no known format; allowed are floating-point values without scales, 8-bit codes with int16 scales "
@@ -184,10 +192,10 @@ StateCodec stored_codec(Op op, OptimizerKind optimizer, const StateTensors& stor
 }
 
 Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param,
-                  const Stored& stored, Format to, const Place& place) {
+                  const Stored& stored, Format to, const Shard& shard) {
   const TensorInfo info = read_dense(op, {name.c_str()}, param);
   const std::vector<int64_t> sizes(info.sizes, info.sizes + info.dim);
-  const std::vector<ArraySpec> specs = arrays_of(optimizer, has_momentum, to, sizes, order_of(info), place);
+  const std::vector<ArraySpec> specs = arrays_of(optimizer, has_momentum, to, sizes, order_of(info), shard);
   const auto check_sizes = [&](AtenTensorHandle tensor, const std::string& array) {
     const TensorInfo read = read_tensor(op, {array.c_str()}, tensor);
     if (same_sizes(read, sizes)) return;
@@ -195,7 +203,8 @@ Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool 
             "; allowed is the parameter's, " + ints(info.sizes, info.dim));
   };
   for (size_t k = 0; k < stored.arrays.states.size(); ++k) {
-    check_sizes(stored.arrays.states[k], array_name(optimizer, Role::kState, static_cast<int>(k)));
+    const StateCodec codec = stored.arrays.scales.empty() ? StateCodec::kFloat32 : StateCodec::kDefault;
+    check_sizes(stored.arrays.states[k], array_name(optimizer, Role::kState, static_cast<int>(k), codec));
   }
   if (stored.correction != nullptr) check_sizes(stored.correction, "correction");
 
@@ -211,7 +220,7 @@ Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool 
   }
   if (info.device.type == aoti_torch_device_type_meta()) return converted;
   if (!stored.arrays.states.empty() && stored.arrays.states.size() == arrays.states.size()) {
-    convert_states(op, name, optimizer, info, stored.arrays, to, place, arrays);
+    convert_states(op, name, optimizer, info, stored.arrays, to, shard, arrays);
   }
   if (stored.correction != nullptr) {
     converted.fate = convert_correction(op, name, param, stored, to, correction, &converted.param);
@@ -220,7 +229,7 @@ Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool 
 }
 
 Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, const Stored& stored, Format format,
-        const Place& place, const std::string& name) {
+        const Shard& shard, const std::string& name) {
   const Op op{"fit"};
   const TensorInfo info = read_tensor(op, {name.c_str()}, param);
   const std::vector<int64_t> sizes(info.sizes, info.sizes + info.dim);
@@ -234,17 +243,17 @@ Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, cons
   // All arrays lie in one order: that of the first.
   AtenTensorHandle const first = slots > 0 ? stored.arrays.states[0] : stored.correction;
   const std::string first_name =
-      "state '" + array_name(optimizer, slots > 0 ? Role::kState : Role::kCorrection, 0) + "' of " + name;
+      "state '" + array_name(optimizer, slots > 0 ? Role::kState : Role::kCorrection, 0, format.codec) + "' of " + name;
   const TensorInfo like = first == nullptr ? info : read_tensor(op, {first_name.c_str()}, first);
   const StorageOrder order = order_of(like);
-  for (const ArraySpec& spec : arrays_of(optimizer, has_momentum, format, sizes, order, place)) {
+  for (const ArraySpec& spec : arrays_of(optimizer, has_momentum, format, sizes, order, shard)) {
     const auto slot = static_cast<size_t>(spec.slot);
     const AtenTensorHandle tensor = spec.role == Role::kState            ? stored.arrays.states[slot]
                                     : spec.role == Role::kCorrection     ? stored.correction
                                     : slot < stored.arrays.scales.size() ? stored.arrays.scales[slot]
                                                                          : nullptr;
     if (tensor == nullptr) return Fit::kNo;
-    const std::string array = "state '" + array_name(optimizer, spec.role, spec.slot) + "' of " + name;
+    const std::string array = "state '" + array_name(optimizer, spec.role, spec.slot, format.codec) + "' of " + name;
     const TensorInfo read = read_tensor(op, {array.c_str()}, tensor);
     const bool same_dtype =
         read.dtype == spec.dtype || (spec.role == Role::kScale && accepts_scale_dtype(format.codec, read.dtype));

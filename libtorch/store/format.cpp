@@ -7,10 +7,14 @@
 
 namespace flashoptim::store {
 
-Format format_of(DType dtype, int64_t whole_numel, const FormatOptions& options) {
+Format format_of(DType dtype, const std::vector<int64_t>& whole_sizes, const FormatOptions& options) {
+  int64_t whole_numel = 1;
+  for (const int64_t size : whole_sizes) whole_numel *= size;
+  int64_t least = options.min_quantized_numel;
+  if (least != 0 && leading_dimensions(whole_sizes) == 0) least = std::max(least, kMinFlatNumel);
   const bool is_paper = options.codec == StateCodec::kPaper;
   Format format;
-  if (options.quantize && whole_numel >= options.min_quantized_numel) format.codec = options.codec;
+  if (options.quantize && whole_numel >= least) format.codec = options.codec;
   if (dtype == DType::kFloat32) return format;
   switch (options.master_weight_bits) {
     case 24:
@@ -67,27 +71,66 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const Stor
   return strides;
 }
 
-GroupLayout layout_of(const std::vector<int64_t>& sizes, const StorageOrder& order, const Place& place) {
-  if (place.whole.numel() != 0) {
+namespace {
+
+std::vector<int64_t> in_order(const std::vector<int64_t>& sizes, const StorageOrder& order) {
+  if (order.empty()) return sizes;
+  std::vector<int64_t> taken(sizes.size());
+  for (size_t i = 0; i < order.size(); ++i) taken[i] = sizes[static_cast<size_t>(order[i])];
+  return taken;
+}
+
+}  // namespace
+
+int64_t leading_dimensions(const std::vector<int64_t>& sizes) {
+  int64_t row = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    row *= sizes[d];
+    if (row >= kGroupSize) return static_cast<int64_t>(d);
+  }
+  return 0;
+}
+
+Status shard_of_box(const std::vector<int64_t>& whole_sizes, const std::vector<int64_t>& offsets,
+                    const std::vector<int64_t>& sizes, Shard* shard) {
+  if (offsets.size() != whole_sizes.size() || sizes.size() != whole_sizes.size()) {
+    return Status::invalid_argument("a box of " + std::to_string(offsets.size()) + " offsets and " +
+                                    std::to_string(sizes.size()) + " sizes in a whole of " +
+                                    std::to_string(whole_sizes.size()) + " dimensions; all must be equal");
+  }
+  shard->leading = leading_dimensions(whole_sizes);
+  return place_of_box(whole_sizes.data(), offsets.data(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                      RowRule::kShortest, &shard->place);
+}
+
+GroupLayout layout_of(const std::vector<int64_t>& sizes, const StorageOrder& order, const Shard& shard) {
+  if (shard.is_set()) {
     int64_t numel = 1;
     for (const int64_t size : sizes) numel *= size;
-    return shard_layout(place, numel);
+    return shard_layout(shard.place, numel);
   }
-  if (order.empty()) return group_layout(sizes.data(), static_cast<int64_t>(sizes.size()));
-  std::vector<int64_t> in_order(sizes.size());
-  for (size_t i = 0; i < order.size(); ++i) in_order[i] = sizes[static_cast<size_t>(order[i])];
-  return group_layout(in_order.data(), static_cast<int64_t>(in_order.size()));
+  const std::vector<int64_t> taken = in_order(sizes, order);
+  return group_layout(taken.data(), static_cast<int64_t>(taken.size()), RowRule::kShortest);
+}
+
+std::vector<int64_t> scale_sizes_of(const std::vector<int64_t>& sizes, const StorageOrder& order, const Shard& shard) {
+  const std::vector<int64_t> taken = in_order(sizes, order);
+  const auto leading = static_cast<size_t>(shard.is_set() ? shard.leading : leading_dimensions(taken));
+  std::vector<int64_t> scale_sizes(taken.begin(), taken.begin() + static_cast<std::ptrdiff_t>(leading));
+  int64_t row = 1;
+  for (size_t d = leading; d < taken.size(); ++d) row *= taken[d];
+  scale_sizes.push_back((row + kGroupSize - 1) / kGroupSize);
+  return scale_sizes;
 }
 
 std::vector<ArraySpec> arrays_of(OptimizerKind optimizer, bool has_momentum, Format format,
-                                 const std::vector<int64_t>& sizes, const StorageOrder& order, const Place& place) {
+                                 const std::vector<int64_t>& sizes, const StorageOrder& order, const Shard& shard) {
   const std::vector<int64_t> strides = dense_strides(sizes, order);
-  const GroupLayout layout = layout_of(sizes, order, place);
+  const std::vector<int64_t> scale_sizes = scale_sizes_of(sizes, order, shard);
   std::vector<ArraySpec> arrays;
   for (int slot = 0; slot < state_count(optimizer, has_momentum); ++slot) {
     arrays.push_back({Role::kState, slot, state_dtype(optimizer, slot, format.codec), sizes, strides});
     if (format.codec == StateCodec::kFloat32) continue;
-    const std::vector<int64_t> scale_sizes = {layout.rows, layout.groups_per_row()};
     arrays.push_back({Role::kScale, slot, scale_dtype(format.codec), scale_sizes, dense_strides(scale_sizes, {})});
   }
   if (correction_bits(format.master_weights) != 0) {
@@ -96,10 +139,13 @@ std::vector<ArraySpec> arrays_of(OptimizerKind optimizer, bool has_momentum, For
   return arrays;
 }
 
-std::string array_name(OptimizerKind optimizer, Role role, int slot) {
+int slot_count(OptimizerKind optimizer, bool has_momentum) { return state_count(optimizer, has_momentum); }
+
+std::string array_name(OptimizerKind optimizer, Role role, int slot, StateCodec codec) {
   if (role == Role::kCorrection) return "correction";
   std::string name = state_slot(optimizer, slot).name;
-  return role == Role::kScale ? name + "_scale" : name;
+  if (role == Role::kScale) return name + "_scale";
+  return codec == StateCodec::kFloat32 ? name : name + "_codes";
 }
 
 int32_t state_dtype(OptimizerKind optimizer, int slot, StateCodec codec) {

@@ -86,6 +86,10 @@ bool Record::fits_scale(const Facts& facts, int slot) const {
   return numel == tensors_.layout.groups();
 }
 
+// Here, so that callers need not see what plans consist of.
+Store::Store(OptimizerKind optimizer) : optimizer_(optimizer) {}
+Store::~Store() = default;
+
 void Store::reset(int64_t count) {
   records_.assign(static_cast<size_t>(count), Record());
   plans_.clear();
@@ -127,12 +131,12 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
   next.gradient_dtype_ = dtype_code(t.gradient_dtype);
   t.master_weights = options.format.master_weights;
   t.state_codec = options.format.codec;
-  t.place = options.place;
+  t.place = options.shard.place;
   const StorageOrder order = storage_order(info.sizes, info.strides, info.dim);
-  if (options.place.whole.numel() != 0 && !order.empty()) {
+  if (options.shard.is_set() && !order.empty()) {
     op.fail(name + " is a shard with strides " + ints(info.strides, info.dim) + "; a shard must be contiguous");
   }
-  t.layout = layout_of(next.sizes_, order, options.place);
+  t.layout = layout_of(next.sizes_, order, options.shard);
   t.parameter = is_meta ? nullptr : mutable_data(param);
 
   const int slots = state_count(optimizer_, options.has_momentum);
@@ -142,8 +146,8 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
   const bool quantized = t.state_codec != StateCodec::kFloat32;
   for (int k = 0; k < slots; ++k) {
     const auto at = static_cast<size_t>(k);
-    const std::string state_name = "state '" + array_name(optimizer_, Role::kState, k) + "' of " + name;
-    const std::string scale_name = "state '" + array_name(optimizer_, Role::kScale, k) + "' of " + name;
+    const std::string state_name = "state '" + array_name(optimizer_, Role::kState, k, t.state_codec) + "' of " + name;
+    const std::string scale_name = "state '" + array_name(optimizer_, Role::kScale, k, t.state_codec) + "' of " + name;
     const Name state{state_name.c_str()}, scale{scale_name.c_str()};
     const TensorInfo codes_info = read_tensor(op, state, stored.states[at]);
     next.state_dtypes_[k] = state_dtype(optimizer_, k, t.state_codec);

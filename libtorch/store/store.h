@@ -33,7 +33,7 @@ struct RecordOptions {
   /// The tensor is a copy for one step, of a parameter that lies otherwise than its state.
   bool is_copy = false;
   /// Where the local tensor lies in the whole; as it stands for a tensor that is the whole.
-  Place place;
+  Shard shard;
 };
 
 /// One parameter with what is stored for it: its local tensor, as it was when it was described.
@@ -116,7 +116,8 @@ struct GroupHyperparameters {
 
 class Store {
  public:
-  explicit Store(OptimizerKind optimizer) : optimizer_(optimizer) {}
+  explicit Store(OptimizerKind optimizer);
+  ~Store();
 
   OptimizerKind optimizer() const { return optimizer_; }
   int64_t size() const { return static_cast<int64_t>(records_.size()); }

@@ -156,10 +156,14 @@ convert_state = torch.ops.flashoptim.convert_state.default
 
 
 @functools.lru_cache(maxsize=4096)
-def group_layout(sizes: tuple[int, ...]) -> tuple[int, int, int]:
-    """(rows, row_size, groups_per_row) of a tensor of these sizes (docs/numerics.md, "Groups do not straddle rows")."""
-    rows, row_size, groups = torch.ops.flashoptim.group_layout(list(sizes))
-    return rows, row_size, groups
+def scale_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the scales of a contiguous tensor of these sizes: its leading dimensions, then groups of 32."""
+    return tuple(torch.ops.flashoptim.scale_sizes(list(sizes)))
+
+
+def place_of_box(whole: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Where a shard lies in its whole, in the numbers that the store takes."""
+    return tuple(torch.ops.flashoptim.place_of_box(list(whole), list(offsets), list(sizes)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -196,10 +200,16 @@ def array_names(optimizer: str, has_momentum: bool, master_weights: int, codec: 
 
 @functools.lru_cache(maxsize=4096)
 def format_of(
-    dtype: int, whole_numel: int, quantize: bool, codec: int, bits: int, stochastic_rounding: bool, smallest: int
+    dtype: int,
+    whole: tuple[int, ...],
+    quantize: bool,
+    codec: int,
+    bits: int,
+    stochastic_rounding: bool,
+    smallest: int,
 ) -> tuple[MasterWeights, StateCodec]:
-    """What a group's options mean for a parameter of ``whole_numel`` elements, of all its shards."""
+    """What a group's options mean for a parameter of sizes ``whole``, those of all its shards together."""
     master, kept = torch.ops.flashoptim.format_of(
-        dtype, whole_numel, quantize, codec, bits, stochastic_rounding, smallest
+        dtype, list(whole), quantize, codec, bits, stochastic_rounding, smallest
     )
     return MasterWeights(master), StateCodec(kept)

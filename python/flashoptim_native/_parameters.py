@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from . import _ops
 
 PARAMETER_DTYPES = tuple(_ops.DTYPES)
+GROUP = 32  # elements of a group (kGroupSize of include/flashoptim/types.h)
 
 
 _PLAIN_TYPES: set[type] = {Tensor, torch.nn.Parameter}
@@ -20,14 +23,123 @@ class Local(NamedTuple):
     """A parameter as the store sees it."""
 
     tensor: Tensor  # plain
-    whole_numel: int  # elements of all its shards
-    #: first_element, run, stride, rows and row size of the whole (Place of include/flashoptim/step.h); None: the whole
-    place: tuple[int, int, int, int, int] | None = None
+    whole: tuple[int, ...]  # sizes of the whole
+    #: What place_of_box gives for a shard; None: the whole.
+    place: tuple[int, ...] | None = None
+    #: Where a shard begins in the whole, for every dimension.
+    offsets: tuple[int, ...] | None = None
+    #: torch's description of how a DTensor is spread; None: a plain tensor. A replicated one has a spec and no place.
+    spec: Any = None
+
+    @property
+    def leading(self) -> int:
+        """Dimensions before those that form a row of groups."""
+        return len(_ops.scale_sizes(self.whole)) - 1
+
+
+_wrapped: list[type] = []
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor: spread over a mesh of processes, be it replicated."""
+    if not _wrapped:
+        module = sys.modules.get("torch.distributed.tensor")  # where nobody has imported it, there are none
+        if module is None or not hasattr(module, "DTensor"):
+            return False
+        _ops.store.wrap(module.DTensor)
+        _wrapped.append(module.DTensor)
+    return type(tensor) is _wrapped[0]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor whose memory this is: a DTensor's local one."""
+    if not is_sharded(tensor):
+        return tensor
+    local: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return local
 
 
 def local(param: Tensor) -> Local:
-    """The tensor whose memory a step reads and writes."""
-    return Local(param, param.numel())
+    """The tensor whose memory a step reads and writes, and where it lies in the whole.
+
+    Raises:
+        RuntimeError: a shard is no box, or one that a step cannot tell the whole's elements of.
+    """
+    if not is_sharded(param):
+        return Local(param, tuple(param.shape))
+    tensor, whole = plain(param), tuple(param.shape)
+    chunks = param.__create_chunk_list__()  # type: ignore[attr-defined]
+    spec = param._spec  # type: ignore[attr-defined]
+    if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(tensor.shape):
+        raise RuntimeError(
+            f"a DTensor of shape {whole} and placements {spec.placements} has {len(chunks)} local pieces, with a local "
+            f"tensor of shape {tuple(tensor.shape)}; allowed is one box"
+        )
+    offsets = tuple(chunks[0].offsets)
+    place = None if tuple(tensor.shape) == whole else _ops.place_of_box(whole, offsets, tuple(tensor.shape))
+    return Local(tensor, whole, place, offsets, spec)
+
+
+def check_cut(param: Local, name: str) -> None:
+    """Raises ValueError where a shard is cut inside a group of 32 elements, which 8-bit states share a scale of."""
+    if param.place is None or param.offsets is None or param.tensor.numel() == 0:
+        return
+    leading, sizes = param.leading, tuple(param.tensor.shape)
+    inner = math.prod(param.whole[leading + 1 :])
+    begin, end = param.offsets[leading] * inner, (param.offsets[leading] + sizes[leading]) * inner
+    row = math.prod(param.whole[leading:])
+    ends_well = end == row or end % GROUP == 0
+    if sizes[leading + 1 :] == param.whole[leading + 1 :] and begin % GROUP == 0 and ends_well:
+        return
+    raise ValueError(
+        f"{name} of shape {param.whole} is cut by {param.spec.placements} so that this rank has {sizes} from "
+        f"{param.offsets} on: inside a group of {GROUP} elements along dimensions {list(range(leading, len(sizes)))}, which share "
+        f"a scale. Allowed are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; otherwise "
+        'give this parameter a group with "quantize": False'
+    )
+
+
+def wrap(param: Local, tensor: Tensor, whole: Sequence[int], name: str) -> Tensor:
+    """A tensor of a sharded parameter's state as a DTensor of global sizes ``whole``, placed as the parameter is.
+
+    Raises:
+        ValueError: torch would expect another local shape there.
+    """
+    if param.spec is None:
+        return tensor
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.spec.mesh, param.spec.placements
+    expected, _ = compute_local_shape_and_global_offset(tuple(whole), mesh, placements)
+    if tuple(expected) != tuple(tensor.shape):
+        raise ValueError(
+            f"{name} of shape {param.whole} and placements {placements} has a state of shape {tuple(whole)}, of which this "
+            f"rank holds {tuple(tensor.shape)}, where torch expects {tuple(expected)}: its rows are not cut at multiples of "
+            f'{GROUP} elements. Cut another dimension, or give this parameter a group with "quantize": False'
+        )
+    strides = []
+    next_stride = 1
+    for size in reversed(whole):
+        strides.append(next_stride)
+        next_stride *= max(1, size)
+    meta = TensorMeta(torch.Size(whole), tuple(reversed(strides)), tensor.dtype)
+    # From a spec: DTensor.from_local() would move data to the mesh's device, which CPU offload does not want.
+    return DTensor(tensor, DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """The plain gradient of a parameter, redistributed where it is placed otherwise: all processes do this together."""
+    if not is_sharded(grad):
+        return grad
+    ours, theirs = param._spec, grad._spec  # type: ignore[attr-defined]
+    if theirs.placements != ours.placements:
+        grad = grad.redistribute(ours.mesh, ours.placements)  # type: ignore[attr-defined]
+    found = plain(grad)
+    if hasattr(found, "wait"):  # a collective that is under way
+        found = found.wait()
+    return found
 
 
 def check_parameter(param: Any, name: str) -> None:
@@ -39,15 +151,22 @@ def check_parameter(param: Any, name: str) -> None:
     """
     if not isinstance(param, Tensor):
         return  # torch.optim.Optimizer.add_param_group names this error
-    if hasattr(param, "device_mesh"):
-        raise TypeError(f"{name} is a DTensor, which this version does not step; allowed are plain tensors")
+    if is_sharded(param):
+        placements = param._spec.placements  # type: ignore[attr-defined]
+        if any(placement.is_partial() for placement in placements):
+            raise TypeError(f"{name} is a DTensor with placements {placements}; allowed are Shard and Replicate")
+        if plain(param).numel() > 0 and not plain(param).is_contiguous():
+            raise ValueError(
+                f"the local tensor of {name} has shape {tuple(plain(param).shape)} and stride {plain(param).stride()}; allowed for "
+                "a DTensor is a contiguous one"
+            )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; allowed is torch.strided")
     _check_type(param, name)
     if param.dtype not in PARAMETER_DTYPES:
         allowed = ", ".join(map(str, PARAMETER_DTYPES))
         raise TypeError(f"{name} has dtype {param.dtype}; allowed are {allowed}")
-    if param.device.type != "meta" and overlaps(param):
+    if param.device.type != "meta" and not is_sharded(param) and overlaps(param):
         raise ValueError(
             f"{name} of shape {tuple(param.shape)} and stride {param.stride()} may refer to one element of memory "
             "twice; allowed are tensors whose elements are distinct"
@@ -56,6 +175,13 @@ def check_parameter(param: Any, name: str) -> None:
 
 def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
     """Raises RuntimeError where a gradient does not go with its parameter."""
+    if is_sharded(grad) != is_sharded(param):
+        kinds = ["a DTensor" if is_sharded(tensor) else "a plain tensor" for tensor in (grad, param)]
+        raise RuntimeError(f"the gradient of {name} is {kinds[0]}; allowed is what the parameter is, {kinds[1]}")
+    if is_sharded(grad) and grad._spec.mesh != param._spec.mesh:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"the gradient of {name} is on mesh {grad._spec.mesh}; allowed is the parameter's, {param._spec.mesh}"  # type: ignore[attr-defined]
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of {name} has layout {grad.layout}; allowed is torch.strided (for an embedding, "
@@ -83,7 +209,7 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
 
 def _check_type(tensor: Tensor, name: str) -> None:
     """Makes a subclass of torch.Tensor known to the store; raises TypeError where its memory is not its own."""
-    kind = type(tensor)
+    kind = type(plain(tensor))
     if kind in _PLAIN_TYPES:
         return
     if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
@@ -115,7 +241,41 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def name_of(groups: list[dict[str, Any]], group: int, position: int) -> str:
+def check_not_flattened(groups: Sequence[Mapping[str, Any]], caller: str) -> None:
+    """Raises RuntimeError where FSDP1 asks for states so to take them apart; ``caller``: the name of the module that asks.
+
+    Its flat parameters are pieces of several of the model's, so scales and groups are, too; torch cannot know. A
+    rank's own state_dict() is fine.
+    """
+    if not caller.startswith(("torch.distributed.fsdp.", "torch.distributed.checkpoint.")):
+        return
+    for group in groups:
+        if any(hasattr(param, "_fsdp_flattened") or hasattr(param, "_is_flat_param") for param in group["params"]):
+            raise RuntimeError(
+                "optim_state_dict of FullyShardedDataParallel (FSDP1) cannot take apart states that groups of 32 elements share "
+                "scales of; allowed are FSDP2 (torch.distributed.fsdp.fully_shard), whose checkpoints load on any number of "
+                "processes, and each rank's own optimizer.state_dict()"
+            )
+
+
+def are_zero(grads: Sequence[Tensor]) -> bool:
+    """Whether all gradients are zero, in every process of the meshes of those that are DTensors."""
+    here = all(not bool(plain(grad).count_nonzero()) for grad in grads if grad.layout == torch.strided)
+    # In the order of groups, which all processes share.
+    meshes = list(dict.fromkeys(grad._spec.mesh for grad in grads if is_sharded(grad)))  # type: ignore[attr-defined]
+    if not meshes:
+        return here
+    import torch.distributed as dist
+
+    for mesh in meshes:
+        flag = torch.tensor([0 if here else 1], dtype=torch.int32, device=mesh.device_type)
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+        here = not bool(flag.item())
+    return here
+
+
+def name_of(groups: Sequence[Mapping[str, Any]], group: int, position: int) -> str:
     """How messages call a parameter."""
     names = groups[group].get("param_names")
     if names is not None and position < len(names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any, NamedTuple
@@ -12,17 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, _parameters, _states, _validate
-from ._states import SCALE
+from . import _checksums, _groups, _packing, _parameters, _states, _validate
+from ._groups import ParamGroup, Stored
+from ._ops import StateCodec
+
+_CODEC_NAMES = {StateCodec.DEFAULT: "default", StateCodec.PAPER: "paper"}
 
 #: Options of PyTorch's own optimizers that mean nothing here.
 _FOREIGN_OPTIONS = ("foreach", "fused", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay")
 
 
 def merged_groups(
-    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]], kept: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Saved groups with this optimizer's parameters, its ``kept`` options, and whatever they lack; checked."""
+    kind: str, groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> list[ParamGroup]:
+    """Saved groups with this optimizer's parameters, its own options of formats, and whatever they lack; checked."""
     if len(groups) != len(saved):
         raise ValueError(
             f"the state dict has {len(saved)} parameter groups; allowed is this optimizer's number, {len(groups)}"
@@ -34,14 +37,17 @@ def merged_groups(
                 f"group {index} of the state dict has {len(old['params'])} parameters; allowed is this optimizer's "
                 f"number, {len(group['params'])}"
             )
-        new = deepcopy({key: value for key, value in old.items() if key not in ("params", *_FOREIGN_OPTIONS)})
+        left_out = ("params", *_FOREIGN_OPTIONS, *_groups.PACKED_OPTIONS)
+        new = deepcopy({key: value for key, value in old.items() if key not in left_out and not _is_description(key)})
         if old.get("amsgrad"):
             warnings.warn(
                 f"amsgrad=True of group {index} of the state dict is ignored: it is not supported", stacklevel=3
             )
         for key, value in group.items():
-            if key in kept or key == "params":
+            if key == "params":
                 new[key] = value
+            elif _is_description(key):
+                new[key] = dict(value)
             elif key == "decay_lr" and key not in new:
                 new[key] = old.get("initial_lr", value)
             elif key != "initial_lr":
@@ -51,8 +57,12 @@ def merged_groups(
         if new.get("decouple_lr"):
             new.setdefault("decay_lr", _validate.real_number("lr", new.get("initial_lr", new["lr"])))
         _validate.check_hyperparameters(new)
-        result.append(new)
+        result.append(ParamGroup.of(kind, new))
     return result
+
+
+def _is_description(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(_groups.PREFIX)
 
 
 class Loaded(NamedTuple):
@@ -64,36 +74,66 @@ class Loaded(NamedTuple):
 
 
 @torch.no_grad()
-def converted_states(kind: str, groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Loaded:
-    """States by parameter, in the formats of ``groups``. Changes nothing."""
-    numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+def converted_states(
+    kind: str, groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], verify: bool
+) -> Loaded:
+    """States by parameter, in the formats of ``groups``. Changes nothing, and shares nothing with ``state_dict``."""
+    saved_groups = state_dict["param_groups"]
+    numbers = list(chain.from_iterable(group["params"] for group in saved_groups))
+    if verify:
+        _checksums.verify(state_dict, numbers)
+    said = [_groups.read_description(kind, group, index) for index, group in enumerate(saved_groups)]
     owners = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
     by_number = dict(zip(numbers, owners))
     state: defaultdict[Any, Any] = defaultdict(dict)
     params: list[tuple[Tensor, Tensor]] = []
+    unknown: set[str] = set()
     for number, saved in state_dict["state"].items():
         if number not in by_number:
-            state[number] = saved
+            state[number] = deepcopy(saved)
             continue
         g, i, param = by_number[number]
-        local = _parameters.local(param)
-        form = _states.format_of(local, groups[g])
         name = _parameters.name_of(groups, g, i)
-        state[param], rewritten = _states.converted(kind, saved, local, form, name)
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"the state of {name} is a {type(saved).__name__}; allowed is a dict")
+        local = _parameters.local(param)
+        form = _states.format_of(param, groups[g])
+        description = said[g]
+        stored = Stored() if description is None else description.of(i, len(groups[g]["params"]))
+        belongs_to = None if stored.dtype is None else getattr(torch, stored.dtype)
+        held = _packing.unpacked(kind, saved, local, form, stored, name)
+        state[param], rewritten = _states.converted(kind, held, local, form, name, belongs_to)
+        unknown |= {str(key) for key in saved if key not in _states.known_keys(kind)}
         if rewritten is not None:
             params.append((param, rewritten))
+    if unknown:
+        warnings.warn(
+            f"states of the state dict hold {', '.join(sorted(unknown))}, which {kind} does not know: copies are kept in "
+            "optimizer.state, and nothing is done with them",
+            stacklevel=3,
+        )
     return Loaded(state, params)
 
 
-@torch.no_grad()
-def expanded_states(kind: str, states: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The same with states in fp32, as plain PyTorch optimizers keep them. Steps and corrections stay."""
-    result: dict[Any, Any] = {}
-    for key, state in states.items():
-        slots = [slot for slot in _ops.state_names(kind, True) if slot in state]
-        if isinstance(state, Mapping) and slots and all(isinstance(state[slot], Tensor) for slot in slots):
-            values = dict(zip(slots, _states.decode(kind, state, slots)))
-            scales = {slot + SCALE for slot in slots}
-            state = {name: values.get(name, value) for name, value in state.items() if name not in scales}
-        result[key] = state
+def described_groups(
+    kind: str, groups: Sequence[Mapping[str, Any]], packed: Sequence[Mapping[str, Any]], state: Mapping[Any, Any],
+    dtype_of: Callable[[Tensor], torch.dtype],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Groups as ``state_dict()`` shows them: their options as a tensor that says how states are stored."""
+    result = []
+    for group, shown in zip(groups, packed):
+        stored = []
+        for param in group["params"]:
+            held = state.get(param) or {}
+            codec = _states.stored_codec(kind, held, _states.slots_in(kind, held))
+            has_correction = held.get(_states.CORRECTION) is not None
+            stored.append(
+                Stored(
+                    _CODEC_NAMES.get(codec),
+                    str(dtype_of(param)).removeprefix("torch.") if has_correction else None,
+                )
+            )
+        key = _groups.description_key(kind)
+        options = {name: group[name] for name in _groups.PACKED_OPTIONS}
+        result.append({**shown, key: _groups.describe(kind, options, stored)})
     return result

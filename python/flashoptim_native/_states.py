@@ -5,6 +5,8 @@ What is stored, in which format and order, is decided in C++ (libtorch/store); t
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,11 +17,14 @@ from torch import Tensor
 
 from . import _ops
 from ._ops import CorrectionFate, Fit, MasterWeights, StateCodec
-from ._parameters import Local, has_memory, has_momentum
+from ._parameters import Local, check_cut, has_memory, has_momentum, is_sharded, plain, wrap
 
+CODES = "_codes"
 SCALE = "_scale"
 CORRECTION = "correction"
 STEP = "step"
+#: Of parameters that do not lie in the order of their dimensions: the dimensions, the outermost in memory first.
+STORAGE_ORDER = "storage_order"
 #: Slots of any optimizer: a state that holds one that its optimizer lacks is another optimizer's.
 ALL_SLOTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 _CODECS = {"paper": StateCodec.PAPER, "default": StateCodec.DEFAULT}
@@ -35,11 +40,11 @@ class Format(NamedTuple):
     has_momentum: bool
 
 
-def format_of(param: Local, group: Mapping[str, Any]) -> Format:
+def format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
     """What a parameter group's options mean for one parameter."""
     master_weights, codec = _ops.format_of(
-        _ops.DTYPES[param.tensor.dtype],
-        param.whole_numel,
+        _ops.DTYPES[param.dtype],
+        tuple(param.shape),  # of a DTensor: the whole's
         group["quantize"],
         _CODECS[group["state_codec"]],
         group["master_weight_bits"] or 0,
@@ -54,27 +59,69 @@ def slots_of(kind: str, form: Format) -> tuple[str, ...]:
     return _ops.state_names(kind, form.has_momentum)
 
 
-def new_states(kind: str, items: Sequence[tuple[Local, Format]]) -> list[dict[str, Any]]:
-    """States of parameters of one device that have taken no step: zeros, which every codec stores as zero bytes."""
+def key_of(state: Mapping[str, Any], slot: str) -> str | None:
+    """The key under which a state holds a slot: its codes, or its fp32 values (and codes in format 1)."""
+    for key in (slot + CODES, slot):
+        if state.get(key) is not None:
+            return key
+    return None
+
+
+def slots_in(kind: str, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """The slots that a state has."""
+    return tuple(slot for slot in _ops.state_names(kind, True) if key_of(state, slot) is not None)
+
+
+def order_of(tensor: Tensor) -> list[int] | None:
+    """The dimensions of a dense tensor from the outermost in memory to the innermost; None: in their own order."""
+    if tensor.numel() == 0 or tensor.is_contiguous():
+        return None
+    return sorted(range(tensor.dim()), key=lambda d: -int(tensor.stride()[d]))
+
+
+def _named(
+    names: Sequence[str], arrays: Sequence[Tensor], param: Local, form: Format, step: int, name: str
+) -> dict[str, Any]:
+    """A state of arrays that the operators made, in their order."""
+    if form.codec != StateCodec.FLOAT32:
+        check_cut(param, name)
+    state: dict[str, Any] = {STEP: step}
+    for key, array in zip(names, arrays):
+        whole = _ops.scale_sizes(param.whole) if key.endswith(SCALE) else param.whole
+        state[key] = wrap(param, array, whole, name)
+    order = order_of(arrays[0]) if arrays else None
+    if order is not None:
+        state[STORAGE_ORDER] = torch.tensor(order, dtype=torch.int64)
+    return state
+
+
+def new_states(kind: str, items: Sequence[tuple[Local, Format, str]]) -> list[dict[str, Any]]:
+    """States of parameters of one device that have taken no step: zeros, which every codec stores as zero bytes.
+
+    Each is given with its name for messages.
+    """
     if not items:
         return []
+    for param, form, name in items:
+        if form.codec != StateCodec.FLOAT32:
+            check_cut(param, name)
     places: list[int] = []
-    if any(param.place is not None for param, _ in items):
-        for param, _ in items:
-            places += param.place or (0, 0, 0, 0, 0)
+    if any(param.place is not None for param, _, _ in items):
+        for param, _, _ in items:
+            places += param.place or (0,) * 6
     arrays = _ops.new_states(
         kind,
-        [param.tensor for param, _ in items],
-        [int(form.has_momentum) for _, form in items],
-        [int(form.master_weights) for _, form in items],
-        [int(form.codec) for _, form in items],
+        [param.tensor.detach() for param, _, _ in items],
+        [int(form.has_momentum) for _, form, _ in items],
+        [int(form.master_weights) for _, form, _ in items],
+        [int(form.codec) for _, form, _ in items],
         places,
     )
     states = []
     first = 0
-    for _, form in items:
+    for param, form, name in items:
         names = _ops.array_names(kind, form.has_momentum, form.master_weights, form.codec)
-        states.append({STEP: 0, **dict(zip(names, arrays[first : first + len(names)]))})
+        states.append(_named(names, arrays[first : first + len(names)], param, form, 0, name))
         first += len(names)
     return states
 
@@ -88,10 +135,11 @@ class _Arrays(NamedTuple):
 
     @classmethod
     def of(cls, state: Mapping[str, Any], slots: Sequence[str]) -> _Arrays:
-        states = [state[slot].detach() for slot in slots if state.get(slot) is not None]
-        scales = [state[slot + SCALE].detach() for slot in slots if state.get(slot + SCALE) is not None]
+        keys = [key_of(state, slot) for slot in slots]
+        states = [plain(state[key]).detach() for key in keys if key is not None]
+        scales = [plain(state[slot + SCALE]).detach() for slot in slots if state.get(slot + SCALE) is not None]
         correction = state.get(CORRECTION)
-        return cls(states, scales, None if correction is None else correction.detach())
+        return cls(states, scales, None if correction is None else plain(correction).detach())
 
 
 def fit(
@@ -103,9 +151,13 @@ def fit(
         RuntimeError: a tensor's storage is too small for it.
     """
     slots = slots_of(kind, form)
-    known = (*slots, *(slot + SCALE for slot in slots), CORRECTION)
-    if not all(isinstance(state[key], Tensor) for key in known if key in state):
+    names = _ops.array_names(kind, form.has_momentum, form.master_weights, form.codec)
+    if not all(isinstance(state[key], Tensor) for key in names if key in state):
         return Fit.NO
+    if any(state.get(key) is None or is_sharded(state[key]) != (param.spec is not None) for key in names):
+        return Fit.NO
+    if form.codec != StateCodec.FLOAT32 and any(slot in state for slot in slots):
+        return Fit.NO  # values beside codes
     arrays = _Arrays.of(state, slots)
     if len(arrays.states) != len(slots) or (arrays.scales and len(arrays.scales) != len(slots)):
         return Fit.NO
@@ -153,19 +205,15 @@ def converted(
     """
     saved = {key: value for key, value in saved.items() if value is not None}
     slots = slots_of(kind, form)
-    known = {STEP, CORRECTION, *slots, *(slot + SCALE for slot in slots)}
-    foreign = sorted(ALL_SLOTS & set(saved) - set(_ops.state_names(kind, True)))
-    if foreign:
-        raise ValueError(
-            f"the state of {name} holds {', '.join(foreign)}, which {kind} does not have: it is another optimizer's"
-        )
-    present = [slot for slot in slots if slot in saved]
+    _check_owner(kind, saved, name)
+    present = [slot for slot in slots if key_of(saved, slot) is not None]
     if len(present) < len(slots) and (present or (not kind.startswith("sgd") and saved.get(STEP))):
-        missing = ", ".join(slot for slot in slots if slot not in saved)
+        missing = ", ".join(slot for slot in slots if slot not in present)
         raise ValueError(f"the state of {name} lacks {missing}; it holds {', '.join(sorted(map(str, saved)))}")
     if present and kind.startswith("adam") and STEP not in saved:
         raise ValueError(f"the state of {name} lacks {STEP}; it holds {', '.join(sorted(map(str, saved)))}")
-    for key in (*present, *(slot + SCALE for slot in present), CORRECTION):
+    keys = {slot: key_of(saved, slot) or slot for slot in present}
+    for key in (*keys.values(), *(slot + SCALE for slot in present), CORRECTION):
         if key in saved and not isinstance(saved[key], Tensor):
             raise ValueError(f"state {key!r} of {name} is a {type(saved[key]).__name__}; allowed is a tensor")
     arrays = _Arrays.of(saved, present)
@@ -192,15 +240,40 @@ def converted(
     names = _ops.array_names(kind, form.has_momentum, form.master_weights, form.codec)
     # Where a buffer is new (SGD whose momentum was 0 so far), the next step is its first.
     has_stepped = bool(present) or not slots
-    state: dict[str, Any] = {
-        STEP: whole_number(saved.get(STEP, 1 if present else 0), name) if has_stepped else 0,
-        **dict(zip(names, made)),
-    }
-    for key, value in saved.items():
-        if key not in known:
-            state[key] = value.detach().clone() if isinstance(value, Tensor) else value
+    step = whole_number(saved.get(STEP, 1 if present else 0), name) if has_stepped else 0
+    state = _named(names, made, param, form, step, name)
+    unknown = {key: value for key, value in saved.items() if key not in known_keys(kind)}
+    for key, value in unknown.items():
+        state[key] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
     warn_of_correction(CorrectionFate(fate), name, param.tensor.dtype, belongs_to)
     return Converted(state, rewritten[0] if rewritten else None)
+
+
+@functools.lru_cache(maxsize=16)
+def known_keys(kind: str) -> frozenset[str]:
+    """Everything that a state of this optimizer can hold."""
+    slots = _ops.state_names(kind, True)
+    suffixed = (slot + suffix for slot in slots for suffix in ("", CODES, SCALE))
+    return frozenset((STEP, CORRECTION, STORAGE_ORDER, *suffixed))
+
+
+def _check_owner(kind: str, saved: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError for a state that is another optimizer's, or in a format that only its own library reads."""
+    foreign = sorted(
+        str(key)
+        for key in set(saved) - known_keys(kind)
+        if isinstance(key, str) and re.sub(f"({CODES}|{SCALE})$", "", key) in ALL_SLOTS
+    )
+    if foreign:
+        raise ValueError(
+            f"the state of {name} holds {', '.join(foreign)}, which {kind} does not have: it is another optimizer's"
+        )
+    coded = sorted(str(key) for key in saved if "::" in str(key) or key in ("error_bits", "ecc_bits"))
+    if coded:
+        raise ValueError(
+            f"the state of {name} holds {', '.join(coded)}: it was written by the reference implementation (flashoptim), whose "
+            "compressed states are not read here; save them there with compress_state_dict=False"
+        )
 
 
 def warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, before: torch.dtype | None) -> None:

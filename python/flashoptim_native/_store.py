@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-from . import _ops, _parameters, _states
+from . import _ops, _packing, _parameters, _states
+from ._groups import Stored
 from ._ops import Fit
 from ._parameters import Local
 from ._states import STEP, Format
@@ -36,7 +37,7 @@ _UNSHARE_COUNTERS = -2
 _MOST_LOOKS = 5
 
 
-def _outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def outside_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps torch.compile from tracing into a function, which works on real tensors' addresses.
 
     torch.compiler.disable does that; it takes seconds to import, so only where something is being compiled.
@@ -144,9 +145,20 @@ class Store:
         """The same of several records, for who may want them: it takes time."""
         return lambda: [self.name(record) for record in records]
 
+    def make_states(self, state: State, params: Sequence[Tensor]) -> None:
+        """States of zeros for ``params``, which have none; none is made where one cannot be."""
+        with _Change(state, self._handle) as change:
+            self._make_missing([self._index[id(param)] for param in params], state, change)
+
+    def dtype_of(self, param: Tensor) -> torch.dtype:
+        """The dtype of the weights that a parameter's correction belongs to."""
+        record = self._index.get(id(param))
+        known = None if record is None else self.dtypes[record]
+        return param.dtype if known is None else known
+
     def form(self, record: int) -> Format:
         """How a parameter is to be stored, by the options of its group as they are."""
-        return _states.format_of(_parameters.local(self.params[record]), self._groups[self.group_of(record)])
+        return _states.format_of(self.params[record], self._groups[self.group_of(record)])
 
     def forget_group(self, group: int) -> None:
         """The options of a group have changed: its parameters are described anew at their next step."""
@@ -163,7 +175,7 @@ class Store:
 
     # Steps
 
-    @_outside_compile
+    @outside_compile
     def step(
         self,
         state: State,
@@ -191,7 +203,7 @@ class Store:
             ),
         )
 
-    @_outside_compile
+    @outside_compile
     def gradient_norm(self, state: State, grad_scale: float, max_norm: float, result: Tensor) -> int:
         """The norm of all gradients, of one device and number of slots, to ``result``: 4 float32."""
         return self._run(
@@ -216,7 +228,7 @@ class Store:
             self._bump(self.params if done == len(self.params) else [p for p in self.params if p.grad is not None])
         return done
 
-    @_outside_compile
+    @outside_compile
     def step_one(
         self,
         record: int,
@@ -323,7 +335,7 @@ class Store:
             local = _parameters.local(param)
             by_device.setdefault(local.tensor.device, []).append((record, local, self.form(record)))
         for items in by_device.values():
-            made = _states.new_states(self.kind, [(local, form) for _, local, form in items])
+            made = _states.new_states(self.kind, [(local, form, self.name(record)) for record, local, form in items])
             for (record, _, _), new in zip(items, made):
                 change.put(self.params[record], new)
                 change.set(self.dtypes, record, self.params[record].dtype)
@@ -360,8 +372,12 @@ class Store:
         weights = grad = None
         if fit == Fit.OWN_ORDER or not _lies(local.tensor, order):
             weights = _copy_in(local.tensor, order)
-        if param.grad is not None and (not _lies(param.grad, order) or param.grad.is_neg()):
-            grad = _copy_in(param.grad, order)
+        if param.grad is not None:
+            found = _parameters.local_gradient(param, param.grad)
+            if not _lies(found, order) or found.is_neg():
+                grad = _copy_in(found, order)
+            elif _parameters.is_sharded(param) and found is not _parameters.plain(param.grad):
+                grad = found
         staged.pop(record, None)
         if weights is not None or grad is not None:
             staged[record] = (weights, grad)
@@ -386,7 +402,10 @@ class Store:
         self, record: int, held: dict[str, Any], local: Local, form: Format, change: _Change
     ) -> dict[str, Any]:
         param = self.params[record]
-        new, rewritten = _states.converted(self.kind, held, local, form, self.name(record), self.dtypes[record])
+        name = self.name(record)
+        # ZeroRedundancyOptimizer puts what a state dict holds into optimizer.state.
+        unpacked = _packing.unpacked(self.kind, held, local, form, Stored(), name)
+        new, rewritten = _states.converted(self.kind, unpacked, local, form, name, self.dtypes[record])
         change.put(param, new)
         if rewritten is not None:
             change.rewrite(param, rewritten)
@@ -398,7 +417,7 @@ class Store:
         local = _parameters.local(param)
         held = state.get(param)
         if held is None or _is_missing(held):
-            state[param] = held = _states.new_states(self.kind, [(local, form)])[0]
+            state[param] = held = _states.new_states(self.kind, [(local, form, self.name(record))])[0]
         elif _states.fit(self.kind, held, local, form, self.name(record), self.dtypes[record]) == Fit.NO:
             with _Change(state, self._handle) as change:
                 held = self._convert(record, held, local, form, change)
@@ -467,8 +486,9 @@ class _Change:
 
     def rewrite(self, param: Tensor, values: Tensor) -> None:
         """The same weight in other digits: the correction has changed with them."""
-        self._undo.append(functools.partial(param.detach().copy_, param.detach().clone()))
-        param.detach().copy_(values)
+        local = _parameters.plain(param).detach()
+        self._undo.append(functools.partial(local.copy_, local.clone()))
+        local.copy_(values)
 
 
 def _is_missing(held: Any) -> bool:
@@ -481,7 +501,7 @@ def _is_host_count(count: Any) -> bool:
 
 
 def _local_device(param: Tensor) -> torch.device:
-    return _parameters.local(param).tensor.device
+    return _parameters.plain(param).device
 
 
 # Order of elements in memory
@@ -489,9 +509,9 @@ def _local_device(param: Tensor) -> torch.device:
 
 def _order_of(held: dict[str, Any], slots: Sequence[str], param: Tensor) -> tuple[int, ...]:
     """Strides of a dense tensor that lies as a state does; as the parameter where the state has no array."""
-    for name in (*slots, _states.CORRECTION):
-        if name in held:
-            return tuple(held[name].stride())
+    for name in (*(_states.key_of(held, slot) for slot in slots), _states.CORRECTION):
+        if name is not None and name in held:
+            return tuple(_parameters.plain(held[name]).stride())
     return tuple(param.stride() if _is_dense(param) else torch.empty_like(param).stride())
 
 

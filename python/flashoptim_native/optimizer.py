@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,12 +14,10 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
-from . import _ops, _parameters, _state_dict, _states, _validate, weights
-from ._store import Controls, Store, is_capturing
+from . import _checksums, _groups, _ops, _packing, _parameters, _state_dict, _states, _validate, weights
+from ._groups import FORMAT_OPTIONS, ParamGroup
+from ._store import Controls, Store, is_capturing, outside_compile
 from .numerics import NumericsMonitor, NumericsReport
-
-#: Options of a group that say how weights and states are stored; a checkpoint does not change them.
-FORMAT_OPTIONS = ("quantize", "state_codec", "master_weight_bits", "min_quantized_numel", "stochastic_rounding")
 
 
 class FlashOptimizer(torch.optim.Optimizer):
@@ -133,8 +132,8 @@ class FlashOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first."""
         super().add_param_group(param_group)
+        self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
         try:
-            group = self.param_groups[-1]
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
             _validate.check_hyperparameters(group)
@@ -158,6 +157,8 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def _read_group(self, index: int) -> list[float]:
         group = self.param_groups[index]
+        if type(group) is not ParamGroup:  # somebody has put a group of their own there
+            self.param_groups[index] = group = ParamGroup.of(self.kind, group)
         options = [group.get(name) for name in (_options_with_decay if "decay_lr" in group else _options)]
         known, values, form = self._group_cache[index]
         if known is None or known != options:
@@ -194,16 +195,23 @@ class FlashOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @outside_compile
+    def _step(self) -> None:
         hypers = self._read_groups()
+        if self._only_makes_states():
+            return
         if all(param.grad is None for group in self.param_groups for param in group["params"]):
             self._clip = None  # gradient release has stepped, or there was nothing to step
-            return loss
+            return
         store = self._store
         store.follow(self.param_groups)
         scaling = self._scaling()
         if scaling is None:  # the gradients overflowed: nothing changes
             self._clip = None
-            return loss
+            return
         capturing = is_capturing()
         if capturing:
             self._check_can_be_captured()
@@ -222,7 +230,23 @@ class FlashOptimizer(torch.optim.Optimizer):
         if capturing:
             self._keep_for_graph(scaling)
         self._clip = None
-        return loss
+
+    def _only_makes_states(self) -> bool:
+        """Whether this step is torch's way of making states: the first, at lr 0, of gradients that are all zero.
+
+        torch.distributed.checkpoint (and whoever does as it does) steps a fresh optimizer so to have a state dict to load
+        into. It changes no weight and no state; counted as a step it would spoil the bias correction of the first real one.
+        So states are made, and nothing is counted. All processes of a mesh answer alike.
+        """
+        if self.state or any(not _is_zero(group["lr"]) for group in self.param_groups):
+            return False
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params or not _parameters.are_zero([p.grad for p in params if p.grad is not None]):
+            return False
+        self._store.follow(self.param_groups)
+        self._store.make_states(self.state, params)
+        self._clip = None
+        return True
 
     @torch.no_grad()
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
@@ -302,7 +326,7 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def _controls_of_one(self, record: int, scaling: _Scaling) -> Controls:
         store = self._store
-        device = _parameters.local(store.params[record]).tensor.device
+        device = _parameters.plain(store.params[record]).device
         telemetry = None
         if self._check_numerics:
             plan = store.plan_of(record)
@@ -385,29 +409,51 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32."""
+        _parameters.check_not_flattened(self.param_groups, sys._getframe(1).f_globals.get("__name__", ""))
         result = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        number_of = dict(enumerate(params))
         if self._compress_state_dict:
-            return result
-        return {**result, "state": _state_dict.expanded_states(self.kind, result["state"])}
+            state = {key: _packing.packed(held) for key, held in result["state"].items()}
+        else:
+            state = {
+                key: _packing.expanded(self.kind, held, number_of[key]) if key in number_of else held
+                for key, held in result["state"].items()
+            }
+        groups = _state_dict.described_groups(
+            self.kind, self.param_groups, result["param_groups"], self.state, self._store.dtype_of
+        )
+        result = {**result, "state": state, "param_groups": groups}
+        if self._compress_state_dict:
+            result[_checksums.KEY] = _checksums.of_states(state, len(params))
+        return result
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads a state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats.
+    def load_state_dict(self, state_dict: Mapping[str, Any], verify: bool = True) -> None:
+        """Loads what state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats gave.
 
         Hyperparameters come from ``state_dict``; how weights and states are stored is this optimizer's own choice, and
-        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not
-        fit, and nothing of ``state_dict`` is shared.
+        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not fit,
+        and nothing of ``state_dict`` is shared.
+
+        Args:
+            verify: compare states with the checksums that state_dict() gave, where there are any. False takes states that
+                were edited.
+
+        Raises:
+            ValueError: something does not fit, or is not what was saved.
         """
+        _validate.check_bool("verify", verify)
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        groups = _state_dict.merged_groups(self.param_groups, state_dict["param_groups"], FORMAT_OPTIONS)
-        loaded = _state_dict.converted_states(self.kind, groups, state_dict)
+        groups = _state_dict.merged_groups(self.kind, self.param_groups, state_dict["param_groups"])
+        loaded = _state_dict.converted_states(self.kind, groups, state_dict, verify)
         self.__setstate__({"state": loaded.state, "param_groups": groups})
         with torch.no_grad():
             for param, values in loaded.params:
-                param.copy_(values)
+                _parameters.plain(param).copy_(values)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -431,8 +477,10 @@ class FlashOptimizer(torch.optim.Optimizer):
     def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
         """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer."""
         state = self.state.get(p, {})
-        slots = [slot for slot in _ops.state_names(self.kind, True) if slot in state]
-        return dict(zip(slots, _states.decode(self.kind, state, slots)))
+        slots = _states.slots_in(self.kind, state)
+        local = _parameters.local(p)
+        values = _states.decode(self.kind, state, slots, local)
+        return {slot: _parameters.wrap(local, value, local.whole, slot) for slot, value in zip(slots, values)}
 
     @torch.no_grad()
     def reset_corrections(self, params: Iterable[Tensor] | None = None) -> None:
@@ -455,7 +503,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         for param in chosen:
             correction = self.state.get(param, {}).get(_states.CORRECTION)
             if correction is not None:
-                correction.zero_()
+                _parameters.plain(correction).zero_()
                 self._store.remember_dtype(param)
 
     def get_fp32_model_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
@@ -515,6 +563,11 @@ class _Scaling(NamedTuple):
                 tensor = tensor.to(device, torch.float32, non_blocking=device.type == "cuda")
             moved.append(tensor)
         return moved[0], moved[1], moved[2]
+
+
+def _is_zero(lr: Any) -> bool:
+    """Whether a learning rate is known to be 0; one on the device is not looked at."""
+    return float(lr) == 0.0 if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
 
 
 _seen_by_wrapper = (

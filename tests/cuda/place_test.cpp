@@ -78,6 +78,16 @@ void expect_same(const Config& config, const std::vector<std::vector<Shard>>& li
     }
     ASSERT_OK(pair.cpu().step(&hyper, 1));
     ASSERT_OK(pair.cuda().step(&hyper, 1));
+    // Every other one, each in a launch of its own, or neighbours together; entries brought to the device again.
+    std::vector<int64_t> some;
+    const bool neighbours = step % 2 == 0;
+    for (size_t i = 0; i < pair.size(); i += neighbours ? 1 : 2) some.push_back(static_cast<int64_t>(i));
+    if (neighbours) {
+      some.resize(pair.size() / 2);
+      for (const int64_t i : some) ASSERT_OK(pair.cuda().set_tensor(i, pair.cuda().tensor(i)));
+    }
+    ASSERT_OK(pair.cpu().step_some(some.data(), static_cast<int64_t>(some.size()), &hyper, 1));
+    ASSERT_OK(pair.cuda().step_some(some.data(), static_cast<int64_t>(some.size()), &hyper, 1));
     ASSERT_CUDA(cudaDeviceSynchronize());
     const std::string difference = pair.difference();
     ASSERT_EQ(difference, "") << "step " << step;

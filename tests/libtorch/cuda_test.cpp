@@ -2,7 +2,6 @@
 // device; built there against that machine's torch by tools/gpu_check.sh.
 
 #include <limits>
-#include <set>
 #include <sstream>
 
 #include "tests/libtorch/support.h"
@@ -100,21 +99,18 @@ TEST_F(Cuda, ResumedEqualsUninterrupted) {
   }
 }
 
-TEST_F(Cuda, StatesShareFewAllocationsAndAnArchiveHoldsEachOnce) {
+TEST_F(Cuda, EveryStateHasMemoryOfItsOwnAndAnArchiveHoldsItOnce) {
   std::vector<Tensor> host_params;
   for (int i = 0; i < 30; ++i) host_params.push_back(parameter({64, 64}, i));
   const std::vector<Tensor> params = on_device(host_params);
   const auto options = flash::FlashAdamWOptions(1e-2).min_quantized_numel(64);
   flash::FlashAdamW host(host_params, options), device(params, options);
   step_both(host, host_params, device, params, 0);
-  std::set<const void*> storages;
   size_t bytes = 0;
   for (const Tensor& tensor : device.state_tensors()) {
-    storages.insert(tensor.storage().data());
+    EXPECT_EQ(tensor.storage().nbytes(), tensor.nbytes());
     bytes += tensor.nbytes();
-    EXPECT_EQ(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16, 0u);
   }
-  EXPECT_LE(storages.size(), 3u);  // uint8, int16, int8
   std::stringstream stream;
   torch::serialize::OutputArchive written;
   device.save(written);

@@ -311,6 +311,10 @@ TEST(Optimizer, MomentumCanBeSwitchedOnAndOff) {
   const Tensor buffer = optimizer.param_state(param)->states[0].clone();
   optimizer.step();
   EXPECT_TRUE(same_bytes(buffer, optimizer.param_state(param)->states[0])) << "kept for later";
+  EXPECT_EQ(optimizer.param_state(param)->step, 2) << "counted from the buffer's first";
+  options.momentum(0.9);
+  optimizer.step();
+  EXPECT_FALSE(same_bytes(buffer, optimizer.param_state(param)->states[0]));
   EXPECT_EQ(optimizer.param_state(param)->step, 3);
 }
 

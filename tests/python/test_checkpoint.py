@@ -134,9 +134,9 @@ def test_states_keep_their_dtypes_on_load():
     other.load_state_dict(optimizer.state_dict())
     state = other.state[other_params[0]]
     assert {k: v.dtype for k, v in state.items() if k != "step"} == {
-        "exp_avg": torch.uint8,
+        "exp_avg_codes": torch.uint8,
         "exp_avg_scale": torch.int16,
-        "exp_avg_sq": torch.uint8,
+        "exp_avg_sq_codes": torch.uint8,
         "exp_avg_sq_scale": torch.int16,
         "correction": torch.int8,
     }
@@ -155,7 +155,8 @@ def test_uncompressed_state_dict_is_fp32_and_loads(kind, codec):
         for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             assert key not in state or state[key].dtype == torch.float32
         assert state["correction"].dtype == torch.int8
-    assert optimizer.state[params[0]][next(iter(set(saved["state"][0]) - {"step", "correction"}))].element_size() == 1
+    slot = next(iter(set(saved["state"][0]) - {"step", "correction"}))
+    assert optimizer.state[params[0]][slot + "_codes"].element_size() == 1
     resumed_params = copies_of(params)
     resumed = CLASSES[kind](resumed_params, state_codec=codec, **HYPERS[kind])
     resumed.load_state_dict(saved)
@@ -257,7 +258,7 @@ def test_another_storage_order_is_converted():
     p.grad = torch.randn_like(p)
     a.step()
     b.load_state_dict(a.state_dict())
-    assert b.state[q]["exp_avg"].stride() == q.stride()
+    assert b.state[q]["exp_avg_codes"].stride() == q.stride()
     for name, value in a.decoded_state(p).items():
         assert relative_error(to_numpy(b.decoded_state(q)[name]), to_numpy(value)) < 0.05
     assert torch.equal(b.state[q]["correction"], a.state[p]["correction"])
@@ -294,7 +295,7 @@ def test_load_hooks_and_state_dict_hooks():
     state_dict = optimizer.state_dict()
     assert state_dict["extra"] == 1
     optimizer.load_state_dict(state_dict)
-    assert seen == [["extra", "param_groups", "state"], "post"]
+    assert seen == [["extra", "flashoptim_native.checksums", "param_groups", "state"], "post"]
 
 
 def _broken(change):
@@ -309,8 +310,8 @@ def _broken(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s, d: s.pop("exp_avg"), "lacks exp_avg"),
-        (lambda s, d: s.update(exp_avg=s["exp_avg"][:5]), "'exp_avg' of parameter 0 .* has shape"),
+        (lambda s, d: s.pop("exp_avg_codes"), "lacks exp_avg"),
+        (lambda s, d: s.update(exp_avg_codes=s["exp_avg_codes"][:5]), "'exp_avg_codes' of parameter 0 .* has shape"),
         (lambda s, d: s.update(correction=s["correction"][:5]), "'correction' of parameter 0 .* has shape"),
         (
             lambda s, d: s.update(correction=s["correction"].float()),
@@ -318,8 +319,8 @@ def _broken(change):
         ),
         (lambda s, d: s.update(exp_avg_scale=s["exp_avg_scale"][:5]), "'exp_avg_scale' of parameter 0 .* has shape"),
         (lambda s, d: s.update(exp_avg_scale=s["exp_avg_scale"].float()), "no known format"),
-        (lambda s, d: s.update(exp_avg=s["exp_avg"].to(torch.int32)), "no known format"),
-        (lambda s, d: (s.pop("exp_avg_scale"), s.update(exp_avg=s["exp_avg"].float())), "different formats"),
+        (lambda s, d: s.update(exp_avg_codes=s["exp_avg_codes"].to(torch.int32)), "no known format"),
+        (lambda s, d: (s.pop("exp_avg_scale"), s.update(exp_avg=s.pop("exp_avg_codes").float())), "different formats"),
         (lambda s, d: s.update(step=-1), "'step' of parameter 0"),
         (lambda s, d: s.update(step=1.5), "'step' of parameter 0"),
         (lambda s, d: s.update(momentum_buffer=s["correction"]), "momentum_buffer"),
@@ -335,7 +336,7 @@ def test_a_bad_state_dict_changes_nothing(change, message):
     bad = _broken(change)(optimizer.state_dict())
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(bad)
+        optimizer.load_state_dict(bad, verify=False)
     assert_untouched(optimizer, before)
     run(optimizer, params, 2, 3)
 

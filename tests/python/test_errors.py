@@ -195,8 +195,8 @@ def test_wrong_gradients_change_nothing(kind, spoil, message, steps_before):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("exp_avg", lambda t: t.float(), "no known format|dtype"),
-        ("exp_avg", lambda t: t[:3], "shape|stride"),
+        ("exp_avg_codes", lambda t: t.float(), "no known format|dtype"),
+        ("exp_avg_codes", lambda t: t[:3], "shape|stride"),
         ("exp_avg_scale", lambda t: t[:3], "shape"),
         ("correction", lambda t: t.float(), "dtype"),
     ],

@@ -262,20 +262,28 @@ def test_any_shape_steps_and_its_state_has_the_documented_form(shape, kind, dtyp
 
     state = optimizer.state[p]
     assert state["step"] == 1
-    rows = p.shape[0] if p.dim() >= 2 and p.numel() and p.numel() // p.shape[0] >= 32 else min(1, p.numel())
-    groups = -(-(p.numel() // rows) // 32) if rows else 0
+    leading, groups = documented_scale(p.shape)
     for name in oracle.STATES[kind]:
-        assert state[name].shape == p.shape
         if quantize:
-            assert state[name].element_size() == 1
-            assert state[name + "_scale"].shape == (rows, groups)
+            assert state[name + "_codes"].shape == p.shape and state[name + "_codes"].element_size() == 1
+            assert state[name + "_scale"].shape == (*leading, groups)
             assert state[name + "_scale"].dtype == (torch.int16 if codec == "default" else torch.float16)
         else:
+            assert state[name].shape == p.shape
             assert state[name].dtype == torch.float32 and name + "_scale" not in state
     if dtype == torch.float32:
         assert "correction" not in state
     else:
         assert state["correction"].dtype == (torch.int8 if bits == 24 else torch.int16)
+
+
+def documented_scale(shape):
+    """Dimensions before the row, and its groups: the shortest run of trailing dimensions with at least 32 elements."""
+    for dims in range(1, len(shape) + 1):
+        row = int(np.prod(shape[len(shape) - dims :]))
+        if row >= 32:
+            return tuple(shape[: len(shape) - dims]), -(-row // 32)
+    return (), -(-int(np.prod(shape)) // 32)
 
 
 class _nothing:

@@ -104,7 +104,7 @@ def test_groups_have_their_own_options():
     run(optimizer, params, 0, 2)
     assert optimizer.state[params[0]]["correction"].dtype == torch.int16
     assert optimizer.state[params[1]]["exp_avg"].dtype == torch.float32
-    assert optimizer.state[params[2]]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[params[2]]["exp_avg_codes"].dtype == torch.int8
     separate = make_params()
     for number, group in enumerate(groups):
         options = {
@@ -127,7 +127,7 @@ def test_options_changed_between_steps_take_effect():
     optimizer.param_groups[0]["state_codec"] = "paper"
     optimizer.param_groups[0]["master_weight_bits"] = 32
     run(optimizer, params, 2, 3)
-    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[params[0]]["exp_avg_codes"].dtype == torch.int8
     assert optimizer.state[params[0]]["correction"].dtype == torch.int16
     assert optimizer.state[params[0]]["step"] == 3
 
@@ -165,9 +165,9 @@ def test_none_gradients_are_skipped():
     run(optimizer, params, 0, 2)
     set_grads(params, 2)
     params[0].grad = params[5].grad = None
-    before = bits(params[0]), bits(optimizer.state[params[0]]["exp_avg"])
+    before = bits(params[0]), bits(optimizer.state[params[0]]["exp_avg_codes"])
     optimizer.step()
-    assert (bits(params[0]), bits(optimizer.state[params[0]]["exp_avg"])) == before
+    assert (bits(params[0]), bits(optimizer.state[params[0]]["exp_avg_codes"])) == before
     assert [optimizer.state[p]["step"] for p in params] == [2, 3, 3, 3, 3, 2, 3, 3]
     optimizer.zero_grad()
     optimizer.step()  # nothing to do
@@ -231,7 +231,8 @@ def test_dense_layouts_step_in_storage_order(relayout, quantized):
     assert p.stride() == start.stride()
     assert torch.equal(p.permute(order), q)
     assert torch.equal(a.state[p]["correction"].permute(order), b.state[q]["correction"])
-    assert torch.equal(a.state[p]["exp_avg"].permute(order), b.state[q]["exp_avg"])
+    slot = "exp_avg" if "exp_avg" in b.state[q] else "exp_avg_codes"
+    assert torch.equal(a.state[p][slot].permute(order), b.state[q][slot])
 
 
 def test_strided_parameters_with_gaps():
@@ -320,7 +321,10 @@ def test_all_fp32_models_work_with_the_default_arguments():
     params = make_params(torch.float32)
     optimizer = flashoptim_native.FlashAdamW(params)
     run(optimizer, params, 0, 2)
-    assert "correction" not in optimizer.state[params[0]] and optimizer.state[params[0]]["exp_avg"].dtype == torch.uint8
+    assert (
+        "correction" not in optimizer.state[params[0]]
+        and optimizer.state[params[0]]["exp_avg_codes"].dtype == torch.uint8
+    )
 
 
 # Calls

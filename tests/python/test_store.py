@@ -13,7 +13,7 @@ import flashoptim_native
 from helpers import CLASSES, assert_same_bits, bits, run, set_grads
 from store_helpers import Watched, everything, make, take_step
 
-STATE_KEYS = ["exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "correction"]
+STATE_KEYS = ["exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scale", "exp_avg_sq_scale", "correction"]
 TARGETS = ["parameter", "gradient", *STATE_KEYS]
 
 
@@ -204,12 +204,12 @@ def test_an_entry_that_is_deleted(key, one_by_one):
 
 
 EDITS = {
-    "assigned": lambda state: state.__setitem__("exp_avg", state["exp_avg"] + 1),
-    "updated": lambda state: state.update(exp_avg=state["exp_avg"] + 1),
+    "assigned": lambda state: state.__setitem__("exp_avg_codes", state["exp_avg_codes"] + 1),
+    "updated": lambda state: state.update(exp_avg_codes=state["exp_avg_codes"] + 1),
     "merged": lambda state: state.__ior__({"correction": state["correction"] + 1}),
-    "taken out and put back": lambda state: state.update(exp_avg=state.pop("exp_avg") + 1),
+    "taken out and put back": lambda state: state.update(exp_avg_codes=state.pop("exp_avg_codes") + 1),
     "in another order": lambda state: reorder(state),
-    "written to": lambda state: state["exp_avg"].add_(1),
+    "written to": lambda state: state["exp_avg_codes"].add_(1),
     "emptied": lambda state: state.clear(),
     "a count": lambda state: state.update(step=7),
     "a count of another kind": lambda state: state.update(step=torch.tensor(7.0)),
@@ -287,15 +287,15 @@ def test_a_smaller_storage_is_refused_wherever_it_lies():
     params, optimizer = make(shapes=[(256, 256)])
     state = optimizer.state[params[0]]
     for _ in range(20):
-        state["exp_avg"] = state["exp_avg"].clone()
+        state["exp_avg_codes"] = state["exp_avg_codes"].clone()
         set_grads(params, 2)
         optimizer.step()
-        storage = state["exp_avg"].untyped_storage()
+        storage = state["exp_avg_codes"].untyped_storage()
         storage.resize_(0)
         storage.resize_(1000)
-        with pytest.raises(RuntimeError, match="state 'exp_avg' of parameter 0 of group 0 .* 1000 bytes"):
+        with pytest.raises(RuntimeError, match="state 'exp_avg_codes' of parameter 0 of group 0 .* 1000 bytes"):
             optimizer.step()
-        state["exp_avg"] = torch.zeros(256, 256, dtype=torch.uint8)
+        state["exp_avg_codes"] = torch.zeros(256, 256, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("count", [-1, 2**53, 2**70, 0.5, float("nan"), torch.tensor(-1.0), torch.tensor([1, 2])])
@@ -313,7 +313,7 @@ def test_a_count_that_is_none(count, one_by_one):
 def test_arrays_that_two_parameters_share_are_refused():
     shapes = [(64, 64), (64, 64), (64, 64)]
     shares = {
-        "a state": lambda ps, o: o.state[ps[2]].update(exp_avg=o.state[ps[0]]["exp_avg"]),
+        "a state": lambda ps, o: o.state[ps[2]].update(exp_avg_codes=o.state[ps[0]]["exp_avg_codes"]),
         "all states": lambda ps, o: o.state.update({ps[2]: o.state[ps[0]]}),
         "memory": lambda ps, o: setattr(ps[2], "data", ps[0].data),
         "a part": lambda ps, o: setattr(o.state[ps[2]]["correction"], "data", o.state[ps[0]]["correction"].data),

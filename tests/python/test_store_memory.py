@@ -161,7 +161,7 @@ def test_a_state_alone_costs_its_own_bytes():
     own = sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
     assert own == 3 * 4096 + 2 * 64 * 2 * 2  # codes of m and v, corrections; a scale of two bytes for every 32
     assert saved_bytes(state) < own + 10_000  # the format's own
-    assert saved_bytes(state["exp_avg"]) < 4096 + 3_000
+    assert saved_bytes(state["exp_avg_codes"]) < 4096 + 3_000
     for one in (state, copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
         for value in one.values():
             if isinstance(value, torch.Tensor):

@@ -22,6 +22,11 @@ namespace flashoptim::libtorch {
 void cast_model(::torch::nn::Module& module, ::torch::Dtype dtype = ::torch::kBFloat16,
                 const std::vector<std::string>& keep_fp32_patterns = {});
 
+/// The same in mid-training: weights keep their digits, as far as corrections hold them. `optimizer` is one of
+/// flashoptim's, made before; parameters that are not its own are cast as above.
+void cast_model(::torch::nn::Module& module, ::torch::optim::Optimizer& optimizer,
+                ::torch::Dtype dtype = ::torch::kBFloat16, const std::vector<std::string>& keep_fp32_patterns = {});
+
 /// Parameters and buffers by dotted name, copies, floating ones in float32: for a parameter of `optimizer` the weight
 /// that its steps continue from (parameter and correction), otherwise its value. `optimizer` is one of flashoptim's.
 ::torch::OrderedDict<std::string, ::torch::Tensor> get_fp32_model_state(const ::torch::nn::Module& module,

@@ -21,12 +21,21 @@
 
 namespace flashoptim::libtorch {
 
-/// What is kept for one parameter: plain tensors on its device, made at its first step.
+class ParamStore;
+
+/// What is kept for one parameter: plain tensors on its device, each with memory of its own, made at its first step.
+///
+/// Every step looks whether they go with the parameter and with the options of its group as these are now. Where they
+/// do not (module->to(dtype), cast_model() behind a step, other formats, momentum from 0 to 0.9), they are converted,
+/// and a correction is taken along exactly where the parameter's new dtype still holds the old one's digits; where it
+/// does not, or where the options keep no correction, TORCH_WARN says so.
 struct FlashParamState : ::torch::optim::OptimizerCloneableParamState<FlashParamState> {
   int64_t step = 0;  ///< steps taken
   MasterWeights master_weights = MasterWeights::kNone;
   StateCodec state_codec = StateCodec::kFloat32;
   int64_t rows = 0;  ///< rows of the group layout; 0 for empty parameters
+  /// Dtype of the parameter that all this was made for: the correction belongs to weights of it.
+  ::torch::Dtype param_dtype = ::torch::kFloat;
 
   /// int8 or int16, shape and strides of the parameter; 0 elements where master_weights needs none.
   ::torch::Tensor correction;
@@ -42,12 +51,18 @@ struct FlashParamState : ::torch::optim::OptimizerCloneableParamState<FlashParam
 
 /// Bad arguments and parameters throw c10::Error with a message that names them, and change nothing.
 ///
-/// Parameters: float32, bfloat16 or float16, dense (contiguous, channels_last, transposed ...), leaves, each once.
+/// Parameters: float32, bfloat16 or float16, leaves, each once, of whatever strides; where elements lie in memory with
+/// gaps, or otherwise than they did when the state was made, a step costs a copy of that parameter.
 /// Gradients: the parameter's shape, and its dtype or float32; other strides than the parameter's cost a copy.
 class FlashOptimizer : public ::torch::optim::Optimizer {
  public:
   /// One step over all parameters that have a gradient; returns the closure's loss, if there is a closure.
   ::torch::Tensor step(LossClosure closure = nullptr) override;
+
+  /// One step of `param` alone, if it has a gradient: for gradients that are freed as soon as they are there (a hook on
+  /// the parameter's gradient accumulator). It leaves what step() would, at a cost that does not depend on the number
+  /// of parameters. `param` must belong to this optimizer.
+  void step_param(const ::torch::Tensor& param);
 
   /// Hides torch::optim::Optimizer's, which is not virtual and drops options that are not torch's own: call it on this
   /// type. A group that went through torch's can have lost its options: the next step() or save() throws and says so,
@@ -64,6 +79,10 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   /// their order. load() replaces options and states, or throws and changes nothing.
   void save(::torch::serialize::OutputArchive& archive) const override;
   void load(::torch::serialize::InputArchive& archive) override;
+
+  FlashOptimizer(FlashOptimizer&& other) noexcept;
+  FlashOptimizer& operator=(FlashOptimizer&& other) noexcept;
+  ~FlashOptimizer() override;
 
   OptimizerKind kind() const { return kind_; }
 
@@ -87,11 +106,10 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
                  std::unique_ptr<FlashOptions> defaults);
 
  private:
-  struct Work;   // a parameter to step
-  struct Batch;  // parameters that one call of the operator takes
+  friend class ParamStore;
 
   /// Where a parameter stands: param_groups()[group].params()[index].
-  struct Place {
+  struct Position {
     size_t group, index;
     std::string str() const;
   };
@@ -106,17 +124,16 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   bool is_settled(size_t group) const;
   /// The options of a group, settled in their place where they were not.
   FlashOptions& group_options(size_t group);
-  std::optional<Place> find_place(const ::torch::Tensor& param) const;
-  /// As find_place, for `function`; throws where there is none.
-  Place place_of(const char* function, const ::torch::Tensor& param) const;
+  /// Gives the store the options of a group, checked where they have changed.
+  void read_group(size_t group);
+  std::optional<Position> find_position(const ::torch::Tensor& param) const;
+  /// As find_position, for `function`; throws where there is none.
+  Position position_of(const char* function, const ::torch::Tensor& param) const;
   FlashParamState* find_state(const ::torch::Tensor& param) const;
-  /// Everything that has a gradient, checked; makes states, but stores none.
-  std::vector<Work> collect_work();
-  std::vector<Batch> make_batches(const std::vector<Work>& works);
-  ::torch::Tensor nonfinite_counter(::torch::Device device);
+  void reset_correction(const ::torch::Tensor& param);
 
   OptimizerKind kind_;
-  std::vector<::torch::Tensor> nonfinite_;  // int64, one element per device used
+  std::unique_ptr<ParamStore> store_;
 };
 
 /// FlashOptimizer::state_tensors where `optimizer` is one; none for any other.

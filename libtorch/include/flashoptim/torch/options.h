@@ -41,6 +41,8 @@ struct OptionValues {
   int64_t min_quantized_numel = 4096;   ///< smaller parameters keep fp32 states; >= 0, 0 quantizes everything
   bool stochastic_rounding = false;     ///< with master_weight_bits 0: round 16-bit parameters without bias
   int64_t seed = 0;                     ///< of the dither and of stochastic rounding; >= 0 and < 2^53
+
+  bool operator==(const OptionValues&) const = default;
 };
 
 /// Calls f(index, name, member pointer) for every option.

@@ -1,0 +1,193 @@
+"""Parameter groups, and what a checkpoint says of how its states are stored (docs/state_format.md, "What a file says")."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 2
+PREFIX = "flashoptim_native."
+#: Options of a group that say how weights and states are stored; a checkpoint does not change them.
+FORMAT_OPTIONS = ("quantize", "state_codec", "master_weight_bits", "min_quantized_numel", "stochastic_rounding")
+#: What a group keeps under one key.
+PACKED_OPTIONS = (*FORMAT_OPTIONS, "capturable")
+#: Bytes of a description, so that a later version's has the same size; one that does not fit takes a power of two more.
+_DESCRIPTION_BYTES = 512
+
+
+def description_key(kind: str) -> str:
+    """The key of a group that names optimizer and format: another optimizer's checkpoint lacks it."""
+    return f"{PREFIX}{kind}.{FORMAT_VERSION}"
+
+
+def _library_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("flashoptim-native")
+    except metadata.PackageNotFoundError:
+        return "unknown"  # run from a build tree
+
+
+class ParamGroup(dict[str, Any]):
+    """A parameter group whose ``PACKED_OPTIONS`` lie in one dict under one key, and are read and set by their own names.
+
+    torch's checkpoint functions want every key of a live group in the file. Under one key, whose name carries optimizer and
+    format, a new option breaks no old checkpoint, and a checkpoint of another optimizer is refused.
+    """
+
+    @classmethod
+    def of(cls, kind: str, group: Mapping[str, Any]) -> ParamGroup:
+        """``group`` with its options packed."""
+        key = description_key(kind)
+        held = group.get(key)
+        options = dict(held) if isinstance(held, Mapping) else {}
+        options |= {name: group[name] for name in PACKED_OPTIONS if name in group}
+        packed = cls()
+        for name, value in group.items():
+            if name not in PACKED_OPTIONS and name != key:
+                dict.__setitem__(packed, name, value)
+        dict.__setitem__(packed, key, {name: options[name] for name in PACKED_OPTIONS if name in options})
+        return packed
+
+    @property
+    def options(self) -> dict[str, Any]:
+        for key, value in self.items():
+            if isinstance(key, str) and key.startswith(PREFIX):
+                found: dict[str, Any] = value
+                return found
+        return {}
+
+    def __missing__(self, key: str) -> Any:
+        if key in PACKED_OPTIONS:
+            return self.options[key]
+        raise KeyError(key)
+
+    def __contains__(self, key: object) -> bool:
+        return dict.__contains__(self, key) or (key in PACKED_OPTIONS and key in self.options)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in PACKED_OPTIONS:
+            self.options[key] = value
+        else:
+            dict.__setitem__(self, key, value)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def copy(self) -> ParamGroup:
+        copied = type(self)()
+        for key, value in self.items():
+            dict.__setitem__(copied, key, dict(value) if key.startswith(PREFIX) else value)
+        return copied
+
+
+class Stored(NamedTuple):
+    """How one parameter's arrays are to be read; None: nothing says it."""
+
+    codec: str | None = None  # of quantized states: "default" or "paper"
+    dtype: str | None = None  # of the 16-bit parameter that the correction belongs to: "bfloat16", "float16"
+
+
+def describe(kind: str, options: Mapping[str, Any], stored: Sequence[Stored]) -> Tensor:
+    """What ``state_dict()`` holds of a group: JSON, padded with blanks. ``stored``: of every parameter, in order."""
+    text = json.dumps(
+        {
+            "library": _library_version(),
+            "format": FORMAT_VERSION,
+            "optimizer": kind,
+            **{name: options.get(name) for name in PACKED_OPTIONS},
+            "parameters": len(stored),
+            "codecs": _runs(one.codec for one in stored),
+            "dtypes": _runs(one.dtype for one in stored),
+        },
+        separators=(",", ":"),
+    ).encode()
+    size = _DESCRIPTION_BYTES
+    while size < len(text):
+        size *= 2
+    return torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
+
+
+def _runs(values: Iterable[str | None]) -> list[list[Any]]:
+    """[[how many in a row, value], ...]; what has no value goes with its neighbours."""
+    runs: list[list[Any]] = []
+    for value in values:
+        if runs and (value is None or runs[-1][1] in (None, value)):
+            runs[-1][0] += 1
+            runs[-1][1] = runs[-1][1] or value
+        else:
+            runs.append([1, value])
+    return runs
+
+
+class Description(NamedTuple):
+    """What a checkpoint says of a group; None: it is of format 1, or another library's."""
+
+    parameters: int
+    codecs: list[list[Any]]
+    dtypes: list[list[Any]]
+
+    def of(self, position: int, count: int) -> Stored:
+        """How the parameter at ``position`` of ``count`` is stored.
+
+        Raises:
+            ValueError: the groups were made up otherwise, and their parameters are stored differently.
+        """
+        return Stored(self._at(self.codecs, position, count), self._at(self.dtypes, position, count))
+
+    def _at(self, runs: list[list[Any]], position: int, count: int) -> str | None:
+        if len(runs) == 1:
+            return None if runs[0][1] is None else str(runs[0][1])
+        if count != self.parameters:
+            raise ValueError(
+                f"a group of the state dict had {self.parameters} parameters of different formats when it was saved, and "
+                f"has {count} now, so that theirs cannot be told; allowed is the number of before"
+            )
+        for length, value in runs:
+            if position < length:
+                return None if value is None else str(value)
+            position -= length
+        return None
+
+
+def read_description(kind: str, group: Mapping[str, Any], index: int) -> Description | None:
+    """What a saved group says.
+
+    Raises:
+        ValueError: it is another optimizer's, of a later format, or broken.
+    """
+    keys = [key for key in group if isinstance(key, str) and key.startswith(PREFIX)]
+    if not keys:
+        return None
+    where = f"group {index} of the state dict"
+    if keys != [description_key(kind)]:
+        raise ValueError(f"{where} is {', '.join(keys)}; allowed is {description_key(kind)}")
+    held = group[keys[0]]
+    if isinstance(held, Mapping):  # a live group's, as ZeroRedundancyOptimizer's consolidated state dict has it
+        count = len(group["params"])
+        return Description(count, [[count, held.get("state_codec")]], [[count, None]])
+    if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.dim() != 1:
+        raise ValueError(f"{keys[0]} of {where} is {held!r}; allowed is a 1-D uint8 tensor that holds JSON")
+    try:
+        said = json.loads(bytes(held.cpu().tolist()))
+        description = Description(int(said["parameters"]), list(said["codecs"]), list(said["dtypes"]))
+        named = (said["optimizer"], int(said["format"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{keys[0]} of {where} is broken ({error}); allowed is what state_dict() wrote") from error
+    if named != (kind, FORMAT_VERSION):
+        raise ValueError(f"{where} is {named[0]}'s, format {named[1]}; allowed is {kind}'s, format {FORMAT_VERSION}")
+    return description
