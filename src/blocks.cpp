@@ -33,7 +33,7 @@ bool is_element_aligned(const ParameterTensors& t) {
   };
   uintptr_t any = off(t.parameter, sizes.parameter) | off(t.gradient, sizes.gradient);
   if (sizes.correction != 0) any |= off(t.correction, sizes.correction);
-  for (int k = 0; k < kMaxStates; ++k) any |= off(t.states[k], sizes.state) | off(t.scales[k], sizeof(uint16_t));
+  for (int k = 0; k < kMaxSlots; ++k) any |= off(t.states[k], sizes.state) | off(t.scales[k], sizeof(uint16_t));
   return any == 0;
 }
 
@@ -52,7 +52,7 @@ void prefetch_block(const ParameterTensors& t, int64_t index) {
   prefetch(t.parameter, sizes.parameter);
   prefetch(t.gradient, sizes.gradient);
   prefetch(t.correction, sizes.correction);
-  for (int k = 0; k < kMaxStates; ++k) prefetch(t.states[k], sizes.state);
+  for (int k = 0; k < kMaxSlots; ++k) prefetch(t.states[k], sizes.state);
 }
 
 /// Neither a division for each piece nor a copy where full groups follow each other, as in a matrix that is cut into
@@ -129,7 +129,7 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
   } else {
     set_first([this, origin](int g) { return origin + static_cast<uint64_t>(runs_[std::min(g, groups_ - 1)].first); });
   }
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     // Counted in bytes: an odd address is no uint16_t's.
     block.scales[k] =
         tensor_.scales[k] == nullptr
@@ -145,7 +145,7 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
     block.parameter = at(tensor_.parameter, sizes_.parameter);
     block.gradient = access.gradient ? at(tensor_.gradient, sizes_.gradient) : nullptr;
     block.correction = at(tensor_.correction, sizes_.correction);
-    for (int k = 0; k < kMaxStates; ++k) block.states[k] = at(tensor_.states[k], sizes_.state);
+    for (int k = 0; k < kMaxSlots; ++k) block.states[k] = at(tensor_.states[k], sizes_.state);
     return;
   }
   const auto copy_in = [this](unsigned char* to, const void* from, int64_t size) {
@@ -161,7 +161,7 @@ void BlockWalker::open(Block& block, const BlockAccess& access) {
   block.parameter = parameter_;
   block.gradient = access.gradient ? gradient_ : nullptr;
   block.correction = correction_;
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     if (tensor_.states[k] != nullptr) copy_in(states_[k], tensor_.states[k], sizes_.state);
     block.states[k] = states_[k];
     if (tensor_.scales[k] == nullptr) continue;
@@ -183,7 +183,7 @@ void BlockWalker::close(const BlockAccess& access) {
     if (tensor_.correction != nullptr) copy_out(tensor_.correction, correction_, sizes_.correction);
   }
   if (access.write_states) {
-    for (int k = 0; k < kMaxStates; ++k) {
+    for (int k = 0; k < kMaxSlots; ++k) {
       if (tensor_.states[k] != nullptr) copy_out(tensor_.states[k], states_[k], sizes_.state);
       if (tensor_.scales[k] != nullptr) {
         std::memcpy(static_cast<unsigned char*>(tensor_.scales[k]) + first_group_ * 2, scales_[k],

@@ -83,8 +83,8 @@ class BlockWalker {
   alignas(64) unsigned char parameter_[kBlockElements * 4];
   alignas(64) unsigned char gradient_[kBlockElements * 4];
   alignas(64) unsigned char correction_[kBlockElements * 2];
-  alignas(64) unsigned char states_[kMaxStates][kBlockElements * 4];
-  alignas(64) uint16_t scales_[kMaxStates][kBlockGroups];
+  alignas(64) unsigned char states_[kMaxSlots][kBlockElements * 4];
+  alignas(64) uint16_t scales_[kMaxSlots][kBlockGroups];
 };
 
 }  // namespace flashoptim::cpu

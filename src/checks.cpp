@@ -1,11 +1,11 @@
 #include "src/checks.h"
 
-#include <charconv>
 #include <cmath>
 #include <limits>
 
 #include "src/blocks.h"
 #include "src/place.h"
+#include "src/text.h"
 
 namespace flashoptim {
 namespace {
@@ -72,23 +72,11 @@ Status check_addresses(const ParameterTensors& t, const TensorName& name, int st
 
 }  // namespace
 
-std::string number(double value) {
-  char text[32];
-  const auto end = std::to_chars(text, text + sizeof text, value);
-  return std::string(text, end.ptr);
-}
-
 std::string TensorName::field(const char* name) const {
   if (list == nullptr) return name;
   std::string text = list;
   if (index >= 0) text.append("[").append(std::to_string(index)).append("]");
   return text.append(".").append(name);
-}
-
-Status check_optimizer(OptimizerKind optimizer) {
-  if (in_enum(static_cast<int>(optimizer), 5)) return Status::ok();
-  return Status::invalid_argument("optimizer = " + std::to_string(static_cast<int>(optimizer)) +
-                                  " is no OptimizerKind; allowed are kAdamW, kAdam, kSgd, kSgdw, kLion");
 }
 
 Status check_layout(const GroupLayout& layout, const TensorName& name, const char* field) {
@@ -192,33 +180,8 @@ Status check_hyper_count(const Hyperparameters* hypers, int64_t count, int32_t u
 
 Status check_gradient_scale(float gradient_scale) {
   if (std::isfinite(gradient_scale)) return Status::ok();
-  return Status::invalid_argument("options.gradient_scale = " + number(static_cast<double>(gradient_scale)) +
+  return Status::invalid_argument("options.gradient_scale = " + number_text(static_cast<double>(gradient_scale)) +
                                   "; must be finite");
-}
-
-Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p, int64_t index) {
-  const auto name = [index](const char* field) { return "hypers[" + std::to_string(index) + "]." + field; };
-  const auto out_of_range = [&name](const char* field, double value, const char* allowed) {
-    return Status::invalid_argument(name(field) + " = " + number(value) + "; allowed is " + allowed);
-  };
-  const auto finite_not_negative = [](double x) { return x >= 0.0 && x <= std::numeric_limits<double>::max(); };
-  if (!finite_not_negative(p.lr)) return out_of_range("lr", p.lr, "a finite number of at least 0");
-  if (!finite_not_negative(p.weight_decay))
-    return out_of_range("weight_decay", p.weight_decay, "a finite number of at least 0");
-  if (!finite_not_negative(p.decay_lr)) return out_of_range("decay_lr", p.decay_lr, "a finite number of at least 0");
-  const bool adam = optimizer == OptimizerKind::kAdamW || optimizer == OptimizerKind::kAdam;
-  if (adam || optimizer == OptimizerKind::kLion) {
-    if (!(p.beta1 >= 0.0 && p.beta1 < 1.0)) return out_of_range("beta1", p.beta1, "0 <= beta1 < 1");
-    if (!(p.beta2 >= 0.0 && p.beta2 < 1.0)) return out_of_range("beta2", p.beta2, "0 <= beta2 < 1");
-  } else {
-    if (!finite_not_negative(p.momentum)) return out_of_range("momentum", p.momentum, "a finite number of at least 0");
-    if (!(std::abs(p.dampening) <= std::numeric_limits<double>::max()))
-      return out_of_range("dampening", p.dampening, "a finite number");
-  }
-  if (adam && !finite_not_negative(p.eps)) return out_of_range("eps", p.eps, "a finite number of at least 0");
-  if (p.step < 1)
-    return Status::invalid_argument(name("step") + " = " + std::to_string(p.step) + "; steps count from 1");
-  return Status::ok();
 }
 
 }  // namespace flashoptim

@@ -23,9 +23,6 @@ Status guarded(Body body) noexcept {
   }
 }
 
-/// Shortest text that reads back as the same number.
-std::string number(double value);
-
 /// Shards and tensors have fewer elements than this, so that no count of bytes overflows.
 inline constexpr int64_t kMostElements = int64_t{1} << 57;
 
@@ -35,8 +32,6 @@ struct TensorName {
   int64_t index = -1;          ///< -1: `list` alone
   std::string field(const char* name) const;
 };
-
-Status check_optimizer(OptimizerKind optimizer);
 
 /// `field` is the layout's in messages.
 Status check_layout(const GroupLayout& layout, const TensorName& name, const char* field);
@@ -63,8 +58,5 @@ Status check_named(const int64_t* indices, int64_t i, int64_t size, uint64_t cal
 Status check_hyper_count(const Hyperparameters* hypers, int64_t count, int32_t used);
 
 Status check_gradient_scale(float gradient_scale);
-
-/// Which of a rule's numbers are wrong, by name and value.
-Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& hyper, int64_t index);
 
 }  // namespace flashoptim

@@ -125,7 +125,7 @@ Status check_states_tensor(OptimizerKind optimizer, bool has_momentum, const flo
   t->master_weights = MasterWeights::kNone;
   const int states = state_count(optimizer, has_momentum);
   status = check_tensor(*t, {"tensor"}, states);
-  for (int k = states; k < kMaxStates; ++k) t->states[k] = t->scales[k] = nullptr;
+  for (int k = states; k < kMaxSlots; ++k) t->states[k] = t->scales[k] = nullptr;
   t->parameter = nullptr;
   return status.is_ok() ? check_values(values, *t, states) : status;
 }

@@ -49,15 +49,15 @@ void load_elements(const ParameterTensors& t, const cpu::ElementSizes& sizes, in
   if (t.correction != nullptr) {
     for (uint32_t& c : e.correction) c = core::shift_right_signed(c << unused_bits, unused_bits);
   }
-  for (int k = 0; k < kMaxStates; ++k) {
-    load_patterns(t.states[k], sizes.state, first, count, e.states[k]);
+  for (int k = 0; k < kMaxSlots; ++k) {
+    load_patterns(t.states[k], sizes.state, first, count, e.states.codes[k]);
     uint16_t header = 0;
     if (t.scales[k] != nullptr) std::memcpy(&header, static_cast<const unsigned char*>(t.scales[k]) + 2 * group, 2);
-    e.scales[k] = header;
+    e.states.header[k] = header;
   }
 }
 
-template <class Rule, StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 void inspect_elements(const TensorInspection& in, const Elements& e, const core::GroupDither& dither,
                       core::Inspection& out) {
   const ParameterTensors& t = in.tensor;
@@ -70,9 +70,9 @@ void inspect_elements(const TensorInspection& in, const Elements& e, const core:
 
 using Inspect = void (*)(const TensorInspection&, const Elements&, const core::GroupDither&, core::Inspection&);
 
-template <class Rule>
+template <core::Rule Rule>
 Inspect choose(StateCodec codec) {
-  if constexpr (Rule::kStateCount > 0) {
+  if constexpr (Rule::kSlotCount > 0) {
     if (codec == StateCodec::kPaper) return inspect_elements<Rule, StateCodec::kPaper>;
     if (codec == StateCodec::kDefault) return inspect_elements<Rule, StateCodec::kDefault>;
   }

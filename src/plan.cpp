@@ -150,8 +150,8 @@ struct Plan::Impl {
 
   /// Drops what the optimizer and the formats do not have, so that nothing looks at it.
   void normalize(ParameterTensors* t) const {
-    for (int k = states(); k < kMaxStates; ++k) t->states[k] = t->scales[k] = nullptr;
-    if (t->state_codec == StateCodec::kFloat32) std::fill_n(t->scales, kMaxStates, nullptr);
+    for (int k = states(); k < kMaxSlots; ++k) t->states[k] = t->scales[k] = nullptr;
+    if (t->state_codec == StateCodec::kFloat32) std::fill_n(t->scales, kMaxSlots, nullptr);
     if (cpu::element_sizes(*t).correction == 0) t->correction = nullptr;
   }
   int states() const { return state_count(optimizer, has_momentum); }
@@ -264,7 +264,7 @@ Status Plan::Impl::check(const Hyperparameters* given, int64_t count, const Step
   }
   Status status = check_hyper_count(given, count, *used);
   if (status.is_ok()) status = check_gradient_scale(options.gradient_scale);
-  for (int32_t i = 0; status.is_ok() && i < *used; ++i) status = check_hyperparameters(optimizer, given[i], i);
+  for (int32_t i = 0; status.is_ok() && i < *used; ++i) status = check_hyperparameter_set(optimizer, given[i], i);
   return status;
 }
 
@@ -304,7 +304,7 @@ Status Plan::Impl::begin_some(const int64_t* indices, int64_t count, const Hyper
     const auto hyper = static_cast<size_t>(t.hyper_index);
     if (!is_stepped || prepared_in[hyper] == calls) continue;
     status = check_hyper_count(given, hyper_count, t.hyper_index + 1);
-    if (status.is_ok()) status = check_hyperparameters(optimizer, given[hyper], t.hyper_index);
+    if (status.is_ok()) status = check_hyperparameter_set(optimizer, given[hyper], t.hyper_index);
     if (!status.is_ok()) return status;
     prepare(given[hyper], options, &hypers[hyper]);
     prepared_in[hyper] = calls;

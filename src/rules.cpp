@@ -1,6 +1,7 @@
 #include "src/rules.h"
 
 #include <cstring>
+#include <string>
 
 #include "flashoptim/core/optimizer_list.h"
 
@@ -8,84 +9,73 @@ namespace flashoptim {
 
 using cpu::RuleKind;
 
-RuleKind rule_kind(OptimizerKind optimizer, bool has_momentum) {
-  switch (optimizer) {
-    case OptimizerKind::kAdamW:
-      return RuleKind::kAdamW;
-    case OptimizerKind::kAdam:
-      return RuleKind::kAdam;
-    case OptimizerKind::kSgd:
-      return has_momentum ? RuleKind::kSgd : RuleKind::kSgdPlain;
-    case OptimizerKind::kSgdw:
-      return has_momentum ? RuleKind::kSgdw : RuleKind::kSgdwPlain;
-    case OptimizerKind::kLion:
-      return RuleKind::kLion;
-  }
-  return RuleKind::kAdamW;
-}
-
 namespace {
 
-template <class Rule>
-void store_hyper(const Hyperparameters& p, cpu::HyperStorage* out) {
-  const typename Rule::Hyper hyper = Rule::make_hyper(p);
-  static_assert(sizeof hyper <= sizeof *out);
-  std::memcpy(out, &hyper, sizeof hyper);
+template <core::Rule Rule>
+constexpr RuleInfo describe(RuleKind rule) {
+  static_assert(sizeof(typename Rule::Hyper) <= sizeof(cpu::HyperStorage));
+  return {rule,
+          Rule::kKind,
+          core::kIsWithoutMomentum<Rule>,
+          Rule::kName,
+          Rule::kHyperparameters.fields,
+          Rule::kHyperparameters.kCount,
+          Rule::kSlots,
+          Rule::kSlotCount,
+          [](const Hyperparameters& p, cpu::HyperStorage* out) {
+            const typename Rule::Hyper hyper = Rule::make_hyper(p);
+            std::memcpy(out, &hyper, sizeof hyper);
+          },
+          [](const Hyperparameters& p) { return Rule::largest_update(p); }};
 }
+
+constexpr RuleInfo kRules[] = {
+#define FLASHOPTIM_ENTRY(name) describe<core::name>(RuleKind::k##name),
+    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_ENTRY)
+#undef FLASHOPTIM_ENTRY
+};
+
+constexpr const RuleInfo* find(OptimizerKind optimizer, bool has_momentum) {
+  const RuleInfo* found = nullptr;
+  for (const RuleInfo& rule : kRules) {
+    // A rule without momentum is only the one for that; another is for both where there is no such.
+    if (rule.optimizer == optimizer && (found == nullptr || rule.without_momentum == !has_momentum)) found = &rule;
+  }
+  return found;
+}
+
+/// Every optimizer has one rule, or one with momentum and one without, which say the same of names and numbers.
+constexpr bool are_rules_consistent() {
+  for (const RuleInfo& a : kRules) {
+    const RuleInfo* with = find(a.optimizer, true);
+    if (with->without_momentum || with->hyperparameter_count != a.hyperparameter_count) return false;
+    for (const RuleInfo& b : kRules) {
+      if (&a != &b && a.optimizer == b.optimizer && a.without_momentum == b.without_momentum) return false;
+    }
+  }
+  return true;
+}
+static_assert(are_rules_consistent());
 
 }  // namespace
 
+const RuleInfo& rule_info(RuleKind rule) { return kRules[static_cast<int>(rule)]; }
+const RuleInfo* find_rule(OptimizerKind optimizer, bool has_momentum) { return find(optimizer, has_momentum); }
+
+RuleKind rule_kind(OptimizerKind optimizer, bool has_momentum) { return find(optimizer, has_momentum)->rule; }
+
+Status check_hyperparameter_set(OptimizerKind optimizer, const Hyperparameters& p, int64_t index) {
+  Status status = check_hyperparameters(optimizer, p);
+  if (status.is_ok()) return status;
+  return Status::invalid_argument("hypers[" + std::to_string(index) + "]." + status.message());
+}
+
 void make_hyper(RuleKind rule, const Hyperparameters& p, cpu::HyperStorage* hyper) {
-  switch (rule) {
-#define FLASHOPTIM_CASE(name) \
-  case RuleKind::k##name:     \
-    return store_hyper<core::name>(p, hyper);
-    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
-#undef FLASHOPTIM_CASE
-    case RuleKind::kCount:
-      break;
-  }
+  rule_info(rule).make_hyper(p, hyper);
 }
 
 float largest_update(RuleKind rule, const Hyperparameters& p) {
-  switch (rule) {
-#define FLASHOPTIM_CASE(name) \
-  case RuleKind::k##name:     \
-    return static_cast<float>(core::name::largest_update(p));
-    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
-#undef FLASHOPTIM_CASE
-    case RuleKind::kCount:
-      break;
-  }
-  return 0.0f;
-}
-
-int state_count(OptimizerKind optimizer, bool has_momentum) {
-  switch (rule_kind(optimizer, has_momentum)) {
-#define FLASHOPTIM_CASE(name) \
-  case RuleKind::k##name:     \
-    return core::name::kStateCount;
-    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
-#undef FLASHOPTIM_CASE
-    case RuleKind::kCount:
-      break;
-  }
-  return 0;
-}
-
-StateSlotInfo state_slot(OptimizerKind optimizer, int slot) {
-  core::StateSlot info;
-  switch (rule_kind(optimizer, true)) {
-#define FLASHOPTIM_CASE(name)         \
-  case RuleKind::k##name:             \
-    info = core::name::kStates[slot]; \
-    break;
-    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
-#undef FLASHOPTIM_CASE
-    case RuleKind::kCount:
-      break;
-  }
-  return {info.name, info.kind == core::StateKind::kSigned};
+  return static_cast<float>(rule_info(rule).largest_update(p));
 }
 
 }  // namespace flashoptim

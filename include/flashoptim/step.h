@@ -15,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "flashoptim/optimizer_info.h"
 #include "flashoptim/telemetry.h"
 #include "flashoptim/types.h"
 
@@ -86,9 +87,9 @@ struct ParameterTensors {
   const void* gradient = nullptr;  ///< [numel] of gradient_dtype; null: this parameter is skipped by step()
   void* correction = nullptr;      ///< [numel] int8 or int16 as master_weights says, else null
   /// Slot k of the optimizer: fp32 [numel] for StateCodec::kFloat32, else one byte per element. Null where unused.
-  void* states[kMaxStates] = {nullptr, nullptr};
+  void* states[kMaxSlots] = {};
   /// 16-bit headers [rows, groups_per_row] of the quantized slots.
-  void* scales[kMaxStates] = {nullptr, nullptr};
+  void* scales[kMaxSlots] = {};
   GroupLayout layout;  ///< of a shard: shard_layout()
   Place place;         ///< the last element's number in the whole must be below 2^63
   DType parameter_dtype = DType::kFloat32;
@@ -122,18 +123,6 @@ struct StepOptions {
 /// (OpenMP's) waits for them for ever. The default above runs on the calling thread there; callers who bring a
 /// ParallelFor can ask here.
 bool is_forked_child();
-
-/// Slots of an optimizer, as its rule names them (core/optimizers).
-struct StateSlotInfo {
-  const char* name;
-  bool is_signed;
-  /// Whether the codec stores codes of this slot as int8 (true) or uint8.
-  bool int8_codes(StateCodec codec) const { return codec == StateCodec::kPaper && is_signed; }
-};
-
-/// Number of state slots; `has_momentum` is momentum != 0 (SGD and SGDW hold a buffer only then).
-int state_count(OptimizerKind optimizer, bool has_momentum);
-StateSlotInfo state_slot(OptimizerKind optimizer, int slot);
 
 class Plan {
  public:

@@ -29,11 +29,12 @@ enum class MasterWeights : int32_t {
   kCorrection16Nearest = 5,  ///< as the paper: int16 correction, rounded to nearest
 };
 
-inline constexpr int kMaxStates = 2;
+/// Most state slots that a plan holds; an optimizer has state_count() of them (optimizer_info.h).
+inline constexpr int kMaxSlots = 4;
 inline constexpr int64_t kGroupSize = 32;
 
 /// What one parameter group asks of one step. Plain numbers in double; every back end rounds them to fp32 in one place
-/// (core/optimizers). Which fields an optimizer reads is said in its header.
+/// (core/optimizers). Which fields an optimizer reads, their ranges and their defaults: optimizer_info.h.
 struct Hyperparameters {
   double lr = 1e-3;
   double beta1 = 0.9;

@@ -1,17 +1,9 @@
 #include "libtorch/ops/checks.h"
 
 #include <cmath>
-#include <iterator>
 #include <utility>
 
 namespace flashoptim::ops {
-namespace {
-
-constexpr const char* kHyperNames[] = {"lr",        "beta1",    "beta2",    "eps",      "weight_decay", "momentum",
-                                       "dampening", "decay_lr", "nesterov", "maximize", "step",         "seed"};
-constexpr size_t kHyperCount = std::size(kHyperNames);
-
-}  // namespace
 
 int slots_per_tensor(Op op, OptimizerKind optimizer, const char* argument, size_t size, size_t tensors,
                      bool* has_momentum) {
@@ -34,36 +26,27 @@ void check_count(Op op, const char* argument, size_t size, size_t wanted) {
   }
 }
 
-void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer,
+void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer, StepNumber step,
                    std::vector<Hyperparameters>* hypers) {
-  static_cast<void>(optimizer);
-  if (values.size() % kHyperCount != 0) {
-    op.fail("hypers has " + std::to_string(values.size()) + " numbers; needed are " + std::to_string(kHyperCount) +
-            " per set");
+  const auto count = static_cast<size_t>(hyperparameter_count(optimizer));
+  if (values.size() % count != 0) {
+    op.fail("hypers has " + std::to_string(values.size()) + " numbers; needed for " + optimizer_name(optimizer) +
+            " are " + std::to_string(count) + " per set");
   }
-  for (size_t set = 0; set * kHyperCount < values.size(); ++set) {
-    const double* v = values.data() + set * kHyperCount;
-    const auto need = [&](size_t field, bool ok, const char* allowed) {
-      if (ok) return;
-      op.fail("hypers[" + std::to_string(set * kHyperCount + field) + "] (" + kHyperNames[field] + " of set " +
-              std::to_string(set) + ") = " + number(v[field]) + "; " + allowed);
-    };
-    const auto finite_positive = [&](size_t field) {
-      need(field, std::isfinite(v[field]) && v[field] >= 0, "must be finite and at least 0");
-    };
-    const auto is_flag = [&](size_t field) { need(field, v[field] == 0 || v[field] == 1, "must be 0 or 1"); };
-    constexpr double kTwo53 = 9007199254740992.0;  // from here on a double skips integers
-    finite_positive(0);
-    for (const size_t beta : {1, 2}) need(beta, v[beta] >= 0 && v[beta] < 1, "must be at least 0 and below 1");
-    for (const size_t field : {3, 4, 5, 7}) finite_positive(field);
-    need(6, std::isfinite(v[6]), "must be finite");
-    is_flag(8);
-    is_flag(9);
-    need(10, v[10] >= 0 && v[10] < kTwo53 && v[10] == std::floor(v[10]), "must be an integer of at least 0");
-    need(11, v[11] >= 0 && v[11] < kTwo53 && v[11] == std::floor(v[11]),
-         "must be an integer of at least 0 and below 2^53");
-    hypers->push_back({v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8] != 0, v[9] != 0,
-                       static_cast<int64_t>(v[10]), static_cast<uint64_t>(v[11])});
+  for (size_t set = 0; set * count < values.size(); ++set) {
+    Hyperparameters& p = hypers->emplace_back();
+    for (size_t i = 0; i < count; ++i) {
+      const size_t place = set * count + i;
+      const auto index = static_cast<int64_t>(i);
+      if (step == StepNumber::kOpen && index == kStepIndex && values[place] == 0) {
+        p.step = 0;
+        continue;
+      }
+      const Status status = set_hyperparameter(optimizer, index, values[place], &p);
+      if (!status.is_ok()) {
+        op.fail("hypers[" + std::to_string(place) + "] (set " + std::to_string(set) + "): " + status.message());
+      }
+    }
   }
 }
 
@@ -87,15 +70,10 @@ void* unpack_array(Op op, Name name, AtenTensorHandle tensor, int32_t dtype, int
 }
 
 OptimizerKind parse_optimizer(Op op, const std::string& name) {
-  constexpr std::pair<const char*, OptimizerKind> kNames[] = {{"adamw", OptimizerKind::kAdamW},
-                                                              {"adam", OptimizerKind::kAdam},
-                                                              {"sgd", OptimizerKind::kSgd},
-                                                              {"sgdw", OptimizerKind::kSgdw},
-                                                              {"lion", OptimizerKind::kLion}};
-  for (const auto& [known, kind] : kNames) {
-    if (name == known) return kind;
-  }
-  op.fail("optimizer = '" + name + "'; allowed are adamw, adam, sgd, sgdw, lion");
+  OptimizerKind kind{};
+  const Status status = find_optimizer(name.c_str(), &kind);
+  if (!status.is_ok()) op.fail(status.message());
+  return kind;
 }
 
 MasterWeights parse_master_weights(Op op, const std::string& argument, int64_t value) {

@@ -22,9 +22,11 @@ inline constexpr int64_t kPlaceNumbers = 6;
 /// None at all, or zeros: the tensor is the whole.
 store::Shard parse_shard(Op op, const std::vector<int64_t>& numbers);
 
-/// Sets of 12 numbers (lr, beta1, beta2, eps, weight_decay, momentum, dampening, decay_lr, nesterov, maximize, step,
-/// seed), appended to *hypers. A step of 0 is one that is still open.
-void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer,
+/// Whether a set of numbers must say which step it is, or may leave that open by a step of 0.
+enum class StepNumber { kGiven, kOpen };
+
+/// Sets of hyperparameter_count(optimizer) numbers in the order of optimizer_info.h, appended to *hypers.
+void unpack_hypers(Op op, const std::vector<double>& values, OptimizerKind optimizer, StepNumber step,
                    std::vector<Hyperparameters>* hypers);
 
 /// grad_scale, which must be a finite float32.

@@ -55,7 +55,7 @@ void step_kernel(StableIValue* stack, uint64_t, uint64_t) {
       static_cast<size_t>(slots_per_tensor(op, optimizer, "states", states.size(), count, &has_momentum));
   if (count == 0) return;
   std::vector<Hyperparameters> sets;
-  unpack_hypers(op, values, optimizer, &sets);
+  unpack_hypers(op, values, optimizer, StepNumber::kGiven, &sets);
 
   store::Store store(optimizer);
   store.reset(static_cast<int64_t>(count));
@@ -87,10 +87,7 @@ void step_kernel(StableIValue* stack, uint64_t, uint64_t) {
   if (store.record(0).backend() == Backend::kMeta) return;
   store.begin();
   std::vector<store::GroupHyperparameters> groups;
-  for (const Hyperparameters& set : sets) {
-    if (set.step < 1) op.fail("hypers (step) = " + std::to_string(set.step) + "; must be an integer of at least 1");
-    groups.push_back({set, nullptr});
-  }
+  for (const Hyperparameters& set : sets) groups.push_back({set, nullptr});
   for (size_t i = 0; i < count; ++i) {
     const auto index = static_cast<int64_t>(i);
     store.take(index, const_data(grads[i]), {sets[static_cast<size_t>(hyper_index[i])].step - 1, nullptr});
@@ -340,6 +337,19 @@ void state_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give_string(names);
 }
 
+constexpr const char* kHyperparameterNamesSchema = "hyperparameter_names(str optimizer) -> str";
+
+/// What the numbers of a set of step_'s hypers are, in their order.
+void hyperparameter_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const OptimizerKind optimizer = parse_optimizer({"hyperparameter_names"}, take_string(stack[0]));
+  std::string names;
+  for (int64_t i = 0; i < hyperparameter_count(optimizer); ++i) {
+    if (i > 0) names += ',';
+    names += hyperparameter(optimizer, i).name;
+  }
+  stack[0] = give_string(names);
+}
+
 constexpr const char* kImplementationSchema = "implementation(Tensor tensor) -> int";
 
 /// Address of the tensor's implementation, by which Python's objects are known (python_objects.h).
@@ -359,7 +369,7 @@ STABLE_TORCH_LIBRARY(flashoptim, m) {
   for (const char* schema :
        {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kFormatSchema, kArrayNamesSchema,
         kNewStatesSchema, kPlaceOfBoxSchema, kScaleSizesSchema, kFitSchema, kConvertSchema, kZeroSchema, kCpuIsaSchema,
-        kHasCudaSchema, kStateNamesSchema, kImplementationSchema}) {
+        kHasCudaSchema, kStateNamesSchema, kHyperparameterNamesSchema, kImplementationSchema}) {
     m.def(schema);
   }
 }
@@ -383,5 +393,6 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", cpu_isa_kernel);
   m.impl("has_cuda", has_cuda_kernel);
   m.impl("state_names", state_names_kernel);
+  m.impl("hyperparameter_names", hyperparameter_names_kernel);
   m.impl("implementation", implementation_kernel);
 }

@@ -135,7 +135,7 @@ store::Controls to_controls(Op op, PyObject* tuple, Device device, size_t record
 
 store::GroupHyperparameters to_group(Op op, PythonStore& store, PyObject* values, PyObject* lr, Device device) {
   std::vector<Hyperparameters> sets;
-  unpack_hypers(op, to_doubles(values), store.store().optimizer(), &sets);
+  unpack_hypers(op, to_doubles(values), store.store().optimizer(), StepNumber::kOpen, &sets);
   if (sets.size() != 1) op.fail("hypers holds " + std::to_string(sets.size()) + " sets for one group");
   return {sets[0], static_cast<const float*>(address(op, "lr", lr, codes().float32, 1, device))};
 }

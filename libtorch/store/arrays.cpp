@@ -50,7 +50,7 @@ void convert_state_slices(Op op, const ParameterTensors& whole,
       ParameterTensors slice = whole;
       slice.layout =
           by_row ? GroupLayout{count, unit} : GroupLayout{1, std::min(count * unit, layout.row_size - first)};
-      for (int k = 0; k < kMaxStates; ++k) {
+      for (int k = 0; k < kMaxSlots; ++k) {
         slice.states[k] = advance(whole.states[k], first, width);
         slice.scales[k] = advance(whole.scales[k], first_unit * unit_groups, 2);
       }
@@ -294,7 +294,7 @@ TensorList decode_states(Op op, OptimizerKind optimizer, const StateTensors& sto
                          const Shard& shard) {
   const States states = read_states(op, optimizer, stored, codec, shard);
   TensorList values;
-  float* to[kMaxStates] = {};
+  float* to[kMaxSlots] = {};
   for (size_t k = 0; k < states.infos.size(); ++k) {
     const TensorInfo& info = states.infos[k];
     values.push_back(empty(std::vector<int64_t>(info.sizes, info.sizes + info.dim),
@@ -311,8 +311,8 @@ TensorList decode_states(Op op, OptimizerKind optimizer, const StateTensors& sto
   }
 #endif
   convert_state_slices(op, states.tensor, [&](const ParameterTensors& slice, int64_t first) {
-    float* slice_to[kMaxStates];
-    for (int k = 0; k < kMaxStates; ++k) slice_to[k] = to[k] == nullptr ? nullptr : to[k] + first;
+    float* slice_to[kMaxSlots];
+    for (int k = 0; k < kMaxSlots; ++k) slice_to[k] = to[k] == nullptr ? nullptr : to[k] + first;
     return flashoptim::decode_states(optimizer, states.has_momentum, slice, slice_to);
   });
   return values;
@@ -325,7 +325,7 @@ void encode_states(Op op, OptimizerKind optimizer, const std::vector<AtenTensorH
     op.fail("values has " + std::to_string(values.size()) + " tensors; needed are " +
             std::to_string(stored.states.size()) + ", one per tensor of states");
   }
-  const float* from[kMaxStates] = {};
+  const float* from[kMaxSlots] = {};
   for (size_t k = 0; k < values.size(); ++k) {
     const auto index = static_cast<int64_t>(k);
     from[k] = static_cast<const float*>(
@@ -340,8 +340,8 @@ void encode_states(Op op, OptimizerKind optimizer, const std::vector<AtenTensorH
   }
 #endif
   convert_state_slices(op, states.tensor, [&](const ParameterTensors& slice, int64_t first) {
-    const float* slice_from[kMaxStates];
-    for (int k = 0; k < kMaxStates; ++k) slice_from[k] = from[k] == nullptr ? nullptr : from[k] + first;
+    const float* slice_from[kMaxSlots];
+    for (int k = 0; k < kMaxSlots; ++k) slice_from[k] = from[k] == nullptr ? nullptr : from[k] + first;
     return flashoptim::encode_states(optimizer, states.has_momentum, slice, slice_from);
   });
 }

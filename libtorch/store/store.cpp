@@ -38,7 +38,7 @@ void check_no_overlap(Op op, const std::vector<ParameterTensors>& tensors, const
     const int64_t numel = t.layout.numel();
     add(t.parameter, numel * (t.parameter_dtype == DType::kFloat32 ? 4 : 2), "the parameter");
     add(t.correction, numel * correction_bits(t.master_weights) / 8, "the correction");
-    for (int k = 0; k < kMaxStates; ++k) {
+    for (int k = 0; k < kMaxSlots; ++k) {
       add(t.states[k], t.state_codec == StateCodec::kFloat32 ? numel * 4 : numel, "a state");
       add(t.scales[k], t.layout.groups() * 2, "a scale");
     }
@@ -61,7 +61,7 @@ bool same_but_addresses(const ParameterTensors& a, const ParameterTensors& b) {
 /// Whether the arrays of `b` are where those of `a` are; a parameter that is a copy is in memory of its own anyway.
 bool same_addresses(const ParameterTensors& a, const ParameterTensors& b, bool is_copy) {
   return (is_copy || a.parameter == b.parameter) && a.correction == b.correction &&
-         std::equal(a.states, a.states + kMaxStates, b.states) && std::equal(a.scales, a.scales + kMaxStates, b.scales);
+         std::equal(a.states, a.states + kMaxSlots, b.states) && std::equal(a.scales, a.scales + kMaxSlots, b.scales);
 }
 
 int32_t dtype_code(DType dtype) {

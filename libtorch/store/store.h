@@ -80,9 +80,9 @@ class Record {
   Backend backend_ = Backend::kCpu;
   std::vector<int64_t> sizes_, strides_;
   int32_t dtype_ = 0, gradient_dtype_ = 0, correction_dtype_ = -1;
-  int32_t state_dtypes_[kMaxStates] = {}, scale_dtypes_[kMaxStates] = {};
+  int32_t state_dtypes_[kMaxSlots] = {}, scale_dtypes_[kMaxSlots] = {};
   // Bytes of storage that each needs.
-  int64_t storage_ = 0, correction_storage_ = 0, state_storages_[kMaxStates] = {}, scale_storages_[kMaxStates] = {};
+  int64_t storage_ = 0, correction_storage_ = 0, state_storages_[kMaxSlots] = {}, scale_storages_[kMaxSlots] = {};
   // Of the plan that it is in; -1: none yet.
   int32_t plan_ = -1, index_ = -1;
   bool was_stepped_alone_ = false;

@@ -173,6 +173,12 @@ def state_names(optimizer: str, has_momentum: bool) -> tuple[str, ...]:
     return tuple(names.split(",")) if names else ()
 
 
+@functools.lru_cache(maxsize=16)
+def hyperparameter_names(optimizer: str) -> tuple[str, ...]:
+    """What the numbers of a set of ``hypers`` are, in their order (include/flashoptim/optimizer_info.h)."""
+    return tuple(torch.ops.flashoptim.hyperparameter_names(optimizer).split(","))
+
+
 def has_cuda() -> bool:
     """Whether this build steps CUDA tensors (not whether the machine has a device)."""
     return bool(torch.ops.flashoptim.has_cuda())

@@ -209,7 +209,7 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
 
 def _check_type(tensor: Tensor, name: str) -> None:
     """Makes a subclass of torch.Tensor known to the store; raises TypeError where its memory is not its own."""
-    kind = type(tensor)
+    kind = type(plain(tensor))
     if kind in _PLAIN_TYPES:
         return
     if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:

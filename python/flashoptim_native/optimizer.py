@@ -164,7 +164,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         if known is None or known != options:
             _validate.check_hyperparameters(group)
             _validate.check_format(group)
-            values = _hyper_values(group)
+            values = _hyper_values(self.kind, group)
             now = _format_of_options(options)
             if form is not None and form != now:
                 self._store.forget_group(index)
@@ -595,21 +595,12 @@ def _is_mutable(option: Any) -> bool:
     return isinstance(option, (Tensor, list))
 
 
-def _hyper_values(group: Mapping[str, Any]) -> list[float]:
-    """lr, beta1, beta2, eps, weight_decay, momentum, dampening, decay_lr, nesterov, maximize, step, seed."""
-    betas = group.get("betas", (0.0, 0.0))
-    decay_lr = group["decay_lr"] if group.get("decouple_lr") else 0.0
-    numbers = [
-        group["lr"],
-        *betas,
-        *(group.get(name, 0.0) for name in ("eps", "weight_decay", "momentum", "dampening")),
-        decay_lr,
-        group.get("nesterov", False),
-        group["maximize"],
-        0.0,
-        group["seed"],
-    ]
-    return [float(value) for value in numbers]
+def _hyper_values(kind: str, group: Mapping[str, Any]) -> list[float]:
+    """A set of the operators' hypers, in their order (include/flashoptim/optimizer_info.h), the step still open."""
+    fields = dict(group, step=0.0, decay_lr=group["decay_lr"] if group.get("decouple_lr") else 0.0)
+    for number, beta in enumerate(group.get("betas", ()), 1):
+        fields[f"beta{number}"] = beta
+    return [float(fields[name]) for name in _ops.hyperparameter_names(kind)]
 
 
 __all__ = ["FORMAT_OPTIONS", "FlashOptimizer"]

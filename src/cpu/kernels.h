@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "flashoptim/core/dither.h"
+#include "flashoptim/core/optimizer_list.h"
 #include "flashoptim/types.h"
 
 namespace flashoptim::cpu {
@@ -16,12 +17,16 @@ namespace flashoptim::cpu {
 inline constexpr int kBlockGroups = 32;
 inline constexpr int kBlockElements = kBlockGroups * static_cast<int>(kGroupSize);
 
-/// Which compiled rule: OptimizerKind with SGD's momentum-free form apart.
-enum class RuleKind : int32_t { kAdamW, kAdam, kSgd, kSgdw, kSgdPlain, kSgdwPlain, kLion, kCount };
+/// Which compiled rule, in the list's order: OptimizerKind with SGD's momentum-free form apart.
+#define FLASHOPTIM_KIND(name) k##name,
+enum class RuleKind : int32_t { FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_KIND) kCount };
+#undef FLASHOPTIM_KIND
 inline constexpr int kRuleKinds = static_cast<int>(RuleKind::kCount);
 inline constexpr int kCodecs = 3;
 inline constexpr int kMasterKinds = 6;
 inline constexpr int kDTypes = 3;
+/// Most constants that a codec reads of a header.
+inline constexpr int kGroupConstants = 6;
 
 /// Large enough for every rule's Hyper.
 struct HyperStorage {
@@ -40,25 +45,18 @@ struct Block {
   void* parameter;
   const void* gradient;
   void* correction;
-  void* states[kMaxStates];
-  uint16_t* scales[kMaxStates];
+  void* states[kMaxSlots];
+  uint16_t* scales[kMaxSlots];
   float gradient_scale;
   int64_t nonfinite;
   alignas(64) float weight[kBlockElements];
   alignas(64) float correction_value[kBlockElements];  ///< what the corrections add; weight includes it
   alignas(64) float gradient_f32[kBlockElements];
   alignas(64) float delta[kBlockElements];
-  alignas(64) float state_f32[kMaxStates][kBlockElements];
-  /// Constants of the encoders, per group: found by one stage from statistics over the group, used by the next. The
-  /// window's shifts are the variance's, or those of momentum alone.
-  alignas(64) uint32_t window_shift[kBlockGroups];
-  alignas(64) uint32_t window_dither_shift[kBlockGroups];
-  alignas(64) uint32_t window_base_minus_one[kBlockGroups];
-  alignas(64) uint32_t window_below[kBlockGroups];
-  alignas(64) float encoding_factor[kMaxStates][kBlockGroups];
-  alignas(64) uint32_t mu_law_mask[kBlockGroups];
-  alignas(64) float mu_law_offset[kBlockGroups];
-  alignas(64) uint32_t mu_law_lowest[kBlockGroups];
+  alignas(64) float state_f32[kMaxSlots][kBlockElements];
+  /// What slots' codecs read of their headers (core/codecs/slot_codecs.h), per group: found by one stage from
+  /// statistics over the group, used by the next.
+  alignas(64) uint32_t constants[kMaxSlots][kGroupConstants][kBlockGroups];
   /// Set by the rule's first stage for its others: that states are such as nearly always (avx512/).
   bool usual = false;
   int64_t ahead = 0;  ///< elements from this block's to those whose memory is asked for; 0: none

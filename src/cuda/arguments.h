@@ -19,8 +19,8 @@ struct alignas(16) TensorEntry {
   void* parameter;
   const void* gradient;  ///< null: skipped
   void* correction;
-  void* states[kMaxStates];
-  uint16_t* scales[kMaxStates];
+  void* states[kMaxSlots];
+  uint16_t* scales[kMaxSlots];
   int64_t row_size;
   int64_t groups_per_row;
   int64_t numel;
@@ -159,7 +159,7 @@ enum class Conversion : int32_t { kMergeWeights, kSplitWeights, kDecodeStates, k
 /// One tensor's conversion from or to fp32.
 struct ConvertArguments {
   TensorEntry tensor;
-  float* values[kMaxStates];  ///< fp32 weights (the first), or one array per state slot; read or written
+  float* values[kMaxSlots];  ///< fp32 weights (the first), or one array per state slot; read or written
   int64_t groups;
   Conversion conversion;
   RuleKind rule;     ///< states only

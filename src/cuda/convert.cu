@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
 }
 
 /// Four threads hold a group. kEncode: values to codes, else codes to values.
-template <class Rule, StateCodec kCodec, bool kEncode>
+template <core::Rule Rule, StateCodec kCodec, bool kEncode>
 __global__ void __launch_bounds__(kThreads) states_kernel(const __grid_constant__ ConvertArguments args) {
   constexpr int kBytes = kStateBytes<kCodec>;
   const TensorEntry& t = args.tensor;
@@ -100,32 +100,32 @@ __global__ void __launch_bounds__(kThreads) states_kernel(const __grid_constant_
     Unit unit = locate_unit(t, active ? group : 0, lane);
     if (!active) unit.valid = 0;
     const bool vector = (t.flags & kVectorAligned) && unit.valid == kUnit && unit.first % kUnit == 0;
-    StoredStates<kCodec> stored{};
-    States s = {};
+    StoredStates<Rule, kCodec> stored{};
+    States<Rule> s = {};
     if constexpr (kEncode) {
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         const Words<4> in = load_unit<4>(bytes_of(args.values[k]) + unit.first * 4, unit.valid, vector);
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) s[i][k] = core::from_bits(in.w[i]);
       }
-      Codec<Rule, kCodec>::encode(s, NearestSource(), stored);
+      Codec<Rule, kCodec>::encode(s, QuadGroup(), core::NearestDither(), stored);
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, stored.words[k], unit.valid,
                            vector);
       }
       store_headers<Rule, kCodec>(t, group, active && lane == 0, stored);
     } else {
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         stored.words[k] =
             load_unit<kBytes>(static_cast<const unsigned char*>(t.states[k]) + unit.first * kBytes, unit.valid, vector);
       }
       load_headers<Rule, kCodec>(t, group, active, stored);
       Codec<Rule, kCodec>::decode(stored, s);
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) {
+      for (int k = 0; k < Rule::kSlotCount; ++k) {
         Words<4> out;
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) out.w[i] = core::to_bits(s[i][k]);
@@ -141,7 +141,7 @@ unsigned int blocks_for(int64_t units) {
   return static_cast<unsigned int>(std::clamp<int64_t>((units + kThreads - 1) / kThreads, 1, kMostBlocks));
 }
 
-template <class Rule, StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 void launch_codec(const ConvertArguments& args, bool encode, unsigned int blocks, cudaStream_t stream) {
   if (encode) {
     states_kernel<Rule, kCodec, true><<<blocks, kThreads, 0, stream>>>(args);
@@ -150,9 +150,9 @@ void launch_codec(const ConvertArguments& args, bool encode, unsigned int blocks
   }
 }
 
-template <class Rule>
+template <core::Rule Rule>
 void launch_rule(const ConvertArguments& args, bool encode, unsigned int blocks, cudaStream_t stream) {
-  if constexpr (Rule::kStateCount > 0) {
+  if constexpr (Rule::kSlotCount > 0) {
     switch (args.codec) {
       case StateCodec::kFloat32:
         return launch_codec<Rule, StateCodec::kFloat32>(args, encode, blocks, stream);

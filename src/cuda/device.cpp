@@ -10,7 +10,7 @@ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0
 }  // namespace
 
 Status check_scales(const ParameterTensors& t, const TensorName& name) {
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     if (reinterpret_cast<uintptr_t>(t.scales[k]) % sizeof(uint16_t) != 0) {
       return Status::invalid_argument(name.field("scales") + "[" + std::to_string(k) +
                                       "] is at an odd address; scales are 16-bit numbers");
@@ -25,7 +25,7 @@ TensorEntry make_entry(const ParameterTensors& t) {
   e.gradient = t.gradient;
   e.correction = t.correction;
   bool aligned = is_aligned(t.parameter) && is_aligned(t.correction);
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     e.states[k] = t.states[k];
     e.scales[k] = static_cast<uint16_t*>(t.scales[k]);
     aligned = aligned && is_aligned(t.states[k]);

@@ -7,27 +7,9 @@
 namespace flashoptim::cuda {
 namespace {
 
-/// The group's extremes, from the quad of threads that holds it.
-struct QuadGroup {
-  static FLASHOPTIM_HD uint32_t largest(uint32_t a) {
-#if defined(__CUDA_ARCH__)
-    return group_int_max(a);
-#else
-    return a;
-#endif
-  }
-  static FLASHOPTIM_HD uint32_t smallest(uint32_t a) {
-#if defined(__CUDA_ARCH__)
-    return group_unsigned_min(a);
-#else
-    return a;
-#endif
-  }
-};
-
 /// A thread's unit as the patterns that core reads.
-template <class Rule, StateCodec kCodec>
-__device__ __forceinline__ void unpack(const AnyTypes& types, const StoredUnit<kCodec>& stored, int valid,
+template <core::Rule Rule, StateCodec kCodec>
+__device__ __forceinline__ void unpack(const AnyTypes& types, const StoredUnit<Rule, kCodec>& stored, int valid,
                                        core::StoredElements<kUnit>& e) {
   constexpr int kBytes = kStateBytes<kCodec>;
   const bool wide_parameter = types.parameter() == DType::kFloat32, wide_gradient = types.gradient() == DType::kFloat32;
@@ -46,22 +28,22 @@ __device__ __forceinline__ void unpack(const AnyTypes& types, const StoredUnit<k
                                          : signed_element(stored.weights.correction, i);
     }
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) e.states[k][i] = element(stored.states.words[k], i);
+    for (int k = 0; k < Rule::kSlotCount; ++k) e.states.codes[k][i] = element(stored.states.words[k], i);
   }
   if constexpr (kBytes == 1) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) e.scales[k] = stored.states.header[k];
+    for (int k = 0; k < Rule::kSlotCount; ++k) e.states.header[k] = stored.states.header[k];
   }
 }
 
-template <class Rule, StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 __device__ __forceinline__ void inspect_unit(const TensorEntry& t, const PreparedHyper& prepared, float largest_update,
                                              int64_t group, int lane, bool active, core::Inspection& out) {
   const AnyTypes types(t);
   Unit unit = locate_unit(t, active ? group : 0, lane);
   if (!active) unit.valid = 0;
   const bool vector = all_aligned(t) && unit.valid == kUnit && unit.first % kUnit == 0;
-  StoredUnit<kCodec> stored;
+  StoredUnit<Rule, kCodec> stored;
   load_stored<Rule, kCodec>(t, types, unit, vector, stored);
   load_headers<Rule, kCodec>(t, group, active, stored.states);
   core::StoredElements<kUnit> elements;
@@ -102,14 +84,14 @@ __device__ void add_block(const core::Inspection& found, StepTelemetry* out) {
   if (threadIdx.x == 5 && ratio != 0) atomicMax(reinterpret_cast<int*>(&out->largest_update_ratio), ratio);
 }
 
-template <class Rule>
+template <core::Rule Rule>
 __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant__ InspectArguments args) {
   __shared__ TensorEntry tensor;
   __shared__ PreparedHyper prepared;
   const Chunk chunk = args.chunks[blockIdx.x];
   const TensorEntry* entry = args.tensors + chunk.tensor;
-  copy_to_shared(&tensor, entry, static_cast<int>(threadIdx.x));
-  copy_to_shared(&prepared, args.hypers + entry->hyper_index, static_cast<int>(threadIdx.x) - 32);
+  copy_to_shared<0>(&tensor, entry);
+  copy_to_shared<64>(&prepared, args.hypers + entry->hyper_index);
   __syncthreads();
   if (tensor.gradient == nullptr || prepared.skip) return;
   // Which groups are looked at is counted in the whole: what shards find adds up to what the whole finds.
@@ -134,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) inspect_kernel(const __grid_constant
       active = active && core::groups_to_inspected(chosen, pieces.group_of(whole_first), args.stride) == 0;
       if (!__any_sync(0xffffffffu, active)) continue;
     }
-    if constexpr (Rule::kStateCount > 0) {
+    if constexpr (Rule::kSlotCount > 0) {
       if (tensor.flags & kPaperStates) {
         inspect_unit<Rule, StateCodec::kPaper>(tensor, prepared, largest_update, group, lane, active, found);
         continue;

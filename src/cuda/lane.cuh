@@ -166,6 +166,7 @@ __device__ __forceinline__ ExactLane max(ExactLane a, ExactLane b) { return core
 __device__ __forceinline__ ExactLane min(ExactLane a, ExactLane b) { return core::min(a.v, b.v); }
 __device__ __forceinline__ bool greater(ExactLane a, ExactLane b) { return a.v > b.v; }
 __device__ __forceinline__ ExactLane select(bool mask, ExactLane a, ExactLane b) { return mask ? a.v : b.v; }
+FLASHOPTIM_HD float lane_value(ExactLane a) { return a.v; }
 __device__ __forceinline__ uint32_t truncate_to_int(ExactLane a) { return core::truncate_to_int(a.v); }
 
 /// Reductions over a group; every thread of the warp takes part and gets its group's result.

@@ -119,7 +119,7 @@ Status Plan::Impl::check_set(const Hyperparameters* given, int64_t index, const 
   // The device's own numbers stand for these.
   if (options.lr != nullptr && options.lr[index] != nullptr) hyper.lr = 0.0;
   if (options.step != nullptr && options.step[index] != nullptr) hyper.step = 1;
-  return check_hyperparameters(optimizer, hyper, index);
+  return check_hyperparameter_set(optimizer, hyper, index);
 }
 
 Status Plan::Impl::check(const Hyperparameters* given, int64_t count, const StepOptions& options, int32_t* used) const {

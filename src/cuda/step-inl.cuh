@@ -77,53 +77,53 @@ struct TensorContext {
 };
 
 /// Everything a thread holds of its unit in stored form.
-template <StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 struct StoredUnit {
   StoredWeights weights;
   Words<4> gradient;
-  StoredStates<kCodec> states;
+  StoredStates<Rule, kCodec> states;
 };
 
-template <class Rule, StateCodec kCodec, class Types>
+template <core::Rule Rule, StateCodec kCodec, class Types>
 __device__ __forceinline__ void load_stored(const TensorEntry& t, const Types& types, const Unit& unit, bool vector,
-                                            StoredUnit<kCodec>& out) {
+                                            StoredUnit<Rule, kCodec>& out) {
   constexpr int kBytes = kStateBytes<kCodec>;
   load_weights(t, types, unit.first, unit.valid, vector, out.weights);
   load_2_or_4(t.gradient, unit.first, types.gradient() == DType::kFloat32, unit.valid, vector, out.gradient);
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) {
+  for (int k = 0; k < Rule::kSlotCount; ++k) {
     out.states.words[k] =
         load_unit<kBytes>(static_cast<const unsigned char*>(t.states[k]) + unit.first * kBytes, unit.valid, vector);
   }
 }
 
-template <class Rule, StateCodec kCodec, class Types>
+template <core::Rule Rule, StateCodec kCodec, class Types>
 __device__ __forceinline__ void store_stored(const TensorEntry& t, const Types& types, const Unit& unit, bool vector,
-                                             const StoredUnit<kCodec>& in) {
+                                             const StoredUnit<Rule, kCodec>& in) {
   constexpr int kBytes = kStateBytes<kCodec>;
   store_weights(t, types, unit.first, unit.valid, vector, in.weights);
 #pragma unroll
-  for (int k = 0; k < Rule::kStateCount; ++k) {
+  for (int k = 0; k < Rule::kSlotCount; ++k) {
     store_unit<kBytes>(static_cast<unsigned char*>(t.states[k]) + unit.first * kBytes, in.states.words[k], unit.valid,
                        vector);
   }
 }
 
-template <class Rule, StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 __device__ __forceinline__ void load_headers(const TensorEntry& t, int64_t group, bool active,
-                                             StoredStates<kCodec>& states) {
+                                             StoredStates<Rule, kCodec>& states) {
   if constexpr (kCodec != StateCodec::kFloat32) {
 #pragma unroll
-    for (int k = 0; k < Rule::kStateCount; ++k) states.header[k] = active ? t.scales[k][group] : 0u;
+    for (int k = 0; k < Rule::kSlotCount; ++k) states.header[k] = active ? t.scales[k][group] : 0u;
   }
 }
-template <class Rule, StateCodec kCodec>
+template <core::Rule Rule, StateCodec kCodec>
 __device__ __forceinline__ void store_headers(const TensorEntry& t, int64_t group, bool writes,
-                                              const StoredStates<kCodec>& states) {
+                                              const StoredStates<Rule, kCodec>& states) {
   if constexpr (kCodec != StateCodec::kFloat32) {
     if (writes) {
 #pragma unroll
-      for (int k = 0; k < Rule::kStateCount; ++k) t.scales[k][group] = static_cast<uint16_t>(states.header[k]);
+      for (int k = 0; k < Rule::kSlotCount; ++k) t.scales[k][group] = static_cast<uint16_t>(states.header[k]);
     }
   }
 }
@@ -141,7 +141,7 @@ __device__ __forceinline__ void scaled_gradients(const TensorContext& context, c
   }
 }
 
-__device__ __forceinline__ DitherSource dither_source(const TensorContext& context, const Unit& unit) {
+__device__ __forceinline__ core::GroupDither group_dither(const TensorContext& context, const Unit& unit) {
   const core::DitherKey key = context.prepared.dither;
   const uint64_t index = static_cast<uint64_t>(unit.whole_first);
   return {key, core::dither_group_hash<F>(key, static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32)),
@@ -149,17 +149,17 @@ __device__ __forceinline__ DitherSource dither_source(const TensorContext& conte
 }
 
 /// One unit by core's formulas: any values, any alignment, short groups.
-template <class Rule, StateCodec kCodec, class Types>
+template <core::Rule Rule, StateCodec kCodec, class Types>
 __device__ __forceinline__ void exact_unit(const TensorContext& context, const Types& types, bool aligned,
                                            int64_t group, int lane, bool active) {
   const TensorEntry& t = context.tensor;
   Unit unit = locate_unit(t, group, lane);
   if (!active) unit.valid = 0;
   const bool vector = aligned && unit.valid == kUnit && unit.first % kUnit == 0;
-  const DitherSource dither = dither_source(context, unit);  // here, for the group's index takes two registers
+  const core::GroupDither dither = group_dither(context, unit);  // here, for the group's index takes two registers
 
   // One branch around all loads and one around all stores: they are then in flight together.
-  StoredUnit<kCodec> stored;
+  StoredUnit<Rule, kCodec> stored;
   if (vector) {
     load_stored<Rule, kCodec>(t, types, unit, true, stored);
   } else {
@@ -168,19 +168,20 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
   load_headers<Rule, kCodec>(t, group, active, stored.states);
 
   F w[kUnit], g[kUnit], delta[kUnit];
-  States s;
+  States<Rule> s;
   scaled_gradients(context, types, stored.gradient, unit.valid, g);
   merge_weights(types, stored.weights, w);
   Codec<Rule, kCodec>::decode(stored.states, s);
   const typename Rule::Hyper& hyper = reinterpret_cast<const typename Rule::Hyper&>(context.prepared.rule);
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    ExactLane state[kMaxStates] = {s[i][0], s[i][1]};
+    ExactLane state[core::kSlotArray<Rule>];
+    for (int k = 0; k < Rule::kSlotCount; ++k) state[k] = s[i][k];
     delta[i] = Rule::update(ExactLane(w[i]), ExactLane(g[i]), state, hyper).v;
-    for (int k = 0; k < Rule::kStateCount; ++k) s[i][k] = state[k].v;
+    for (int k = 0; k < Rule::kSlotCount; ++k) s[i][k] = state[k].v;
   }
   update_weights(types, w, delta, dither, stored.weights);
-  Codec<Rule, kCodec>::encode(s, dither, stored.states);
+  Codec<Rule, kCodec>::encode(s, QuadGroup(), dither, stored.states);
 
   // Read the pointers again rather than keep them.
   asm volatile("" ::: "memory");
@@ -192,10 +193,11 @@ __device__ __forceinline__ void exact_unit(const TensorContext& context, const T
   store_headers<Rule, kCodec>(t, group, active && lane == 0, stored.states);
 }
 
-/// Copies a struct to shared memory, a word per thread.
-template <class T>
-__device__ __forceinline__ void copy_to_shared(T* to, const T* from, int thread) {
-  static_assert(sizeof(T) % 4 == 0 && sizeof(T) / 4 <= 32);
+/// Copies a struct to shared memory, a word per thread from the block's thread `kFirst` on.
+template <int kFirst, class T>
+__device__ __forceinline__ void copy_to_shared(T* to, const T* from) {
+  static_assert(sizeof(T) % 4 == 0 && kFirst + sizeof(T) / 4 <= kThreads);
+  const int thread = static_cast<int>(threadIdx.x) - kFirst;
   if (thread >= 0 && thread < static_cast<int>(sizeof(T) / 4)) {
     reinterpret_cast<uint32_t*>(to)[thread] = reinterpret_cast<const uint32_t*>(from)[thread];
   }
@@ -206,7 +208,7 @@ __device__ __forceinline__ bool all_aligned(const TensorEntry& t) {
 }
 
 /// Any values: a block per chunk.
-template <class Rule, StateCodec kCodec, class Types>
+template <core::Rule Rule, StateCodec kCodec, class Types>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     step_kernel(const __grid_constant__ StepArguments args) {
   // In shared memory: registers are for the elements.
@@ -214,8 +216,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __shared__ PreparedHyper prepared;
   const Chunk chunk = args.chunks[blockIdx.x];
   const TensorEntry& entry = entry_of(args, chunk.tensor);
-  copy_to_shared(&tensor, &entry, static_cast<int>(threadIdx.x));
-  copy_to_shared(&prepared, hyper_of(args, entry), static_cast<int>(threadIdx.x) - 32);
+  copy_to_shared<0>(&tensor, &entry);
+  copy_to_shared<64>(&prepared, hyper_of(args, entry));
   __syncthreads();
   if (tensor.gradient == nullptr || prepared.skip) return;
   const TensorContext context{tensor, prepared, args.nonfinite};
@@ -231,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 /// The way out of the hot path, for `count` groups of a warp: a function of its own, so that its registers are not the
 /// hot path's.
-template <class Rule, class Types>
+template <core::Rule Rule, class Types>
 __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const PreparedHyper& prepared,
                                                unsigned long long* nonfinite, int64_t first_group, int count) {
   const TensorContext context{tensor, prepared, nonfinite};
@@ -254,11 +256,11 @@ using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>, kMaster>;
 /// 16-bit weights and gradients of one type, default codec, nothing rounded to nearest but weights without corrections.
 /// Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then as they come, so that all
 /// warps together sweep through memory.
-template <class Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups>
+template <core::Rule Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
-  __shared__ HotContext contexts[kWarps][2];
+  __shared__ HotContext<Rule> contexts[kWarps][2];
   __shared__ HotStage<Rule, kMaster> stages[kWarps][2];
   __shared__ HotTables<Rule, Narrow, kMaster> tables;
   tables.fill();
@@ -292,17 +294,17 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   uint32_t taken = take();
   int slot = 0, stage = 0;
   bool zeros = false;  // the tile before had some: the next one probably has, too
-  HotHeaders next_headers;
+  HotHeaders<Rule> next_headers;
   if (exists) {
-    contexts[warp][0].template open<Rule, kMaster, kGroups>(args, tile.tensor, tile.segment, thread);
+    contexts[warp][0].template open<kMaster, kGroups>(args, tile.tensor, tile.segment, thread);
     if (contexts[warp][0].takes(tile.first, tile.groups))
       next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
 #pragma unroll 1
   while (exists) {
-    const HotContext& context = contexts[warp][slot];
-    const HotHeaders headers = next_headers;
+    const HotContext<Rule>& context = contexts[warp][slot];
+    const HotHeaders<Rule> headers = next_headers;
     const uint32_t number = __shfl_sync(0xffffffffu, taken, 0);
     const bool next_exists = number < tiles;
     HotChunk next{};
@@ -312,7 +314,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
       taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
-        contexts[warp][next_slot].template open<Rule, kMaster, kGroups>(args, next.tensor, next.segment, thread);
+        contexts[warp][next_slot].template open<kMaster, kGroups>(args, next.tensor, next.segment, thread);
       }
       if (contexts[warp][next_slot].takes(next.first, next.groups)) {
         next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
@@ -355,7 +357,7 @@ int load_kernel(Kernel kernel) {
   return static_cast<int>(cudaFuncGetAttributes(&attributes, kernel));
 }
 
-template <class Rule, StateCodec kCodec, class Types = AnyTypes>
+template <core::Rule Rule, StateCodec kCodec, class Types = AnyTypes>
 int launch_step(const StepArguments& args, void* stream) {
   if (args.chunk_count == 0) return load_kernel(step_kernel<Rule, kCodec, Types>);
   step_kernel<Rule, kCodec, Types><<<args.chunk_count, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
@@ -365,7 +367,7 @@ int launch_step(const StepArguments& args, void* stream) {
 template <MasterWeights kMaster>
 using BFloat16Types = HotTypes<core::BFloat16, kMaster>;
 
-template <class Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups = HotGroups::kInOneStretch>
+template <core::Rule Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups = HotGroups::kInOneStretch>
 int launch_hot(const StepArguments& args, void* stream) {
   if (args.chunk_count == 0) return load_kernel(hot_kernel<Rule, Narrow, kMaster, kGroups>);
   // As many blocks as fit the device at a time.
@@ -380,12 +382,12 @@ int launch_hot(const StepArguments& args, void* stream) {
 }
 
 /// A rule's launches. A rule without states has no codec: one kernel serves all three.
-template <class Rule>
+template <core::Rule Rule>
 StepLaunches make_step_launches() {
   StepLaunches out{};
   StepLaunch* const any = out.kernel + kAnyTypes;
   any[static_cast<int>(StateCodec::kFloat32)] = launch_step<Rule, StateCodec::kFloat32>;
-  if constexpr (Rule::kStateCount > 0) {
+  if constexpr (Rule::kSlotCount > 0) {
     any[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
     any[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
     out.kernel[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection8>;

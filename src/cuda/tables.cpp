@@ -25,20 +25,6 @@ const StepLaunches& step_launches(RuleKind rule) {
 
 namespace {
 
-// The table above is in the list's order; the enumeration must be too.
-constexpr int kRuleOrder[] = {
-#define FLASHOPTIM_KIND(name) static_cast<int>(RuleKind::k##name),
-    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_KIND)
-#undef FLASHOPTIM_KIND
-};
-constexpr bool rules_in_order() {
-  for (int i = 0; i < cpu::kRuleKinds; ++i) {
-    if (kRuleOrder[i] != i) return false;
-  }
-  return true;
-}
-static_assert(rules_in_order());
-
 /// Cuts [0, groups) of a tensor into chunks.
 void add_chunks(int32_t tensor, int64_t groups, int64_t groups_per_chunk, std::vector<Chunk>* chunks) {
   for (int64_t first = 0; first < groups; first += groups_per_chunk) {

@@ -145,8 +145,8 @@ __device__ __forceinline__ void merge_weights(const Types& types, const StoredWe
 
 /// w - delta for one kind of narrow weights, into the stored form.
 template <class Narrow, MasterWeights kMaster>
-__device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&delta)[kUnit], const DitherSource& dither,
-                                              StoredWeights& stored) {
+__device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&delta)[kUnit],
+                                              const core::GroupDither& dither, StoredWeights& stored) {
   constexpr auto kStream = core::DitherStream::kWeight;
   const uint32_t start = dither.start<kStream>();
   uint32_t narrow[kUnit], correction[kUnit];
@@ -162,12 +162,12 @@ __device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&del
       } else {
         const F value = core::correction_value<Narrow, kBits, F>(Narrow::template widen<F>(old_narrow), old_correction);
         out = core::split_update_dithered<Narrow, kBits, F>(old_narrow, old_correction, value, delta[i],
-                                                            DitherSource::word<kStream>(start, i));
+                                                            core::GroupDither::word<kStream>(start, i));
       }
       narrow[i] = out.narrow;
       correction[i] = out.correction;
     } else if constexpr (kMaster == MasterWeights::kNoneStochastic) {
-      narrow[i] = core::round_dithered<Narrow, F>(w[i] - delta[i], DitherSource::word<kStream>(start, i));
+      narrow[i] = core::round_dithered<Narrow, F>(w[i] - delta[i], core::GroupDither::word<kStream>(start, i));
     } else {
       narrow[i] = Narrow::template round<F>(w[i] - delta[i]);
     }
@@ -179,7 +179,7 @@ __device__ __forceinline__ void update_narrow(const F (&w)[kUnit], const F (&del
 
 template <class Narrow>
 __device__ __forceinline__ void update_narrow(MasterWeights master, const F (&w)[kUnit], const F (&delta)[kUnit],
-                                              const DitherSource& dither, StoredWeights& stored) {
+                                              const core::GroupDither& dither, StoredWeights& stored) {
   switch (master) {
     case MasterWeights::kNone:
       return update_narrow<Narrow, MasterWeights::kNone>(w, delta, dither, stored);
@@ -198,7 +198,7 @@ __device__ __forceinline__ void update_narrow(MasterWeights master, const F (&w)
 
 template <class Types>
 __device__ __forceinline__ void update_weights(const Types& types, const F (&w)[kUnit], const F (&delta)[kUnit],
-                                               const DitherSource& dither, StoredWeights& stored) {
+                                               const core::GroupDither& dither, StoredWeights& stored) {
   if (types.parameter() == DType::kFloat32) {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) stored.parameter.w[i] = core::to_bits(core::canonical_nan(w[i] - delta[i]));

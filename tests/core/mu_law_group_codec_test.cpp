@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "flashoptim/core/default_codec.h"
+#include "flashoptim/core/codecs/default_codec.h"
 #include "tests/core/test_support.h"
 
 namespace flashoptim::test {

@@ -1,5 +1,5 @@
 // The paper's codec: every code with every scale, golden vectors for the roundings, and the formula in double.
-#include "flashoptim/core/paper_codec.h"
+#include "flashoptim/core/codecs/paper_codec.h"
 
 #include <gtest/gtest.h>
 

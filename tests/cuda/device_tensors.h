@@ -280,7 +280,7 @@ class TensorPair {
   Config config_;
   int states_ = 0;
   ParameterTensors host_, device_;
-  Mirror parameter_, gradient_, correction_, state_[kMaxStates], scale_[kMaxStates];
+  Mirror parameter_, gradient_, correction_, state_[kMaxSlots], scale_[kMaxSlots];
 };
 
 /// Several tensors and a plan on each side.

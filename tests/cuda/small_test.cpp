@@ -123,8 +123,8 @@ TEST(CudaSmall, Conversions) {
       const ParameterTensors &host = pair.tensor(0).host(), &device = pair.tensor(0).device();
       const size_t bytes = static_cast<size_t>(size) * sizeof(float);
       Mirror values[2] = {Mirror(bytes, 0), Mirror(bytes, 0)};
-      float* host_values[kMaxStates] = {};
-      float* device_values[kMaxStates] = {};
+      float* host_values[kMaxSlots] = {};
+      float* device_values[kMaxSlots] = {};
       for (int k = 0; k < 2; ++k) {
         ASSERT_TRUE(values[k].ok());
         host_values[k] = reinterpret_cast<float*>(values[k].data());

@@ -19,8 +19,8 @@ constexpr int64_t kSteps = 60;
 struct Stored {
   std::vector<uint16_t> parameter;
   std::vector<int8_t> correction;
-  std::vector<uint8_t> states[kMaxStates];
-  std::vector<uint16_t> headers[kMaxStates];
+  std::vector<uint8_t> states[kMaxSlots];
+  std::vector<uint16_t> headers[kMaxSlots];
   bool operator==(const Stored&) const = default;
 };
 
@@ -28,7 +28,7 @@ Stored first_state(const std::vector<float>& weights) {
   Stored s;
   s.parameter.resize(kNumel);
   s.correction.resize(kNumel);
-  for (int k = 0; k < kMaxStates; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     s.states[k].assign(kNumel, 0);
     s.headers[k].assign(kRows * 4, 0);
   }

@@ -194,7 +194,7 @@ class OddTensor {
     t_.parameter = copy(t_.parameter, numel * static_cast<size_t>(sizes.parameter), by);
     t_.gradient = copy(t_.gradient, numel * static_cast<size_t>(sizes.gradient), by);
     t_.correction = copy(t_.correction, numel * static_cast<size_t>(sizes.correction), by);
-    for (int k = 0; k < kMaxStates; ++k) {
+    for (int k = 0; k < kMaxSlots; ++k) {
       t_.states[k] = copy(t_.states[k], numel * static_cast<size_t>(sizes.state), by);
       t_.scales[k] = copy(t_.scales[k], groups * 2, by);
     }

@@ -88,7 +88,7 @@ double storage_bound(const TestTensor& t, int64_t i, double w, double delta, uin
 
 int mantissa_bits(const std::string& name) {
 #define FLASHOPTIM_CASE(rule) \
-  if (name == #rule) return core::rule::kStates[0].mantissa_bits;
+  if (name == #rule) return core::rule::kSlots[0].mantissa_bits;
   FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
 #undef FLASHOPTIM_CASE
   return 0;

@@ -148,7 +148,7 @@ class Shard {
   ParameterTensors t_;
   const TestTensor& whole_;
   int states_;
-  std::vector<unsigned char> parameter_, gradient_, correction_, state_[kMaxStates], scale_[kMaxStates];
+  std::vector<unsigned char> parameter_, gradient_, correction_, state_[kMaxSlots], scale_[kMaxSlots];
   Plan plan_;
   Status status_;
 };

@@ -14,18 +14,24 @@ struct Recomputed {
   float without_decay;  ///< the decoupled one
 };
 
-inline Recomputed recompute(const std::string& name, float w, float g, float (&states)[kMaxStates],
-                            Hyperparameters hyper) {
+template <class Rule>
+Recomputed recompute(float w, float g, float (&states)[kMaxSlots], Hyperparameters hyper) {
+  constexpr int kSlots = core::kSlotArray<Rule>;
+  float s[kSlots], copy[kSlots];
+  for (int k = 0; k < kSlots; ++k) s[k] = copy[k] = states[k];
   Recomputed out{};
-#define FLASHOPTIM_CASE(rule)                                                          \
-  if (name == #rule) {                                                                 \
-    float copy[kMaxStates] = {states[0], states[1]};                                   \
-    out.delta = core::rule::update(w, g, states, core::rule::make_hyper(hyper));       \
-    if (name == "AdamW" || name == "Sgdw" || name == "SgdwPlain" || name == "Lion") {  \
-      hyper.weight_decay = 0.0;                                                        \
-    }                                                                                  \
-    out.without_decay = core::rule::update(w, g, copy, core::rule::make_hyper(hyper)); \
-  }
+  out.delta = Rule::update(w, g, s, Rule::make_hyper(hyper));
+  if (Rule::kDecoupledDecay) hyper.weight_decay = 0.0;
+  out.without_decay = Rule::update(w, g, copy, Rule::make_hyper(hyper));
+  for (int k = 0; k < kSlots; ++k) states[k] = s[k];
+  return out;
+}
+
+inline Recomputed recompute(const std::string& name, float w, float g, float (&states)[kMaxSlots],
+                            const Hyperparameters& hyper) {
+  Recomputed out{};
+#define FLASHOPTIM_CASE(rule) \
+  if (name == #rule) out = recompute<core::rule>(w, g, states, hyper);
   FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
 #undef FLASHOPTIM_CASE
   return out;
@@ -47,7 +53,7 @@ inline bool is_beyond_codec(StateCodec codec, int slot, float state) {
 
 /// What is known of a tensor before a step.
 struct Before {
-  std::vector<float> w, states[kMaxStates];
+  std::vector<float> w, states[kMaxSlots];
   std::vector<unsigned char> parameter, correction, all;
 
   Before(const OptimizerChoice& o, const TestTensor& test) {
@@ -55,8 +61,8 @@ struct Before {
     const int64_t n = test.numel();
     w.resize(static_cast<size_t>(n));
     EXPECT_TRUE(merge_weights(t.parameter_dtype, t.master_weights, t.parameter, t.correction, w.data(), n).is_ok());
-    float* values[kMaxStates];
-    for (int k = 0; k < kMaxStates; ++k) {
+    float* values[kMaxSlots];
+    for (int k = 0; k < kMaxSlots; ++k) {
       states[k].resize(static_cast<size_t>(n));
       values[k] = states[k].data();
     }
@@ -88,7 +94,8 @@ inline StepTelemetry brute_force(const OptimizerChoice& o, const Before& before,
   for (size_t i = 0; i < before.w.size(); ++i) {
     const float g = test.gradient_at(static_cast<int64_t>(i)) * (hyper.maximize ? -gradient_scale : gradient_scale);
     out.nonfinite_gradients += !std::isfinite(g);
-    float s[kMaxStates] = {before.states[0][i], before.states[1][i]};
+    float s[kMaxSlots];
+    for (int k = 0; k < kMaxSlots; ++k) s[k] = before.states[k][i];
     const Recomputed r = recompute(o.name, before.w[i], g, s, hyper);
     const bool kept = same(before.parameter, after.parameter, i, sizes.parameter) &&
                       same(before.correction, after.correction, i, sizes.correction);

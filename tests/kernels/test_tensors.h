@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "flashoptim/core/optimizer_list.h"
 #include "flashoptim/step.h"
 #include "tests/core/reference_formats.h"
 #include "tests/core/test_support.h"
@@ -19,14 +20,12 @@ struct OptimizerChoice {
   const char* name;
   OptimizerKind kind;
   bool has_momentum;
-  int states;  ///< slots it must have
+  int states;  ///< slots it has
 };
-inline constexpr OptimizerChoice kOptimizers[] = {
-    {"AdamW", OptimizerKind::kAdamW, true, 2},   {"Adam", OptimizerKind::kAdam, true, 2},
-    {"Sgd", OptimizerKind::kSgd, true, 1},       {"Sgdw", OptimizerKind::kSgdw, true, 1},
-    {"SgdPlain", OptimizerKind::kSgd, false, 0}, {"SgdwPlain", OptimizerKind::kSgdw, false, 0},
-    {"Lion", OptimizerKind::kLion, true, 1},
-};
+#define FLASHOPTIM_CHOICE(name) \
+  {#name, core::name::kKind, !core::kIsWithoutMomentum<core::name>, core::name::kSlotCount},
+inline constexpr OptimizerChoice kOptimizers[] = {FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CHOICE)};
+#undef FLASHOPTIM_CHOICE
 
 struct Storage {
   DType dtype;
@@ -228,14 +227,15 @@ class TestTensor {
   }
 
   bool guards_intact() const {
-    return parameter_.guards_intact() && correction_.guards_intact() && gradient_.guards_intact() &&
-           states_[0].guards_intact() && states_[1].guards_intact() && scales_[0].guards_intact() &&
-           scales_[1].guards_intact();
+    bool intact = parameter_.guards_intact() && correction_.guards_intact() && gradient_.guards_intact();
+    for (int k = 0; k < kMaxSlots; ++k) intact = intact && states_[k].guards_intact() && scales_[k].guards_intact();
+    return intact;
   }
   /// Everything that a step writes.
   void append_to(std::vector<unsigned char>& out) const {
-    for (const GuardedArray* a : {&parameter_, &correction_, &states_[0], &states_[1], &scales_[0], &scales_[1]})
-      a->append_to(out);
+    for (const GuardedArray* a : {&parameter_, &correction_}) a->append_to(out);
+    for (const GuardedArray& a : states_) a.append_to(out);
+    for (const GuardedArray& a : scales_) a.append_to(out);
   }
   std::vector<unsigned char> bytes() const {
     std::vector<unsigned char> out;
@@ -285,7 +285,7 @@ class TestTensor {
   }
 
   ParameterTensors t_;
-  GuardedArray parameter_, correction_, gradient_, states_[kMaxStates], scales_[kMaxStates];
+  GuardedArray parameter_, correction_, gradient_, states_[kMaxSlots], scales_[kMaxSlots];
   int64_t offset_ = 0;
 };
 

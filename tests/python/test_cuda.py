@@ -373,12 +373,12 @@ def test_states_are_zeroed_in_one_launch():
         _states.Format(_ops.MasterWeights.NONE, _ops.StateCodec.FLOAT32, True),
     ]
     params = to_cuda(make_params(torch.bfloat16, SHAPES))
-    items = [(_parameters.local(p), form) for p in params for form in forms]
+    items = [(_parameters.local(p), form, "p") for p in params for form in forms]
     torch.full((1 << 24,), 0x5A, dtype=torch.uint8, device="cuda")  # what the allocator hands out next is not zero
     made = []
     names = launches(lambda: made.extend(_states.new_states("adamw", items)))
     assert len(names) == 1 and "zero_kernel" in names[0]
-    for (_, form), state in zip(items, made, strict=True):
+    for (_, form, _), state in zip(items, made, strict=True):
         arrays = list(state)[1:]
         assert arrays == list(_ops.array_names("adamw", True, form.master_weights, form.codec))
         storages = {state[name].untyped_storage().data_ptr() for name in arrays if state[name].numel()}
@@ -461,12 +461,14 @@ def test_a_graph_outlives_what_is_done_to_its_optimizer():
     graph.replay()
     optimizers["graphed"].reset_numerics()
     runs["graphed"][late].grad = torch.ones_like(runs["graphed"][late])
+    captured = [p.grad for p in runs["graphed"]]  # a replay reads them: they are the caller's to keep
     for p in runs["graphed"][1:]:
         p.grad = None
     optimizers["graphed"].step()  # another plan
     junk = [torch.full((1 << 20,), 0x5A, dtype=torch.uint8, device="cuda") for _ in range(64)]
     graph.replay()
     torch.cuda.synchronize()
+    del captured
     assert all(int(one[0]) == 0x5A and bool((one == 0x5A).all()) for one in junk)
     for _ in range(2):
         optimizers["plain"].step()

@@ -64,6 +64,6 @@ def test_same_bytes(cpp_bytes, name, codec, bits, dtype):
         state = opt.state[p]
         python += raw(p) + raw(state.get("correction"))
         for slot in slots:
-            python += raw(state[slot]) + raw(state.get(slot + "_scale"))
+            python += raw(state.get(slot + "_codes", state.get(slot))) + raw(state.get(slot + "_scale"))
     file = cpp_bytes / f"{name}-{codec}-{bits or 0}-{str(dtype).removeprefix('torch.')}.bin"
     assert python == file.read_bytes()

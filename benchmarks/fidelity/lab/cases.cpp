@@ -371,20 +371,4 @@ CaseData make_data(const Case& c, uint64_t seed) {
   return data;
 }
 
-const char* optimizer_name(OptimizerKind optimizer) {
-  switch (optimizer) {
-    case OptimizerKind::kAdamW:
-      return "adamw";
-    case OptimizerKind::kAdam:
-      return "adam";
-    case OptimizerKind::kSgd:
-      return "sgd";
-    case OptimizerKind::kSgdw:
-      return "sgdw";
-    case OptimizerKind::kLion:
-      return "lion";
-  }
-  return "?";
-}
-
 }  // namespace flashoptim::fidelity

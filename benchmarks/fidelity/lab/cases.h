@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "flashoptim/optimizer_info.h"
 #include "flashoptim/types.h"
 #include "lab/random.h"
 
@@ -76,7 +77,5 @@ CaseData make_data(const Case& c, uint64_t seed);
 float to_float(DType dtype, uint16_t pattern);
 /// A row of gradients as fp32.
 void widen_row(DType dtype, const uint16_t* patterns, float* values, int64_t count);
-
-const char* optimizer_name(OptimizerKind optimizer);
 
 }  // namespace flashoptim::fidelity

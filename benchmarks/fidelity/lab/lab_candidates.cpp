@@ -32,12 +32,13 @@ class LabCandidate : public Candidate {
   double weight_resolution() const override { return 0x1p-23; }
 
  private:
-  static constexpr bool kHasVariance = Rule::kStateCount == 2;
+  static constexpr bool kHasVariance = Rule::kSlotCount == 2;
 
   static void update(const typename Rule::Hyper& h, const float* __restrict g, float* __restrict w, float* __restrict m,
                      float* __restrict v, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
-      float s[kMaxStates] = {m[i], kHasVariance ? v[i] : 0.0f};
+      float s[Rule::kSlotCount] = {m[i]};
+      if constexpr (kHasVariance) s[1] = v[i];
       w[i] -= Rule::template update<float>(w[i], g[i], s, h);
       m[i] = s[0];
       if constexpr (kHasVariance) v[i] = s[1];

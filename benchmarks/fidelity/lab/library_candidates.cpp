@@ -98,8 +98,8 @@ class PlanCandidate : public Candidate {
   std::vector<uint16_t> parameter_;
   std::vector<int8_t> correction8_;
   std::vector<int16_t> correction16_;
-  std::vector<uint8_t> states_[kMaxStates];
-  std::vector<uint16_t> headers_[kMaxStates];
+  std::vector<uint8_t> states_[kMaxSlots];
+  std::vector<uint16_t> headers_[kMaxSlots];
   std::vector<float> weights_;
   ParameterTensors tensor_;
   Plan plan_;

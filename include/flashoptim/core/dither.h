@@ -10,7 +10,8 @@
 
 namespace flashoptim::core {
 
-enum class DitherStream : int { kVariance = 0, kMomentum = 1, kWeight = 2 };
+/// kSecondMomentum: of rules that keep two averages of the gradient.
+enum class DitherStream : int { kVariance = 0, kMomentum = 1, kWeight = 2, kSecondMomentum = 3 };
 
 /// What a step adds to every element's dither: host side, once per step.
 struct DitherKey {
@@ -19,16 +20,19 @@ struct DitherKey {
 };
 
 /// What one step adds to a stream: 2^32 / golden ratio (odd), which has the lowest discrepancy there is, and for
-/// momentum 2^32 * frac(sqrt 2), so that the two states of an element do not round together. Measured, other
-/// irrationals (the R3 sequence) lose 10 to 20 % (docs/numerics.md).
+/// momentum 2^32 * frac(sqrt 2), for a second one frac(sqrt 3), so that the states of an element do not round together.
+/// Measured, other irrationals (the R3 sequence) lose 10 to 20 % (docs/numerics.md).
 template <DitherStream kStream>
-inline constexpr uint32_t kDitherTimeStep = kStream == DitherStream::kMomentum ? 0x6a09e667u : 0x9e3779b9u;
+inline constexpr uint32_t kDitherTimeStep = kStream == DitherStream::kMomentum         ? 0x6a09e667u
+                                            : kStream == DitherStream::kSecondMomentum ? 0xbb67ae85u
+                                                                                       : 0x9e3779b9u;
 
-/// 2^32 * frac(sqrt 2), frac(sqrt 3), frac(sqrt 7).
+/// 2^32 * frac(sqrt 2), frac(sqrt 3), frac(sqrt 7), and of a second momentum frac(sqrt 11).
 template <DitherStream kStream>
-inline constexpr uint32_t kDitherLaneStep = kStream == DitherStream::kVariance   ? 0x6a09e667u
-                                            : kStream == DitherStream::kMomentum ? 0xbb67ae85u
-                                                                                 : 0xa54ff53bu;
+inline constexpr uint32_t kDitherLaneStep = kStream == DitherStream::kVariance         ? 0x6a09e667u
+                                            : kStream == DitherStream::kMomentum       ? 0xbb67ae85u
+                                            : kStream == DitherStream::kSecondMomentum ? 0x510e527fu
+                                                                                       : 0xa54ff53bu;
 
 /// Bijective mixing of 32 bits (two multiply-xorshift rounds).
 template <class F>
@@ -58,9 +62,10 @@ FLASHOPTIM_HD IntOf<F> dither_group_hash(const DitherKey& key, IntOf<F> first_lo
 template <DitherStream kStream, class F>
 FLASHOPTIM_HD IntOf<F> dither_group_start(const DitherKey& key, IntOf<F> group_hash) {
   // Odd multiples of one hash decorrelate the streams without hashing again.
-  constexpr uint32_t kMultiplier = kStream == DitherStream::kVariance   ? 1u
-                                   : kStream == DitherStream::kMomentum ? 0x85ebca6bu
-                                                                        : 0xc2b2ae35u;
+  constexpr uint32_t kMultiplier = kStream == DitherStream::kVariance         ? 1u
+                                   : kStream == DitherStream::kMomentum       ? 0x85ebca6bu
+                                   : kStream == DitherStream::kSecondMomentum ? 0x27d4eb2fu
+                                                                              : 0xc2b2ae35u;
   return group_hash * splat_bits<F>(kMultiplier) + splat_bits<F>(key.step * kDitherTimeStep<kStream>);
 }
 

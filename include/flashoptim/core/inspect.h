@@ -3,12 +3,9 @@
 // group's extremes by its `Group`.
 #pragma once
 
-#include <type_traits>
-
-#include "flashoptim/core/default_codec.h"
+#include "flashoptim/core/codecs/group_states.h"
 #include "flashoptim/core/dither.h"
 #include "flashoptim/core/optimizers/rule.h"
-#include "flashoptim/core/paper_codec.h"
 #include "flashoptim/core/weight_split.h"
 #include "flashoptim/types.h"
 
@@ -43,36 +40,39 @@ struct ElementTypes {
   MasterWeights master_weights;
 };
 
+/// Codes of N elements, as GroupStates reads and writes them.
+template <int N>
+struct InspectedCodes {
+  uint32_t header[kMaxSlots];
+  uint32_t codes[kMaxSlots][N];
+
+  template <int k, bool kSigned>
+  FLASHOPTIM_HD uint32_t code(int i) const {
+    if constexpr (kSigned) return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(codes[k][i])));
+    return codes[k][i];
+  }
+  template <int k>
+  FLASHOPTIM_HD void set_codes(const uint32_t (&from)[N]) {
+    for (int i = 0; i < N; ++i) codes[k][i] = from[i] & 0xffu;
+  }
+};
+
 /// What is stored of N elements, as patterns; those from `valid` on do not exist and are all 0.
 template <int N>
 struct StoredElements {
   int valid;
-  uint32_t parameter[N];           ///< 16 or 32 bits
-  uint32_t correction[N];          ///< with its sign
-  uint32_t gradient[N];            ///< 16 or 32 bits
-  uint32_t states[kMaxStates][N];  ///< 8 bits without sign, or fp32
-  uint32_t scales[kMaxStates];     ///< the group's headers
+  uint32_t parameter[N];     ///< 16 or 32 bits
+  uint32_t correction[N];    ///< with its sign
+  uint32_t gradient[N];      ///< 16 or 32 bits
+  InspectedCodes<N> states;  ///< 8 bits without sign, or fp32
 };
 
 /// One step's numbers.
-template <class Rule>
+template <Rule R>
 struct InspectedStep {
-  const typename Rule::Hyper& hyper;
+  const typename R::Hyper& hyper;
   float gradient_scale;
-  float largest_update;  ///< Rule::largest_update
-};
-
-/// Where N elements get their dither from.
-struct GroupDither {
-  DitherKey key;
-  uint32_t group_hash;
-  int lane;  ///< the first element's place in its group
-
-  template <DitherStream kStream>
-  FLASHOPTIM_HD uint32_t word(int i) const {
-    return dither_group_start<kStream, float>(key, group_hash) +
-           static_cast<uint32_t>(lane + i) * kDitherLaneStep<kStream>;
-  }
+  float largest_update;  ///< R::largest_update
 };
 
 /// Counts of StepTelemetry, over as many elements as fit 32 bits.
@@ -89,12 +89,6 @@ struct Inspection {
     floored_codes += !equals(state, 0.0f) && equals(read_back, 0.0f) ? 1u : 0u;
     saturated_codes += saturated ? 1u : 0u;
   }
-};
-
-/// A group all of whose elements one caller has.
-struct WholeGroup {
-  static FLASHOPTIM_HD uint32_t largest(uint32_t a) { return a; }
-  static FLASHOPTIM_HD uint32_t smallest(uint32_t a) { return a; }
 };
 
 // ---- weights --------------------------------------------------------------------------------------------------------
@@ -168,196 +162,59 @@ FLASHOPTIM_HD bool is_lost(const ElementTypes& types, uint32_t parameter, uint32
   return keeps_narrow<Float16>(types.master_weights, parameter, correction, w, delta, dither);
 }
 
-// ---- states: decode() of what is stored, inspect() of what would be
-// ---------------------------------------------------
+// ---- states ---------------------------------------------------------------------------------------------------------
 
-template <class Rule, StateCodec kCodec>
-struct InspectedStates;
-
-template <class Rule>
-struct InspectedStates<Rule, StateCodec::kFloat32> {
-  template <int N>
-  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
-    for (int i = 0; i < N; ++i) {
-      for (int k = 0; k < Rule::kStateCount; ++k) s[i][k] = from_bits(e.states[k][i]);
-    }
+/// Counts what storing new states would lose of them.
+template <Rule R, StateCodec kCodec, int N, class Group>
+FLASHOPTIM_HD void inspect_states(const float (&s)[N][kSlotArray<R>], int valid, const GroupDither& dither,
+                                  const Group& group, Inspection& out) {
+  using States = GroupStates<R, kCodec, N>;
+  float kept[N][kSlotArray<R>], read_back[N][kSlotArray<R>];
+  for (int i = 0; i < N; ++i) {
+    for (int k = 0; k < kSlotArray<R>; ++k) kept[i][k] = s[i][k];
   }
-  template <int N, class Group>
-  static FLASHOPTIM_HD void inspect(const float (&)[N][kMaxStates], int, const GroupDither&, Group, Inspection&) {}
-};
-
-template <class Rule>
-struct InspectedStates<Rule, StateCodec::kPaper> {
-  template <int k>
-  static constexpr bool kIsSigned = Rule::kStates[k].kind == StateKind::kSigned;
-  template <int k>
-  using Codec = std::conditional_t<kIsSigned<k>, PaperMomentum, PaperVariance>;
-
-  template <int k>
-  static FLASHOPTIM_HD float decode_code(uint32_t code, float scale) {
-    if constexpr (kIsSigned<k>) code = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(code)));
-    return Codec<k>::template decode<float>(code, scale);
-  }
-  template <int k, int N>
-  static FLASHOPTIM_HD void decode_slot(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
-    const float scale = half_to_float(e.scales[k]);
-    for (int i = 0; i < N; ++i) s[i][k] = decode_code<k>(e.states[k][i], scale);
-  }
-  template <int k>
-  static FLASHOPTIM_HD float kept(float state) {
-    if constexpr (!kIsSigned<k>) return sqrt(state);
-    return state;
-  }
-  template <int k, int N, class Group>
-  static FLASHOPTIM_HD void inspect_slot(const float (&s)[N][kMaxStates], int valid, Group group, Inspection& out) {
-    uint32_t largest = 0u;
-    for (int i = 0; i < N; ++i) largest = int_max(largest, to_bits(abs(finite_or_zero(kept<k>(s[i][k])))));
-    const float absmax = max(kPaperSmallestAbsmax, from_bits(group.largest(largest)));
-    const float scale = half_to_float(paper_header(absmax));
-    const float factor = Codec<k>::encoding_factor(absmax);
+  InspectedCodes<N> stored;
+  States::encode(kept, group, dither, stored);
+  States::decode(stored, read_back);
+  States::Slots::for_each([&](auto index) {
+    constexpr int k = decltype(index)::value;
     for (int i = 0; i < valid; ++i) {
-      const float value = kept<k>(s[i][k]);
-      const uint32_t code = Codec<k>::encode(finite_or_zero(value), factor) & 0xffu;
-      out.add_code(s[i][k], decode_code<k>(code, scale), paper_saturates(value));
+      out.add_code(s[i][k], read_back[i][k], States::Slots::template Of<k>::saturates(s[i][k]));
     }
-  }
-
-  template <int N>
-  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
-    if constexpr (Rule::kStateCount > 0) decode_slot<0>(e, s);
-    if constexpr (Rule::kStateCount > 1) decode_slot<1>(e, s);
-  }
-  template <int N, class Group>
-  static FLASHOPTIM_HD void inspect(const float (&s)[N][kMaxStates], int valid, const GroupDither&, Group group,
-                                    Inspection& out) {
-    if constexpr (Rule::kStateCount > 0) inspect_slot<0>(s, valid, group, out);
-    if constexpr (Rule::kStateCount > 1) inspect_slot<1>(s, valid, group, out);
-  }
-};
-
-/// Slot 0 is signed; slot 1, if there is one, a variance that slot 0 is relative to.
-template <class Rule>
-struct InspectedStates<Rule, StateCodec::kDefault> {
-  static constexpr bool kHasVariance = Rule::kStateCount > 1;
-  static constexpr bool kGroupChooses = Rule::kStates[0].mantissa_bits == 0;  ///< K of momentum
-  using MuLaw = typename SignedCodec<Rule::kStates[0].mantissa_bits>::type;
-  using Window = WindowCodec::Window<uint32_t>;
-
-  static FLASHOPTIM_HD float scale(uint32_t header) {
-    if constexpr (kGroupChooses)
-      return MuLaw::template scale<float>(header);
-    else
-      return MuLaw::template decoding_scale<kHasVariance, float>(header);
-  }
-  static FLASHOPTIM_HD float decode_momentum(uint32_t code, uint32_t header, float variance) {
-    if constexpr (kGroupChooses) {
-      const uint32_t extended = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(code)));
-      return MuLaw::template decode<float>(extended, MuLaw::template group<float>(header)) * scale(header);
-    } else {
-      const float x = MuLaw::template decode<float>(code) * scale(header);
-      if constexpr (kHasVariance) return x * root_scale<float>(to_bits(variance));
-      return x;
-    }
-  }
-
-  template <int N>
-  static FLASHOPTIM_HD void decode(const StoredElements<N>& e, float (&s)[N][kMaxStates]) {
-    if constexpr (Rule::kStateCount > 0) {
-      Window window{};
-      if constexpr (kHasVariance) window = WindowCodec::window<float>(e.scales[1]);
-      for (int i = 0; i < N; ++i) {
-        float v = 0.0f;
-        if constexpr (kHasVariance) s[i][1] = v = WindowCodec::decode<float>(e.states[1][i], window);
-        s[i][0] = decode_momentum(e.states[0][i], e.scales[0], v);
-      }
-    }
-  }
-
-  template <int N, class Group>
-  static FLASHOPTIM_HD void inspect(const float (&s)[N][kMaxStates], int valid, const GroupDither& dither, Group group,
-                                    Inspection& out) {
-    if constexpr (Rule::kStateCount > 0) {
-      float x[N], variance[N];  // what is encoded of momentum, and the variance as it would be read back
-      if constexpr (kHasVariance) {
-        inspect_variance(s, valid, dither, group, x, variance, out);
-      } else {
-        for (int i = 0; i < N; ++i) x[i] = finite_or_zero(s[i][0]);
-      }
-      uint32_t largest = 0u, smallest = 0xffffffffu;
-      for (int i = 0; i < N; ++i) {
-        const uint32_t bits = to_bits(abs(x[i]));
-        largest = int_max(largest, bits);
-        smallest = unsigned_min(smallest, bits - 1u);
-      }
-      uint32_t header;
-      if constexpr (kGroupChooses) {
-        header = MuLaw::template header<float>(group.largest(largest), group.smallest(smallest));
-      } else {
-        header = MuLaw::template header<float>(from_bits(group.largest(largest)));
-      }
-      const float inverse = MuLaw::template inverse_scale<float>(header);
-      for (int i = 0; i < valid; ++i) {
-        const uint32_t word = dither.template word<DitherStream::kMomentum>(i);
-        uint32_t code;
-        if constexpr (kGroupChooses) {
-          code = MuLaw::template encode<float>(x[i], inverse, MuLaw::template group<float>(header), word);
-        } else {
-          code = MuLaw::template encode<float>(x[i], inverse, word);
-        }
-        out.add_code(s[i][0], decode_momentum(code, header, kHasVariance ? variance[i] : 0.0f), false);
-      }
-    }
-  }
-
-  template <int N, class Group>
-  static FLASHOPTIM_HD void inspect_variance(const float (&s)[N][kMaxStates], int valid, const GroupDither& dither,
-                                             Group group, float (&x)[N], float (&variance)[N], Inspection& out) {
-    uint32_t largest = 0u, smallest = 0xffffffffu;
-    for (int i = 0; i < N; ++i) {
-      const uint32_t bits = WindowCodec::storable(s[i][1]);
-      largest = int_max(largest, bits);
-      smallest = unsigned_min(smallest, bits - 1u);
-    }
-    const Window window =
-        WindowCodec::window<float>(WindowCodec::header<float>(group.largest(largest), group.smallest(smallest)));
-    for (int i = 0; i < N; ++i) {
-      const auto v =
-          WindowCodec::encode<float>(WindowCodec::storable(s[i][1]), window, dither.word<DitherStream::kVariance>(i));
-      x[i] = relative_to_root(s[i][0], v.stored);
-      variance[i] = WindowCodec::decode<float>(v.code & 0xffu, window);
-      if (i < valid) out.add_code(s[i][1], variance[i], WindowCodec::saturates(s[i][1]));
-    }
-  }
-};
+  });
+}
 
 // ---- all of it ------------------------------------------------------------------------------------------------------
 
 /// Adds what a step would do to these elements to `out`.
-template <class Rule, StateCodec kCodec, int N, class Group>
+template <Rule R, StateCodec kCodec, int N, class Group>
 FLASHOPTIM_HD_FUNCTION void inspect_elements(const ElementTypes& types, const StoredElements<N>& e,
-                                             const InspectedStep<Rule>& step, const GroupDither& dither, Group group,
+                                             const InspectedStep<R>& step, const GroupDither& dither, Group group,
                                              Inspection& out) {
-  float s[N][kMaxStates];
-  InspectedStates<Rule, kCodec>::decode(e, s);
+  float s[N][kSlotArray<R>];
+  GroupStates<R, kCodec, N>::decode(e.states, s);
   float largest = 0.0f;
+  const uint32_t weight_dither = dither.start<DitherStream::kWeight>();
   for (int i = 0; i < N; ++i) {
     const float g = widen(types.gradient, e.gradient[i]) * step.gradient_scale;
     const float w = stored_weight(types, e.parameter[i], e.correction[i]);
-    if constexpr (Rule::kDecoupledDecay) {
+    if constexpr (R::kDecoupledDecay) {
       // Without a weight there is nothing to decay.
-      float old[kMaxStates];
-      for (int k = 0; k < Rule::kStateCount; ++k) old[k] = s[i][k];
-      if (step.largest_update > 0.0f) largest = max(abs(Rule::update(0.0f, g, old, step.hyper)), largest);
+      float old[kSlotArray<R>];
+      for (int k = 0; k < R::kSlotCount; ++k) old[k] = s[i][k];
+      if (step.largest_update > 0.0f) largest = max(abs(R::update(0.0f, g, old, step.hyper)), largest);
     }
-    const float delta = Rule::update(w, g, s[i], step.hyper);
-    if constexpr (!Rule::kDecoupledDecay) largest = max(abs(delta), largest);
+    const float delta = R::update(w, g, s[i], step.hyper);
+    if constexpr (!R::kDecoupledDecay) largest = max(abs(delta), largest);
     if (i < e.valid) {
       out.nonfinite_gradients += (to_bits(g) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
-      out.lost_updates +=
-          is_lost(types, e.parameter[i], e.correction[i], w, delta, dither.word<DitherStream::kWeight>(i)) ? 1u : 0u;
+      out.lost_updates += is_lost(types, e.parameter[i], e.correction[i], w, delta,
+                                  dither.word<DitherStream::kWeight>(weight_dither, i))
+                              ? 1u
+                              : 0u;
     }
   }
-  InspectedStates<Rule, kCodec>::inspect(s, e.valid, dither, group, out);
+  if constexpr (kCodec != StateCodec::kFloat32) inspect_states<R, kCodec>(s, e.valid, dither, group, out);
   out.examined += static_cast<uint32_t>(e.valid);
   if (step.largest_update > 0.0f)
     out.largest_update_ratio = max(largest / step.largest_update, out.largest_update_ratio);

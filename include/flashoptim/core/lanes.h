@@ -16,6 +16,13 @@
 #define FLASHOPTIM_HD inline __attribute__((always_inline))
 #endif
 
+/// Before a loop of a few elements: that all of them stand in registers on a device.
+#if defined(__CUDA_ARCH__)
+#define FLASHOPTIM_UNROLL _Pragma("unroll")
+#else
+#define FLASHOPTIM_UNROLL
+#endif
+
 #if !defined(__CUDACC__)
 #include <cmath>
 #endif

@@ -27,10 +27,17 @@ inline constexpr Magnitudes kMagnitudes{};
 
 inline namespace FLASHOPTIM_AVX512 {
 
-template <class Rule>
+template <core::Rule Rule>
 struct HotDefaultStates : HotWeights {
-  using States = Generic::DefaultStates<Rule>;
-  using MuLaw = typename core::SignedCodec<Rule::kStates[0].mantissa_bits>::type;
+  using States = Generic::CodedStates<Rule, StateCodec::kDefault>;
+  using Slots = typename States::Slots;
+  using Coding = Generic::Coding;
+  static constexpr int kMomentum = core::MomentumOverVariance<Rule>::kMomentum;
+  static constexpr int kVariance = core::MomentumOverVariance<Rule>::kVariance;
+  using MomentumSlot = typename Slots::template Of<kMomentum>;
+  using VarianceSlot = typename Slots::template Of<kVariance>;
+  using MuLaw = typename MomentumSlot::MuLaw;
+  using Window = core::WindowCodec::Window<uint32_t>;  ///< for its constants' places
   using Hyper = typename Rule::Hyper;
   using Lane = BoundedLane<Pair>;
   static constexpr uint32_t kSmallestG = (127u - 50u) << 23;  ///< a pattern
@@ -45,7 +52,7 @@ struct HotDefaultStates : HotWeights {
 
     /// False where a variance is 0, or damaged, or a G smaller than usual.
     FLASHOPTIM_HD bool open(const Block& b) {
-      const auto* const variance_codes = static_cast<const uint8_t*>(b.states[1]);
+      const auto* const variance_codes = static_cast<const uint8_t*>(b.states[kVariance]);
       __m512i smallest = _mm512_loadu_si512(variance_codes);
       for (int i = 64; i < b.groups * kGroup; i += 64)
         smallest = _mm512_min_epu8(smallest, _mm512_loadu_si512(variance_codes + i));
@@ -53,9 +60,9 @@ struct HotDefaultStates : HotWeights {
       __mmask16 unusual = 0;
       for_each_header(
           b, [&](int first) __attribute__((always_inline)) {
-            const __m512i g = _mm512_min_epi32(_mm512_slli_epi32(core::load_u16<F>(b.scales[0] + first).v, 15),
+            const __m512i g = _mm512_min_epi32(_mm512_slli_epi32(core::load_u16<F>(b.scales[kMomentum] + first).v, 15),
                                                all((127u + 30u) << 23));
-            const auto window = core::WindowCodec::window<F>(core::load_u16<F>(b.scales[1] + first));
+            const auto window = core::WindowCodec::window<F>(core::load_u16<F>(b.scales[kVariance] + first));
             const __m512i largest = _mm512_add_epi32(window.below.v, _mm512_sllv_epi32(all(255u), window.shift.v));
             shift.store(first, window.shift.v);
             base_minus_one.store(first, window.base_minus_one.v);
@@ -87,8 +94,8 @@ struct HotDefaultStates : HotWeights {
 
     FLASHOPTIM_HD Decode(const Block& b, const Headers& h)
         : headers(h),
-          momentum_codes(static_cast<const uint8_t*>(b.states[0])),
-          variance_codes(static_cast<const uint8_t*>(b.states[1])) {}
+          momentum_codes(static_cast<const uint8_t*>(b.states[kMomentum])),
+          variance_codes(static_cast<const uint8_t*>(b.states[kVariance])) {}
 
     /// MuLaw::decode of a group.
     FLASHOPTIM_HD void momentum(int i, __m512* low, __m512* high) const {
@@ -123,13 +130,13 @@ struct HotDefaultStates : HotWeights {
       return _mm512_mul_ps(x, float_of(and_or(sum, exponent, headers.mantissa.spread(group))));
     }
 
-    FLASHOPTIM_HD void operator()(int group, Lane (&s)[kMaxStates]) const {
+    FLASHOPTIM_HD void operator()(int group, Lane (&s)[Rule::kSlotCount]) const {
       const int i = group * kGroup;
       __m512 low, high;
       momentum(i, &low, &high);
       const __m512i v_low = variance(group, i), v_high = variance(group, i + kLanes);
-      s[0].v = {{scale(group, low, v_low)}, {scale(group, high, v_high)}};
-      s[1].v = {{float_of(v_low)}, {float_of(v_high)}};
+      s[kMomentum].v = {{scale(group, low, v_low)}, {scale(group, high, v_high)}};
+      s[kVariance].v = {{float_of(v_low)}, {float_of(v_high)}};
     }
   };
 
@@ -141,8 +148,8 @@ struct HotDefaultStates : HotWeights {
     const Decode decode(b, headers);
     const CodesAhead codes_ahead(b);
     const int groups = b.groups;
-    float* const m = b.state_f32[0];
-    float* const v = b.state_f32[1];
+    float* const m = b.state_f32[kMomentum];
+    float* const v = b.state_f32[kVariance];
     Extremes<Largest> largest;
     Extremes<Smallest> smallest;
     for (int first = 0; first < groups; first += 4) {
@@ -150,14 +157,14 @@ struct HotDefaultStates : HotWeights {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
         const int group = first + k, i = group * kGroup;
-        Lane w, g, s[kMaxStates];
+        Lane w, g, s[Rule::kSlotCount];
         codes_ahead.ask(group);
         inputs(group, &w.v, &g.v);
         decode(group, s);
         Rule::template advance<Lane>(w, g, s, h);
-        core::store_f32(m + i, s[0].v);
-        core::store_f32(v + i, s[1].v);
-        const __m512i low = bits_of(s[1].v.lo.v), high = bits_of(s[1].v.hi.v);
+        core::store_f32(m + i, s[kMomentum].v);
+        core::store_f32(v + i, s[kVariance].v);
+        const __m512i low = bits_of(s[kVariance].v.lo.v), high = bits_of(s[kVariance].v.hi.v);
         most[k] = _mm512_max_epi32(low, high);
         least[k] = _mm512_min_epi32(low, high);
         keep(group, s);
@@ -180,9 +187,10 @@ struct HotDefaultStates : HotWeights {
     for_each_header(
         b, [&](int first) __attribute__((always_inline)) {
           const I header =
-              core::WindowCodec::header<F>(high[first / kLanes], low[first / kLanes] - core::splat_bits<F>(1u));
-          States::store_window(b, first, core::WindowCodec::window<F>(header));
-          core::store_16(b.scales[1] + first, header);
+              VarianceSlot::template header<F>(high[first / kLanes], low[first / kLanes] - core::splat_bits<F>(1u));
+          Generic::store_constants(b, kVariance, first,
+                                   VarianceSlot::template encoding<F>(header, high[first / kLanes]));
+          core::store_16(b.scales[kVariance] + first, header);
         });
     return true;
   }
@@ -190,12 +198,12 @@ struct HotDefaultStates : HotWeights {
   /// WindowCodec::encode of variances that are not 0; leaves momentum relative to them, and its headers.
   static void encode_variance(Block& b) {
     if (!b.usual) [[unlikely]]
-      return States::template encode_variance<true>(b);
-    const Dither<core::DitherStream::kVariance> dither(b);
+      return States::template encode_slots<Coding::kBases, true>(b);
+    const Dither<Slots::stream(kVariance)> dither(b);
     const int groups = b.groups;
-    float* const m = b.state_f32[0];
-    const float* const v = b.state_f32[1];
-    auto* const codes = static_cast<uint8_t*>(b.states[1]);
+    float* const m = b.state_f32[kMomentum];
+    const float* const v = b.state_f32[kVariance];
+    auto* const codes = static_cast<uint8_t*>(b.states[kVariance]);
     const PackBytes<0> low_bytes;
     Extremes<Largest> largest;
     for (int first = 0; first < groups; first += 4) {
@@ -203,8 +211,9 @@ struct HotDefaultStates : HotWeights {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
         const int group = first + k, i = group * kGroup;
-        const __m512i shift = all(b.window_shift[group]), right = all(b.window_dither_shift[group]);
-        const __m256i base = _mm256_set1_epi8(static_cast<char>(b.window_base_minus_one[group]));
+        const auto& window = b.constants[kVariance];
+        const __m512i shift = all(window[Window::kShift][group]), right = all(window[Window::kDitherShift][group]);
+        const __m256i base = _mm256_set1_epi8(static_cast<char>(window[Window::kBaseMinusOne][group]));
         const auto encode = [&](int at, __m512i word, __m512* x) __attribute__((always_inline)) {
           const __m512i sum = _mm512_add_epi32(_mm512_load_si512(v + at), _mm512_srlv_epi32(word, right));
           // The sum's exponent is that of the stored variance: cutting takes away less.
@@ -222,27 +231,28 @@ struct HotDefaultStates : HotWeights {
     }
     for_each_header(
         b, [&](int first) __attribute__((always_inline)) {
-          const I header = MuLaw::template header<F>(core::from_bits(largest.of_groups(first)));
-          core::store_f32(b.encoding_factor[0] + first, MuLaw::template inverse_scale<F>(header));
-          core::store_16(b.scales[0] + first, header);
+          const I most = largest.of_groups(first);
+          const I header = MomentumSlot::template header<F>(most, most);
+          Generic::store_constants(b, kMomentum, first, MomentumSlot::template encoding<F>(header, most));
+          core::store_16(b.scales[kMomentum] + first, header);
         });
   }
 
   /// MuLaw::encode.
   static void encode_momentum(Block& b) {
     if (!b.usual) [[unlikely]]
-      return States::template encode_momentum<true>(b);
-    const Dither<core::DitherStream::kMomentum> dither(b);
+      return States::template encode_slots<Coding::kOthers, true>(b);
+    const Dither<Slots::stream(kMomentum)> dither(b);
     const int groups = b.groups;
-    const float* const relative = b.state_f32[0];
-    auto* const codes = static_cast<uint8_t*>(b.states[0]);
+    const float* const relative = b.state_f32[kMomentum];
+    auto* const codes = static_cast<uint8_t*>(b.states[kMomentum]);
     const __m512 two = all_f(known<Constants>().two);
     const PackBytes<2> third_bytes;
     const PackBytes<3> top_bytes;
     static_assert(MuLaw::kShift == 17);
     for (int group = 0; group < groups; ++group) {
       const int i = group * kGroup;
-      const __m512 inverse = all_f(b.encoding_factor[0][group]);
+      const __m512 inverse = float_of(all(b.constants[kMomentum][0][group]));
       const __m512 x_low = _mm512_load_ps(relative + i), x_high = _mm512_load_ps(relative + i + kLanes);
       const auto encode = [&](__m512 x, __m512i word) __attribute__((always_inline)) {
         const __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_abs_ps(x), inverse), two);

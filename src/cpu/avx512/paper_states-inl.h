@@ -6,22 +6,25 @@
 namespace flashoptim::cpu {
 inline namespace FLASHOPTIM_AVX512 {
 
-template <class Rule>
+template <core::Rule Rule>
 struct HotPaperStates : HotWeights {
+  static constexpr int kMomentum = core::MomentumOverVariance<Rule>::kMomentum;
+  static constexpr int kVariance = core::MomentumOverVariance<Rule>::kVariance;
   using Hyper = typename Rule::Hyper;
   using Lane = BoundedLane<Pair>;
   static constexpr float kLargestRoot = 0x1p27f;  ///< of variances that vouch for the rule's bounds
 
-  using States = Generic::PaperStates<Rule>;
+  using States = Generic::CodedStates<Rule, StateCodec::kPaper>;
+  using Slots = typename States::Slots;
   struct Headers {
-    PerGroup of[kMaxStates];
+    PerGroup of[Rule::kSlotCount];
 
     /// False where one is not finite.
     FLASHOPTIM_HD bool open(const Block& b) {
       __mmask16 infinite = 0;
       for_each_header(
           b, [&](int first) __attribute__((always_inline)) {
-            for (int k = 0; k < kMaxStates; ++k) {
+            for (int k = 0; k < Rule::kSlotCount; ++k) {
               const __m512 s =
                   _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.scales[k] + first)));
               infinite |= _mm512_cmp_ps_mask(_mm512_abs_ps(s), all_f(core::kPaperLargestScale), _CMP_NLE_UQ);
@@ -38,10 +41,10 @@ struct HotPaperStates : HotWeights {
   template <class Inputs, class Keep>
   static FLASHOPTIM_HD bool advance(Block& b, const Headers& scales, Hyper h, Inputs inputs, Keep keep) {
     const int groups = b.groups;
-    const auto* const m_codes = static_cast<const uint8_t*>(b.states[0]);
-    const auto* const v_codes = static_cast<const uint8_t*>(b.states[1]);
-    float* const m = b.state_f32[0];
-    float* const root = b.state_f32[1];
+    const auto* const m_codes = static_cast<const uint8_t*>(b.states[kMomentum]);
+    const auto* const v_codes = static_cast<const uint8_t*>(b.states[kVariance]);
+    float* const m = b.state_f32[kMomentum];
+    float* const root = b.state_f32[kVariance];
     const CodesAhead codes_ahead(b);
     const auto& k = known<PaperConstants>();
     const __m512 inverse_high = all_f(k.inverse_high), inverse_low = all_f(k.inverse_low);
@@ -52,7 +55,8 @@ struct HotPaperStates : HotWeights {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const int group = first + j, i = group * kGroup;
-        const __m512 m_scale = float_of(scales.of[0].spread(group)), v_scale = float_of(scales.of[1].spread(group));
+        const __m512 m_scale = float_of(scales.of[kMomentum].spread(group)),
+                     v_scale = float_of(scales.of[kVariance].spread(group));
         const auto decode_m = [&](int at) __attribute__((always_inline)) {
           return core::PaperMomentum::decode<F>(I{_mm512_cvtepi8_epi32(load_16_bytes(m_codes + at))}, F{m_scale}).v;
         };
@@ -62,57 +66,59 @@ struct HotPaperStates : HotWeights {
           const __m512 r = _mm512_mul_ps(_mm512_fmadd_ps(c, inverse_high, _mm512_mul_ps(c, inverse_low)), v_scale);
           return _mm512_mul_ps(r, r);
         };
-        Lane w, g,
-            s[kMaxStates] = {{{{decode_m(i)}, {decode_m(i + kLanes)}}}, {{{decode_v(i)}, {decode_v(i + kLanes)}}}};
+        Lane w, g, s[Rule::kSlotCount];
+        s[kMomentum].v = {{decode_m(i)}, {decode_m(i + kLanes)}};
+        s[kVariance].v = {{decode_v(i)}, {decode_v(i + kLanes)}};
         codes_ahead.ask(group);
         inputs(group, &w.v, &g.v);
         Rule::template advance<Lane>(w, g, s, h);
-        const Pair r = core::sqrt(s[1].v);
-        core::store_f32(m + i, s[0].v);
+        const Pair r = core::sqrt(s[kVariance].v);
+        core::store_f32(m + i, s[kMomentum].v);
         core::store_f32(root + i, r);
         keep(group, s);
-        most_m[j] = bits_of(_mm512_range_ps(s[0].v.lo.v, s[0].v.hi.v, 0x0b));  // the larger magnitude
-        most_root[j] = _mm512_max_epu32(bits_of(r.lo.v), bits_of(r.hi.v));     // a NaN is above all
+        most_m[j] = bits_of(_mm512_range_ps(s[kMomentum].v.lo.v, s[kMomentum].v.hi.v, 0x0b));  // the larger magnitude
+        most_root[j] = _mm512_max_epu32(bits_of(r.lo.v), bits_of(r.hi.v));                     // a NaN is above all
       }
       largest_m.store(first, most_m);
       largest_root.store(first, most_root);
     }
-    I absmax[kMaxStates][kBlockGroups / kLanes];
+    I largest[Rule::kSlotCount][kBlockGroups / kLanes];
     __mmask16 unusual = 0;
     for_each_header(
         b, [&](int first) __attribute__((always_inline)) {
-          absmax[0][first / kLanes] = largest_m.of_groups(first);
-          absmax[1][first / kLanes] = largest_root.of_groups(first);
-          unusual |= _mm512_cmpgt_epu32_mask(absmax[1][first / kLanes].v, bits_of(all_f(kLargestRoot)));
+          largest[kMomentum][first / kLanes] = largest_m.of_groups(first);
+          largest[kVariance][first / kLanes] = largest_root.of_groups(first);
+          unusual |= _mm512_cmpgt_epu32_mask(largest[kVariance][first / kLanes].v, bits_of(all_f(kLargestRoot)));
         });
     if (unusual != 0 || inputs.unusual != 0) return false;
     for_each_header(
         b, [&](int first) __attribute__((always_inline)) {
-          for (int slot = 0; slot < kMaxStates; ++slot) {
-            const F a =
-                core::max(core::splat<F>(core::kPaperSmallestAbsmax), core::from_bits(absmax[slot][first / kLanes]));
-            core::store_16(b.scales[slot] + first, core::paper_header(a));
-            core::store_f32(b.encoding_factor[slot] + first, slot == 0 ? core::PaperMomentum::encoding_factor(a)
-                                                                       : core::PaperVariance::encoding_factor(a));
-          }
+          Slots::for_each([&](auto index) __attribute__((always_inline)) {
+            constexpr int k = decltype(index)::value;
+            using Slot = typename Slots::template Of<k>;
+            const I most = largest[k][first / kLanes], header = Slot::template header<F>(most, most);
+            core::store_16(b.scales[k] + first, header);
+            Generic::store_constants(b, k, first, Slot::template encoding<F>(header, most));
+          });
         });
     return true;
   }
 
   static void encode(Block& b) {
     if (!b.usual) [[unlikely]]
-      return States::encode_slots(b);
+      return States::template encode_slots<Generic::Coding::kAll, true>(b);
     const int groups = b.groups;
-    const float* const m = b.state_f32[0];
-    const float* const root = b.state_f32[1];
-    auto* const m_codes = static_cast<uint8_t*>(b.states[0]);
-    auto* const v_codes = static_cast<uint8_t*>(b.states[1]);
+    const float* const m = b.state_f32[kMomentum];
+    const float* const root = b.state_f32[kVariance];
+    auto* const m_codes = static_cast<uint8_t*>(b.states[kMomentum]);
+    auto* const v_codes = static_cast<uint8_t*>(b.states[kVariance]);
     const auto& k = known<PaperConstants>();
     const __m512 half = all_f(k.half), n = all_f(k.n), n_and_half = all_f(k.n_and_half);
     const PackBytes<0> low_bytes;
     for (int group = 0; group < groups; ++group) {
       const int i = group * kGroup;
-      const __m512 half_absmax = all_f(b.encoding_factor[0][group]), factor = all_f(b.encoding_factor[1][group]);
+      const __m512 half_absmax = float_of(all(b.constants[kMomentum][0][group]));
+      const __m512 factor = float_of(all(b.constants[kVariance][0][group]));
       const auto encode_m = [&](int at) __attribute__((always_inline)) {
         const __m512 x = _mm512_load_ps(m + at);
         const __m512 y = _mm512_div_ps(x, _mm512_add_ps(half_absmax, _mm512_mul_ps(_mm512_abs_ps(x), half)));

@@ -225,7 +225,7 @@ struct HotPieces {
 
   /// Asks for the memory of two arrays of codes, 64 bytes of one or the other a group.
   struct CodesAhead {
-    const char* of[kMaxStates];
+    const char* of[2];
     explicit FLASHOPTIM_HD CodesAhead(const Block& b)
         : of{static_cast<const char*>(b.states[0]) + b.ahead, static_cast<const char*>(b.states[1]) + b.ahead} {}
     FLASHOPTIM_HD void ask(int group) const { __builtin_prefetch(of[group & 1] + (group & ~1) * kGroup, 1, 3); }

@@ -1,7 +1,7 @@
 // The hot path of AVX-512: passes over a block in about half of the operations that core's formulas compile to. The
 // same bits: every step is an identity of core's, said beside it, under conditions that are tested before anything is
 // written. Where one fails (zeros, subnormals, infinities, NaN, absurd magnitudes), the group or the block takes core's
-// formulas in loops-inl.h. tests/kernels compares both with the scalar loops.
+// formulas in state_loops-inl.h and weight_loops-inl.h. tests/kernels compares both with the scalar loops.
 //
 // Compiled once per instruction set: with VBMI and BF16 (Sapphire Rapids, Zen 4 and later) a few sequences are shorter.
 #pragma once
@@ -20,7 +20,7 @@ struct HotAvx512 {
     if constexpr (!core::is_nearest(kMaster))
       t.store_weights[kBFloat16][static_cast<int>(kMaster)] = HotWeights::store_weights<kMaster>;
   }
-  template <class Rule, MasterWeights kMaster>
+  template <core::Rule Rule, MasterWeights kMaster>
   static constexpr void add_usual(KernelTable& t, RuleKind kind) {
     using Relative = HotDefaultStates<Rule>;
     using Paper = HotPaperStates<Rule>;
@@ -34,11 +34,13 @@ struct HotAvx512 {
     usual[static_cast<int>(StateCodec::kPaper)][kM] = {
         PaperEntries::template begin<kMaster>, HotWeights::finish<Rule, kMaster>, {Paper::encode, nullptr}};
   }
-  template <class Rule>
+  template <core::Rule Rule>
   static constexpr void add_rule(KernelTable& t, RuleKind kind) {
-    if constexpr (core::kHasBoundingVariance<Rule>) add_rule_with_variance<Rule>(t, kind);
+    if constexpr (core::kHasBoundingVariance<Rule> && core::MomentumOverVariance<Rule>::kFits) {
+      add_rule_with_variance<Rule>(t, kind);
+    }
   }
-  template <class Rule>
+  template <core::Rule Rule>
   static constexpr void add_rule_with_variance(KernelTable& t, RuleKind kind) {
     add_usual<Rule, MasterWeights::kCorrection8>(t, kind);
     add_usual<Rule, MasterWeights::kCorrection16>(t, kind);

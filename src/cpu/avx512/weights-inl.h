@@ -120,8 +120,8 @@ struct HotWeights : HotPieces {
     for (int group = 0; group < groups; ++group) {
       const int i = group * kGroup;
       const __m512i words = _mm512_loadu_si512(parameter + i);
-      Generic::ask_ahead(b, parameter, i);
-      Generic::ask_ahead(b, corrections, i);
+      LoopPieces<Pair>::ask_ahead(b, parameter, i);
+      LoopPieces<Pair>::ask_ahead(b, corrections, i);
       if (not_normal(words) != 0) [[unlikely]] {
         Generic::load_narrow_weights_of<core::BFloat16, kMaster>(b, group, group + 1);
         continue;
@@ -146,7 +146,7 @@ struct HotWeights : HotPieces {
     __mmask32 nonfinite = 0;
     for (int i = 0; i < elements; i += kGroup) {
       const __m512i words = _mm512_loadu_si512(gradient + i);
-      Generic::ask_ahead(b, gradient, i);
+      LoopPieces<Pair>::ask_ahead(b, gradient, i);
       nonfinite |=
           _mm512_testn_epi16_mask(_mm512_add_epi16(words, _mm512_set1_epi16(0x0080)), _mm512_set1_epi16(0x7f80));
       const __m512 low = widen.low(words), high = widen.high(words);
@@ -203,7 +203,7 @@ struct HotWeights : HotPieces {
   // ---- usual blocks: straight from bf16 gradients to bf16 weights ------------------------------------------------
 
   /// Reads a group's gradient, and its weight where the rule takes weight decay into the gradient.
-  template <class Rule, MasterWeights kMaster, bool kScaled>
+  template <core::Rule Rule, MasterWeights kMaster, bool kScaled>
   struct NarrowInputs {
     const uint16_t* gradient;
     const uint16_t* parameter;
@@ -252,17 +252,17 @@ struct HotWeights : HotPieces {
   };
 
   /// Takes a group's new states: leaves its step for finish(), or delta for the stages that store weights.
-  template <class Rule>
+  template <core::Rule Rule>
   struct KeepStep {
     typename Rule::Hyper h;
     float* steps;
 
     FLASHOPTIM_HD KeepStep(Block& b, const typename Rule::Hyper& hyper) : h(hyper), steps(b.delta) {}
-    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[kMaxStates]) const {
+    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[Rule::kSlotCount]) const {
       core::store_f32(steps + group * kGroup, Rule::template step<BoundedLane<Pair>>(s, h).v);
     }
   };
-  template <class Rule>
+  template <core::Rule Rule>
   struct KeepDelta {
     typename Rule::Hyper h;
     float* deltas;
@@ -270,7 +270,7 @@ struct HotWeights : HotPieces {
 
     FLASHOPTIM_HD KeepDelta(Block& b, const typename Rule::Hyper& hyper)
         : h(hyper), deltas(b.delta), weight(b.weight) {}
-    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[kMaxStates]) const {
+    FLASHOPTIM_HD void operator()(int group, const BoundedLane<Pair> (&s)[Rule::kSlotCount]) const {
       using Lane = BoundedLane<Pair>;
       const Lane w{core::load_f32<Pair>(weight + group * kGroup)};
       core::store_f32(deltas + group * kGroup, Rule::template decayed<Lane>(w, Rule::template step<Lane>(s, h), h).v);
@@ -279,7 +279,7 @@ struct HotWeights : HotPieces {
 
   /// The two ways into a codec's passes, which names its Headers, bounds_hold(h), advance(b, headers, h, inputs, keep)
   /// and the general States.
-  template <class Rule, class Codec>
+  template <core::Rule Rule, class Codec>
   struct Entries {
     using Hyper = typename Rule::Hyper;
 
@@ -310,7 +310,7 @@ struct HotWeights : HotPieces {
     }
   };
 
-  template <class Rule, MasterWeights kMaster>
+  template <core::Rule Rule, MasterWeights kMaster>
   [[gnu::noinline]] static void finish_group_generic(Block& b, int group) {
     using Lane = BoundedLane<Pair>;
     const int i = group * kGroup;
@@ -322,7 +322,7 @@ struct HotWeights : HotPieces {
   }
 
   /// finish() of UsualStages: weights of groups store_begin ... store_end - 1, whose steps stand in delta.
-  template <class Rule, MasterWeights kMaster>
+  template <core::Rule Rule, MasterWeights kMaster>
   static void finish(Block& b) {
     using Lane = BoundedLane<Pair>;
     constexpr int kBits = core::correction_bits(kMaster);

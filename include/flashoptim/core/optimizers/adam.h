@@ -15,10 +15,14 @@ namespace flashoptim::core {
 
 template <bool kDecoupled>
 struct AdamRule {
+  static constexpr OptimizerKind kKind = kDecoupled ? OptimizerKind::kAdamW : OptimizerKind::kAdam;
+  static constexpr const char* kName = kDecoupled ? "adamw" : "adam";
+  static constexpr auto kHyperparameters = hyperparameter_list(
+      {.weight_decay = kDecoupled ? 1e-2 : 0.0}, beta_field("beta1", &Hyperparameters::beta1, 0.9),
+      beta_field("beta2", &Hyperparameters::beta2, 0.999), nonnegative_field("eps", &Hyperparameters::eps, 1e-8));
   static constexpr bool kDecoupledDecay = kDecoupled;
-  static constexpr int kStateCount = 2;
-  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, 1, 6},
-                                                    {"exp_avg_sq", StateKind::kUnsigned, kNoSlot}};
+  static constexpr int kSlotCount = 2;
+  static constexpr StateSlot kSlots[] = {{"exp_avg", StateKind::kSigned, 1, 6}, {"exp_avg_sq", StateKind::kUnsigned}};
 
   struct Hyper {
     float step_size;  // lr / (1 - beta1^t)
@@ -45,14 +49,14 @@ struct AdamRule {
   }
 
   template <class F>
-  static FLASHOPTIM_HD F update(F w, F g, F (&s)[kMaxStates], const Hyper& h) {
+  static FLASHOPTIM_HD F update(F w, F g, F (&s)[kSlotCount], const Hyper& h) {
     advance(w, g, s, h);
     return decayed(w, step(s, h), h);
   }
 
   /// The first part of update(): m and v.
   template <class F>
-  static FLASHOPTIM_HD void advance(F w, F g, F (&s)[kMaxStates], const Hyper& h) {
+  static FLASHOPTIM_HD void advance(F w, F g, F (&s)[kSlotCount], const Hyper& h) {
     if constexpr (!kDecoupled) g = g + splat<F>(h.decay) * w;
     g = clamp_gradient(g);
     s[0] = splat<F>(h.beta1) * s[0] + splat<F>(h.one_minus_beta1) * g;
@@ -61,7 +65,7 @@ struct AdamRule {
 
   /// The second: delta without decoupled decay, of the new m and v.
   template <class F>
-  static FLASHOPTIM_HD F step(const F (&s)[kMaxStates], const Hyper& h) {
+  static FLASHOPTIM_HD F step(const F (&s)[kSlotCount], const Hyper& h) {
     const F denominator = sqrt(s[1]) * splat<F>(h.inverse_sqrt_bias2) + splat<F>(h.eps);
     return splat<F>(h.step_size) * (s[0] / max(splat<F>(kSmallestDenominator), denominator));
   }
@@ -93,6 +97,7 @@ struct AdamRule {
   /// bounds what a tiny weight adds to delta.)
   static constexpr uint32_t kSmallestBoundingVariance = (127u - 124u) << 23;
   static constexpr uint32_t kLargestBoundingVariance = (127u + 54u) << 23;
+  static constexpr bool kDividesRelative = true;
   static FLASHOPTIM_HD bool variance_bounds(const Hyper& h) {
     return h.beta2 >= 0x1p-20f && h.one_minus_beta2 >= 0x1p-24f && h.inverse_sqrt_bias2 >= 1.0f && h.eps <= 0x1p38f &&
            h.decay <= 1.0f;

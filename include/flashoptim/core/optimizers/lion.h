@@ -11,9 +11,13 @@
 namespace flashoptim::core {
 
 struct Lion {
+  static constexpr OptimizerKind kKind = OptimizerKind::kLion;
+  static constexpr const char* kName = "lion";
+  static constexpr auto kHyperparameters = hyperparameter_list({}, beta_field("beta1", &Hyperparameters::beta1, 0.9),
+                                                               beta_field("beta2", &Hyperparameters::beta2, 0.99));
   static constexpr bool kDecoupledDecay = true;
-  static constexpr int kStateCount = 1;
-  static constexpr StateSlot kStates[kMaxStates] = {{"exp_avg", StateKind::kSigned, kNoSlot, 0}, {}};
+  static constexpr int kSlotCount = 1;
+  static constexpr StateSlot kSlots[] = {{"exp_avg", StateKind::kSigned, kNoSlot, 0}};
 
   struct Hyper {
     float lr;
@@ -34,7 +38,7 @@ struct Lion {
   }
 
   template <class F>
-  static FLASHOPTIM_HD F update(F w, F g, F (&s)[kMaxStates], const Hyper& h) {
+  static FLASHOPTIM_HD F update(F w, F g, F (&s)[kSlotCount], const Hyper& h) {
     const F c = splat<F>(h.beta1) * s[0] + splat<F>(h.one_minus_beta1) * g;
     s[0] = splat<F>(h.beta2) * s[0] + splat<F>(h.one_minus_beta2) * g;
     const F zero = splat<F>(0.0f);

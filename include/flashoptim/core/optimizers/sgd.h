@@ -14,9 +14,16 @@ namespace flashoptim::core {
 
 template <bool kDecoupled, bool kMomentum>
 struct SgdRule {
+  static constexpr OptimizerKind kKind = kDecoupled ? OptimizerKind::kSgdw : OptimizerKind::kSgd;
+  static constexpr const char* kName = kDecoupled ? "sgdw" : "sgd";
+  static constexpr bool kWithoutMomentum = !kMomentum;
+  static constexpr auto kHyperparameters =
+      hyperparameter_list({}, nonnegative_field("momentum", &Hyperparameters::momentum, 0.0),
+                          finite_field("dampening", &Hyperparameters::dampening, 0.0),
+                          flag_field("nesterov", &Hyperparameters::nesterov, false));
   static constexpr bool kDecoupledDecay = kDecoupled;
-  static constexpr int kStateCount = kMomentum ? 1 : 0;
-  static constexpr StateSlot kStates[kMaxStates] = {{"momentum_buffer", StateKind::kSigned, kNoSlot, 5}, {}};
+  static constexpr int kSlotCount = kMomentum ? 1 : 0;
+  static constexpr StateSlot kSlots[] = {{"momentum_buffer", StateKind::kSigned, kNoSlot, 5}};
 
   struct Hyper {
     float lr;
@@ -38,7 +45,7 @@ struct SgdRule {
   }
 
   template <class F>
-  static FLASHOPTIM_HD F update(F w, F g, F (&s)[kMaxStates], const Hyper& h) {
+  static FLASHOPTIM_HD F update(F w, F g, F (&s)[1], const Hyper& h) {
     if constexpr (!kDecoupled) g = g + splat<F>(h.decay) * w;
     F direction = g;
     if constexpr (kMomentum) {

@@ -12,6 +12,9 @@
 // already, and the rest of the group keeps its scale.
 #pragma once
 
+#include <type_traits>
+
+#include "flashoptim/core/codecs/coded.h"
 #include "flashoptim/core/narrow_float.h"
 
 namespace flashoptim::core {
@@ -25,16 +28,16 @@ FLASHOPTIM_HD IntOf<F> paper_header(F absmax) {
   return Float16::template round<F>(min(absmax, splat<F>(kPaperLargestScale)));
 }
 
+/// What a group is divided by, from the pattern of its largest magnitude.
+template <class F>
+FLASHOPTIM_HD F paper_absmax(IntOf<F> largest) {
+  return max(splat<F>(kPaperSmallestAbsmax), from_bits(largest));
+}
+
 /// Whether a finite |m| or sqrt(v) is above every scale. Its group is stored under the scale 65504, so that it is read
 /// back as 65504 at most, and the rest of the group as less than it was.
 FLASHOPTIM_HD bool paper_saturates(float value) {
   return greater(abs(value), kPaperLargestScale) && greater(0x1p127f * 2.0f, abs(value));
-}
-
-/// 0 for NaN and infinity.
-template <class F>
-FLASHOPTIM_HD F finite_or_zero(F value) {
-  return select(greater(splat<F>(0x1p127f * 2.0f), abs(value)), value, splat<F>(0.0f));
 }
 
 struct PaperMomentum {
@@ -83,6 +86,47 @@ struct PaperVariance {
     const F root = (c * splat<F>(kInverse255High) + c * splat<F>(kInverse255Low)) * scale;
     return root * root;
   }
+};
+
+/// The codec of a slot (slot_codecs.h). `kept` is m or sqrt(v), 0 where that is not finite.
+template <bool kIsSigned>
+struct PaperSlot {
+  using Values = std::conditional_t<kIsSigned, PaperMomentum, PaperVariance>;
+  static constexpr bool kSignedCodes = kIsSigned, kUsesSmallest = false, kIsDithered = false, kDropsNonfinite = false;
+  template <class F>
+  using Constants = Factor<F>;  ///< the scale, or encode()'s factor
+
+  template <class F>
+  static FLASHOPTIM_HD F kept(F state) {
+    if constexpr (!kIsSigned) state = sqrt(state);
+    return finite_or_zero(state);
+  }
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> magnitude(F kept) {
+    return to_bits(abs(kept));
+  }
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> header(IntOf<F> largest, IntOf<F>) {
+    return paper_header(paper_absmax<F>(largest));
+  }
+  template <class F>
+  static FLASHOPTIM_HD Constants<F> decoding(IntOf<F> header) {
+    return {half_to_float(header)};
+  }
+  template <class F>
+  static FLASHOPTIM_HD Constants<F> encoding(IntOf<F>, IntOf<F> largest) {
+    return {Values::encoding_factor(paper_absmax<F>(largest))};
+  }
+  template <class F, class C>
+  static FLASHOPTIM_HD F decode(IntOf<F> code, const C& constants) {
+    return Values::template decode<F>(code, constants.factor);
+  }
+  template <class F, class C>
+  static FLASHOPTIM_HD Coded<F> encode(F kept, const C& constants, IntOf<F>) {
+    const IntOf<F> code = Values::template encode<F>(kept, constants.factor);
+    return {code, code};
+  }
+  static FLASHOPTIM_HD bool saturates(float state) { return paper_saturates(kIsSigned ? state : sqrt(state)); }
 };
 
 }  // namespace flashoptim::core

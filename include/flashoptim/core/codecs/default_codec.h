@@ -18,8 +18,11 @@
 // Momentum whose K a group chooses (Lion: MuLawGroupCodec). The header gives 2 bits of G's mantissa to K = 3 ... 6, and
 // code 1 keeps the sign of what is far below the first step d = 2^(1 - K):
 //     |x| / G = float(bits(2.0) | a << (23 - K)) - (2 + d - f),  f = d / 8, for a >= 1;  a = 0 is x = 0 alone
+//
+// At the end: the codecs of slots (slot_codecs.h says what those have), made of these.
 #pragma once
 
+#include "flashoptim/core/codecs/coded.h"
 #include "flashoptim/core/lanes.h"
 
 namespace flashoptim::core {
@@ -75,6 +78,15 @@ struct WindowCodec {
     I dither_shift;    ///< 32 - shift
     I base_minus_one;  ///< in units of 2^shift; 0 for header 0
     I below;           ///< the pattern below that of code 1
+
+    enum Place : int { kShift, kDitherShift, kBaseMinusOne, kBelow, kCount };
+    template <class Body>
+    FLASHOPTIM_HD void each(const Body& body) {
+      body(kShift, shift);
+      body(kDitherShift, dither_shift);
+      body(kBaseMinusOne, base_minus_one);
+      body(kBelow, below);
+    }
   };
 
   template <class F>
@@ -96,15 +108,9 @@ struct WindowCodec {
     return from_bits(select(int_greater(bits, w.below), bits, splat_bits<F>(0u)));
   }
 
-  template <class F>
-  struct Encoded {
-    IntOf<F> code;
-    IntOf<F> stored;  ///< pattern of decode(code)
-  };
-
   /// `bits` is storable(v); `dither` the stream's word.
   template <class F>
-  static FLASHOPTIM_HD Encoded<F> encode(IntOf<F> bits, const Window<IntOf<F>>& w, IntOf<F> dither) {
+  static FLASHOPTIM_HD Coded<F> encode(IntOf<F> bits, const Window<IntOf<F>>& w, IntOf<F> dither) {
     const IntOf<F> cut = shift_right_each(bits + shift_right_each(dither, w.dither_shift), w.shift);
     // Zero has cut 0, below the base of every window; it and only it becomes code 0.
     return {int_max(cut - w.base_minus_one, splat_bits<F>(0u)), shift_left_each(cut, w.shift)};
@@ -184,6 +190,16 @@ struct MuLawGroupCodec {
     IntOf<F> mask;    ///< the code's 7 bits in place
     F offset;         ///< 2 + d - f
     IntOf<F> lowest;  ///< pattern of 2 + d, that of code 1
+
+    static constexpr int kCount = 5;
+    template <class Body>
+    FLASHOPTIM_HD void each(const Body& body) {
+      body(0, shift);
+      body(1, dither_shift);
+      body(2, mask);
+      body(3, offset);
+      body(4, lowest);
+    }
   };
   template <class F>
   static FLASHOPTIM_HD Group<F> group(IntOf<F> header) {
@@ -256,16 +272,6 @@ struct MuLawGroupCodec {
   static FLASHOPTIM_HD float inverse_largest(uint32_t shift) { return (1.0f / largest(shift)) * (1.0f + 0x1p-21f); }
 };
 
-/// The codec of a rule's signed slot by StateSlot::mantissa_bits; 0: each group's own choice.
-template <int kMantissaBits>
-struct SignedCodec {
-  using type = MuLawCodec<kMantissaBits>;
-};
-template <>
-struct SignedCodec<0> {
-  using type = MuLawGroupCodec;
-};
-
 /// The power of two S that momentum is stored relative to, 2^floor(log2(v) / 2), and its inverse, for the pattern of a
 /// stored v > 0. Their product is exactly 1. (Half of an exponent is a shift of the pattern.)
 template <class F>
@@ -291,5 +297,143 @@ FLASHOPTIM_HD F relative_to_root(F m, IntOf<F> v_bits) {
   const F bounded = max(min(x, splat<F>(kLargestRelative)), splat<F>(-kLargestRelative));  // of a NaN: kLargestRelative
   return select(int_equal(v_bits, splat_bits<F>(0u)), splat<F>(0.0f), bounded);
 }
+
+// ---- codecs of slots ------------------------------------------------------------------------------------------------
+
+/// An unsigned slot.
+struct WindowSlot {
+  static constexpr bool kSignedCodes = false, kUsesSmallest = true, kIsDithered = true, kDropsNonfinite = false;
+  template <class F>
+  using Constants = WindowCodec::Window<IntOf<F>>;
+
+  template <class F>
+  static FLASHOPTIM_HD F kept(F state) {
+    return from_bits(WindowCodec::storable(state));
+  }
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> magnitude(F kept) {
+    return to_bits(kept);
+  }
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> header(IntOf<F> largest, IntOf<F> smallest_minus_one) {
+    return WindowCodec::header<F>(largest, smallest_minus_one);
+  }
+  template <class F>
+  static FLASHOPTIM_HD Constants<F> decoding(IntOf<F> header) {
+    return WindowCodec::window<F>(header);
+  }
+  template <class F>
+  static FLASHOPTIM_HD Constants<F> encoding(IntOf<F> header, IntOf<F>) {
+    return WindowCodec::window<F>(header);
+  }
+  template <class F, class C>
+  static FLASHOPTIM_HD F decode(IntOf<F> code, const C& constants) {
+    return WindowCodec::decode<F>(code, constants);
+  }
+  template <class F, class C>
+  static FLASHOPTIM_HD Coded<F> encode(F kept, const C& constants, IntOf<F> dither) {
+    return WindowCodec::encode<F>(to_bits(kept), constants, dither);
+  }
+  static FLASHOPTIM_HD bool saturates(float state) { return WindowCodec::saturates(state); }
+};
+
+/// What signed slots have in common. `kept` is the state, finite, or what it is relative to its variance.
+struct SignedSlot {
+  static constexpr bool kIsDithered = true, kDropsNonfinite = true;
+  template <class F>
+  static FLASHOPTIM_HD F kept(F state) {
+    return finite_or_zero(state);
+  }
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> magnitude(F kept) {
+    return to_bits(abs(kept));
+  }
+  static FLASHOPTIM_HD bool saturates(float) { return false; }
+};
+
+/// A signed slot of a given K.
+template <int kMantissaBits, bool kIsRelative>
+struct MuLawSlot : SignedSlot {
+  using MuLaw = MuLawCodec<kMantissaBits>;
+  static constexpr bool kSignedCodes = false, kUsesSmallest = false;
+  template <class F>
+  using Constants = Factor<F>;  ///< G, or 1 / G
+
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> header(IntOf<F> largest, IntOf<F>) {
+    return MuLaw::template header<F>(from_bits(largest));
+  }
+  template <class F>
+  static FLASHOPTIM_HD Constants<F> decoding(IntOf<F> header) {
+    return {MuLaw::template decoding_scale<kIsRelative, F>(header)};
+  }
+  template <class F>
+  static FLASHOPTIM_HD Constants<F> encoding(IntOf<F> header, IntOf<F>) {
+    return {MuLaw::template inverse_scale<F>(header)};
+  }
+  template <class F, class C>
+  static FLASHOPTIM_HD F decode(IntOf<F> code, const C& constants) {
+    return MuLaw::template decode<F>(code) * constants.factor;
+  }
+  template <class F, class C>
+  static FLASHOPTIM_HD Coded<F> encode(F kept, const C& constants, IntOf<F> dither) {
+    const IntOf<F> code = MuLaw::template encode<F>(kept, constants.factor, dither);
+    return {code, code};
+  }
+};
+
+/// A signed slot whose groups choose K.
+struct MuLawGroupSlot : SignedSlot {
+  using MuLaw = MuLawGroupCodec;
+  static constexpr bool kSignedCodes = true, kUsesSmallest = true;
+  template <class F>
+  struct Constants {
+    MuLaw::Group<F> group;
+    F factor;  ///< G, or 1 / G
+
+    static constexpr int kCount = MuLaw::Group<F>::kCount + 1;
+    template <class Body>
+    FLASHOPTIM_HD void each(const Body& body) {
+      group.each(body);
+      body(kCount - 1, factor);
+    }
+  };
+
+  template <class F>
+  static FLASHOPTIM_HD IntOf<F> header(IntOf<F> largest, IntOf<F> smallest_minus_one) {
+    return MuLaw::header<F>(largest, smallest_minus_one);
+  }
+  template <class F>
+  static FLASHOPTIM_HD Constants<F> decoding(IntOf<F> header) {
+    return {MuLaw::group<F>(header), MuLaw::scale<F>(header)};
+  }
+  template <class F>
+  static FLASHOPTIM_HD Constants<F> encoding(IntOf<F> header, IntOf<F>) {
+    return {MuLaw::group<F>(header), MuLaw::inverse_scale<F>(header)};
+  }
+  template <class F, class C>
+  static FLASHOPTIM_HD F decode(IntOf<F> code, const C& constants) {
+    return MuLaw::decode<F>(code, constants.group) * constants.factor;
+  }
+  template <class F, class C>
+  static FLASHOPTIM_HD Coded<F> encode(F kept, const C& constants, IntOf<F> dither) {
+    const IntOf<F> code = MuLaw::encode<F>(kept, constants.factor, constants.group, dither);
+    return {code, code};
+  }
+};
+
+/// The codec of a slot by what its rule says of it.
+template <bool kIsSigned, bool kIsRelative, int kMantissaBits>
+struct DefaultSlot {
+  using type = MuLawSlot<kMantissaBits, kIsRelative>;
+};
+template <>
+struct DefaultSlot<true, false, 0> {
+  using type = MuLawGroupSlot;
+};
+template <int kMantissaBits>
+struct DefaultSlot<false, false, kMantissaBits> {
+  using type = WindowSlot;
+};
 
 }  // namespace flashoptim::core
