@@ -9,6 +9,7 @@
 
 #include <torch/optim/optimizer.h>
 #include <torch/ordered_dict.h>
+#include <torch/types.h>
 
 #include <memory>
 #include <optional>
