@@ -93,7 +93,9 @@ void convert_states(Op op, const std::string& name, OptimizerKind optimizer, con
     const std::string array = array_name(optimizer, Role::kScale, static_cast<int>(k), codec);
     const GroupLayout found = stored_layout(op, "state '" + array + "' of " + name, sizes, from_order, shard,
                                             read_tensor(op, {"scales"}, scales[k].get()));
-    same = same && found == layout;
+    // Whole groups in every row: the same groups, however rows are counted.
+    const bool has_whole_groups = found.row_size % kGroupSize == 0 && layout.row_size % kGroupSize == 0;
+    same = same && (found == layout || has_whole_groups);
   }
   if (same) {
     for (size_t k = 0; k < states.size(); ++k) {

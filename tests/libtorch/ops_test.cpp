@@ -218,10 +218,10 @@ TEST(StepOp, BadArgumentsNameThemselvesAndChangeNothing) {
       {"codec", [](Call& c) { c.state_codecs[0] = -1; }, {"state_codecs[0] = -1"}},
       {"state dtype",
        [](Call& c) { c.states[3] = c.states[3].to(torch::kChar); },
-       {"'exp_avg_sq' of params[1]", "int8", "uint8"}},
+       {"'exp_avg_sq_codes' of params[1]", "int8", "uint8"}},
       {"state shape",
        [](Call& c) { c.states[3] = torch::zeros({101}, torch::kByte); },
-       {"'exp_avg_sq' of params[1]", "[101]"}},
+       {"'exp_avg_sq_codes' of params[1]", "[101]"}},
       {"scale dtype",
        [](Call& c) { c.scales[1] = c.scales[1].to(torch::kFloat); },
        {"'exp_avg_sq_scale' of params[0]", "float32", "int16"}},
@@ -302,17 +302,17 @@ constexpr auto kDefault = static_cast<int64_t>(StateCodec::kDefault);
 constexpr auto kFloat32 = static_cast<int64_t>(StateCodec::kFloat32);
 
 TEST(FormatOps, FollowOptionsAndNameTheArrays) {
-  const auto format_of =
-      op<std::vector<int64_t>(int64_t, int64_t, bool, int64_t, int64_t, bool, int64_t)>("flashoptim::format_of");
-  const auto format = [&](bool quantize, int64_t bits, int64_t numel) {
-    return format_of.call(kBFloat16, numel, quantize, kDefault, bits, /*stochastic_rounding=*/false, 4096);
+  const auto format_of = op<std::vector<int64_t>(int64_t, at::IntArrayRef, bool, int64_t, int64_t, bool, int64_t)>(
+      "flashoptim::format_of");
+  const auto format = [&](bool quantize, int64_t bits, const std::vector<int64_t>& sizes) {
+    return format_of.call(kBFloat16, sizes, quantize, kDefault, bits, /*stochastic_rounding=*/false, 4096);
   };
-  EXPECT_EQ(format(true, 24, 4096), (std::vector<int64_t>{kCorrection8, kDefault}));
-  EXPECT_EQ(format(true, 32, 4095), (std::vector<int64_t>{kCorrection16, kFloat32}));
-  EXPECT_EQ(format(false, 0, 4096), (std::vector<int64_t>{0, kFloat32}));
+  EXPECT_EQ(format(true, 24, {64, 64}), (std::vector<int64_t>{kCorrection8, kDefault}));
+  EXPECT_EQ(format(true, 32, {63, 64}), (std::vector<int64_t>{kCorrection16, kFloat32}));
+  EXPECT_EQ(format(false, 0, {64, 64}), (std::vector<int64_t>{0, kFloat32}));
   const auto array_names = op<std::string(std::string_view, bool, int64_t, int64_t)>("flashoptim::array_names");
   EXPECT_EQ(array_names.call("adamw", true, kCorrection8, kDefault),
-            "exp_avg,exp_avg_scale,exp_avg_sq,exp_avg_sq_scale,correction");
+            "exp_avg_codes,exp_avg_scale,exp_avg_sq_codes,exp_avg_sq_scale,correction");
   EXPECT_EQ(array_names.call("sgd", false, 0, kFloat32), "");
 }
 

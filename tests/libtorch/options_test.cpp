@@ -1,6 +1,11 @@
 // What was set on options, however it was set, is remembered and kept beside an optimizer's defaults.
 #include <sstream>
 
+#include <cmath>
+#include <limits>
+#include <sstream>
+
+#include "flashoptim/optimizer_info.h"
 #include "tests/libtorch/support.h"
 
 namespace flashoptim_test {
@@ -183,6 +188,79 @@ TEST(Options, ArchivesOfGroupsAreAsBefore) {
   flash::FlashAdamWOptions read;
   read.serialize(in);
   EXPECT_EQ(set_names(read).size(), 16u) << "an archive that does not say: all";
+}
+
+// ---- against the rules ----------------------------------------------------------------------------------------------
+
+/// The option that a rule's hyperparameter is, where the optimizer shows it as a number.
+template <class Options>
+double* number_of(Options& options, const std::string& name) {
+  if (name == "lr") return &options.lr();
+  if (name == "weight_decay") return &options.weight_decay();
+  if constexpr (requires { options.betas(); }) {
+    if (name == "beta1") return &std::get<0>(options.betas());
+    if (name == "beta2") return &std::get<1>(options.betas());
+  }
+  if constexpr (requires { options.eps(); }) {
+    if (name == "eps") return &options.eps();
+  }
+  if constexpr (requires { options.momentum(); }) {
+    if (name == "momentum") return &options.momentum();
+    if (name == "dampening") return &options.dampening();
+  }
+  if constexpr (requires { options.initial_lr(); }) {
+    if (name == "decay_lr") return &options.initial_lr();
+  }
+  return nullptr;
+}
+
+template <class Optimizer>
+void expect_as_the_rule_says() {
+  using Options = typename Optimizer::Options;
+  constexpr flashoptim::OptimizerKind kKind = Options::kKind;
+  SCOPED_TRACE(flashoptim::optimizer_name(kKind));
+  int numbers = 0;
+  for (int64_t i = 0; i < flashoptim::hyperparameter_count(kKind); ++i) {
+    const flashoptim::HyperparameterInfo info = flashoptim::hyperparameter(kKind, i);
+    SCOPED_TRACE(info.name);
+    Options options;
+    double* const number = number_of(options, info.name);
+    if (number == nullptr) {
+      const bool is_known = info.kind != flashoptim::HyperparameterKind::kNumber || i == flashoptim::kDecayLrIndex;
+      EXPECT_TRUE(is_known) << "an option is missing";
+      EXPECT_EQ(info.default_value, i == flashoptim::kStepIndex ? 1.0 : 0.0);
+      continue;
+    }
+    ++numbers;
+    EXPECT_EQ(*number, info.default_value);
+    const double edge = std::numeric_limits<double>::denorm_min(), inf = std::numeric_limits<double>::infinity();
+    for (const double value :
+         {-inf, -1.0, -edge, 0.0, 0.5, std::nextafter(1.0, 0.0), 1.0, 2.0, 1e6, inf, double(NAN)}) {
+      flashoptim::Hyperparameters hyper = flashoptim::default_hyperparameters(kKind);
+      *number = value;
+      EXPECT_EQ(error_of([&] { options.check(""); }).empty(),
+                flashoptim::set_hyperparameter(kKind, i, value, &hyper).is_ok())
+          << value;
+    }
+  }
+  EXPECT_GE(numbers, 4);
+  // The name in archives.
+  Optimizer optimizer(std::vector<Tensor>{parameter({8}, 1)});
+  std::stringstream stream;
+  torch::save(optimizer, stream);
+  torch::serialize::InputArchive archive;
+  archive.load_from(stream);
+  c10::IValue name;
+  archive.read("optimizer", name);
+  EXPECT_EQ(name.toStringRef(), flashoptim::optimizer_name(kKind));
+}
+
+TEST(Options, DefaultsAndRangesAreTheRules) {
+  expect_as_the_rule_says<flash::FlashAdamW>();
+  expect_as_the_rule_says<flash::FlashAdam>();
+  expect_as_the_rule_says<flash::FlashSGD>();
+  expect_as_the_rule_says<flash::FlashSGDW>();
+  expect_as_the_rule_says<flash::FlashLion>();
 }
 
 }  // namespace

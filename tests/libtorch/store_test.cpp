@@ -227,9 +227,10 @@ TEST(Memory, AStorageThatWasMadeSmallerIsNeverStepped) {
   flash::FlashAdamW optimizer(params, flash::FlashAdamWOptions(1e-2));
   step(optimizer, params, 1);
   const Tensor& state = optimizer.param_state(params[0])->states[1];
-  const std::pair<Tensor, std::string> shrunk[] = {{state, "'exp_avg_sq' of FlashAdamW: param_groups[0].params[0]"},
-                                                   {params[0].grad(), "FlashAdamW: param_groups[0].params[0].grad"},
-                                                   {params[0].detach(), "FlashAdamW: param_groups[0].params[0]"}};
+  const std::pair<Tensor, std::string> shrunk[] = {
+      {state, "'exp_avg_sq_codes' of FlashAdamW: param_groups[0].params[0]"},
+      {params[0].grad(), "FlashAdamW: param_groups[0].params[0].grad"},
+      {params[0].detach(), "FlashAdamW: param_groups[0].params[0]"}};
   for (const auto& [tensor, name] : shrunk) {
     SCOPED_TRACE(name);
     const size_t bytes = tensor.storage().nbytes();
