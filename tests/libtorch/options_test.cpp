@@ -1,6 +1,4 @@
 // What was set on options, however it was set, is remembered and kept beside an optimizer's defaults.
-#include <sstream>
-
 #include <cmath>
 #include <limits>
 #include <sstream>
