@@ -51,7 +51,8 @@ def _bytes_of(value: Tensor) -> Tensor:
 def _of_bytes(data: Tensor) -> Tensor:
     """Sums over the rows and the columns of the bytes as 64-bit words, 512 a row, each times an odd number of its own.
 
-    Modulo 2^64: one changed bit changes it, whatever the bit, and so does another order. Integer sums are the same on every
+    Modulo 2^64: one changed bit changes it, whatever the bit, and so does another order. Integer sums are the same on
+    every
     device and run as fast as memory is read: zlib's crc32 is slower, and would bring a device's arrays to the host.
     """
     if data.storage_offset() % 8:
@@ -79,14 +80,17 @@ def verify(state_dict: Mapping[str, Any], numbers: Sequence[Any]) -> None:
         return
     if not isinstance(saved, Tensor) or saved.dtype != torch.int64 or saved.dim() != 1 or saved.numel() != len(numbers):
         raise ValueError(
-            f"{KEY} of the state dict is {saved!r}; allowed is a 1-D int64 tensor of {len(numbers)} elements, one a parameter"
+            f"{KEY} of the state dict is {saved!r}; allowed is a 1-D int64 tensor of {len(numbers)} elements, one a "
+            f"parameter"
         )
     found = of_states({i: state_dict["state"].get(number) for i, number in enumerate(numbers)}, len(numbers))
     wrong = [str(numbers[i]) for i in torch.nonzero((found != saved.cpu()) & (saved.cpu() != 0)).flatten().tolist()]
     if wrong:
         raise ValueError(
-            f"the state of parameter {', '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''} is not what its checksum says: the file "
+            f"the state of parameter {', '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''} is not what its "
+            f"checksum says: the file "
             "is damaged, or the dict has changed since state_dict() (its arrays are the optimizer's own, which step() "
-            "changes: copy.deepcopy() keeps them). Allowed are states as saved; load_state_dict(state_dict, verify=False) "
+            "changes: copy.deepcopy() keeps them). Allowed are states as saved; load_state_dict(state_dict, "
+            "verify=False) "
             "takes edited ones"
         )

@@ -1,4 +1,6 @@
-"""Parameter groups, and what a checkpoint says of how its states are stored (docs/state_format.md, "What a file says")."""
+"""Parameter groups, and what a checkpoint says of how its states are stored (docs/state_format.md, "What a file
+says").
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,11 @@ def _library_version() -> str:
 
 
 class ParamGroup(dict[str, Any]):
-    """A parameter group whose ``PACKED_OPTIONS`` lie in one dict under one key, and are read and set by their own names.
+    """A parameter group whose ``PACKED_OPTIONS`` lie in one dict under one key, and are read and set by their own
+    names.
 
-    torch's checkpoint functions want every key of a live group in the file. Under one key, whose name carries optimizer and
+    torch's checkpoint functions want every key of a live group in the file. Under one key, whose name carries optimizer
+    and
     format, a new option breaks no old checkpoint, and a checkpoint of another optimizer is refused.
     """
 
@@ -77,7 +81,10 @@ class ParamGroup(dict[str, Any]):
             dict.__setitem__(self, key, value)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         if key not in self:
@@ -154,7 +161,8 @@ class Description(NamedTuple):
             return None if runs[0][1] is None else str(runs[0][1])
         if count != self.parameters:
             raise ValueError(
-                f"a group of the state dict had {self.parameters} parameters of different formats when it was saved, and "
+                f"a group of the state dict had {self.parameters} parameters of different formats when it was saved, "
+                f"and "
                 f"has {count} now, so that theirs cannot be told; allowed is the number of before"
             )
         for length, value in runs:

@@ -1,4 +1,6 @@
-"""A state as ``state_dict()`` shows it, and back: bytes that any copy, file or collective carries (docs/state_format.md)."""
+"""A state as ``state_dict()`` shows it, and back: bytes that any copy, file or collective carries
+(docs/state_format.md).
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,8 @@ def unpacked(
             if not key.endswith(SCALE):
                 if state[key].dim() != len(order):
                     raise ValueError(
-                        f"state {key!r} of {name} has shape {tuple(state[key].shape)}, and storage_order {order}; allowed is "
+                        f"state {key!r} of {name} has shape {tuple(state[key].shape)}, and storage_order {order}; "
+                        f"allowed is "
                         "one entry a dimension"
                     )
                 if _states.order_of(state[key]) is None:  # as state_dict() shows it, not as optimizer.state has it
@@ -186,7 +189,9 @@ def _scale_of(value: Tensor, codec: str | None, name: str, key: str) -> Tensor:
     if value.dtype != torch.uint8:
         return value
     if codec not in _SCALE_DTYPES:
-        raise ValueError(f"state {key!r} of {name} is bytes without codes of a known codec; allowed are both, as they were saved")
+        raise ValueError(
+            f"state {key!r} of {name} is bytes without codes of a known codec; allowed are both, as they were saved"
+        )
     return _from_bytes(value, _SCALE_DTYPES[codec], name, key)
 
 
@@ -222,7 +227,8 @@ def _cut(kind: str, state: dict[str, Any], param: Local, form: Format, name: str
     if isinstance(correction, Tensor):
         if tuple(correction.shape) != param.whole:
             raise ValueError(
-                f"state 'correction' of {name} has shape {tuple(correction.shape)}; allowed is the parameter's, {param.whole}"
+                f"state 'correction' of {name} has shape {tuple(correction.shape)}; allowed is the parameter's, "
+                f"{param.whole}"
             )
         result[CORRECTION] = correction[box].contiguous()
     return result

@@ -93,8 +93,10 @@ def check_cut(param: Local, name: str) -> None:
         return
     raise ValueError(
         f"{name} of shape {param.whole} is cut by {param.spec.placements} so that this rank has {sizes} from "
-        f"{param.offsets} on: inside a group of {GROUP} elements along dimensions {list(range(leading, len(sizes)))}, which share "
-        f"a scale. Allowed are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; otherwise "
+        f"{param.offsets} on: inside a group of {GROUP} elements along dimensions "
+        f"{list(range(leading, len(sizes)))}, which share "
+        f"a scale. Allowed are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; "
+        f"otherwise "
         'give this parameter a group with "quantize": False'
     )
 
@@ -115,8 +117,10 @@ def wrap(param: Local, tensor: Tensor, whole: Sequence[int], name: str) -> Tenso
     expected, _ = compute_local_shape_and_global_offset(tuple(whole), mesh, placements)
     if tuple(expected) != tuple(tensor.shape):
         raise ValueError(
-            f"{name} of shape {param.whole} and placements {placements} has a state of shape {tuple(whole)}, of which this "
-            f"rank holds {tuple(tensor.shape)}, where torch expects {tuple(expected)}: its rows are not cut at multiples of "
+            f"{name} of shape {param.whole} and placements {placements} has a state of shape {tuple(whole)}, of "
+            f"which this "
+            f"rank holds {tuple(tensor.shape)}, where torch expects {tuple(expected)}: its rows are not cut at "
+            f"multiples of "
             f'{GROUP} elements. Cut another dimension, or give this parameter a group with "quantize": False'
         )
     strides = []
@@ -157,7 +161,8 @@ def check_parameter(param: Any, name: str) -> None:
             raise TypeError(f"{name} is a DTensor with placements {placements}; allowed are Shard and Replicate")
         if plain(param).numel() > 0 and not plain(param).is_contiguous():
             raise ValueError(
-                f"the local tensor of {name} has shape {tuple(plain(param).shape)} and stride {plain(param).stride()}; allowed for "
+                f"the local tensor of {name} has shape {tuple(plain(param).shape)} and stride "
+                f"{plain(param).stride()}; allowed for "
                 "a DTensor is a contiguous one"
             )
     if param.layout != torch.strided:
@@ -242,7 +247,8 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 def check_not_flattened(groups: Sequence[Mapping[str, Any]], caller: str) -> None:
-    """Raises RuntimeError where FSDP1 asks for states so to take them apart; ``caller``: the name of the module that asks.
+    """Raises RuntimeError where FSDP1 asks for states so to take them apart; ``caller``: the name of the module that
+    asks.
 
     Its flat parameters are pieces of several of the model's, so scales and groups are, too; torch cannot know. A
     rank's own state_dict() is fine.
@@ -252,8 +258,10 @@ def check_not_flattened(groups: Sequence[Mapping[str, Any]], caller: str) -> Non
     for group in groups:
         if any(hasattr(param, "_fsdp_flattened") or hasattr(param, "_is_flat_param") for param in group["params"]):
             raise RuntimeError(
-                "optim_state_dict of FullyShardedDataParallel (FSDP1) cannot take apart states that groups of 32 elements share "
-                "scales of; allowed are FSDP2 (torch.distributed.fsdp.fully_shard), whose checkpoints load on any number of "
+                "optim_state_dict of FullyShardedDataParallel (FSDP1) cannot take apart states that groups of 32 "
+                "elements share "
+                "scales of; allowed are FSDP2 (torch.distributed.fsdp.fully_shard), whose checkpoints load on any "
+                "number of "
                 "processes, and each rank's own optimizer.state_dict()"
             )
 

@@ -108,7 +108,8 @@ def converted_states(
             params.append((param, rewritten))
     if unknown:
         warnings.warn(
-            f"states of the state dict hold {', '.join(sorted(unknown))}, which {kind} does not know: copies are kept in "
+            f"states of the state dict hold {', '.join(sorted(unknown))}, which {kind} does not know: copies are "
+            f"kept in "
             "optimizer.state, and nothing is done with them",
             stacklevel=3,
         )

@@ -271,7 +271,8 @@ def _check_owner(kind: str, saved: Mapping[str, Any], name: str) -> None:
     coded = sorted(str(key) for key in saved if "::" in str(key) or key in ("error_bits", "ecc_bits"))
     if coded:
         raise ValueError(
-            f"the state of {name} holds {', '.join(coded)}: it was written by the reference implementation (flashoptim), whose "
+            f"the state of {name} holds {', '.join(coded)}: it was written by the reference implementation "
+            f"(flashoptim), whose "
             "compressed states are not read here; save them there with compress_state_dict=False"
         )
 

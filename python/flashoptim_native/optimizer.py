@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
-from . import _checksums, _groups, _ops, _packing, _parameters, _state_dict, _states, _validate, weights
+from . import _checksums, _ops, _packing, _parameters, _state_dict, _states, _validate, weights
 from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._store import Controls, Store, is_capturing, outside_compile
 from .numerics import NumericsMonitor, NumericsReport
@@ -234,8 +234,10 @@ class FlashOptimizer(torch.optim.Optimizer):
     def _only_makes_states(self) -> bool:
         """Whether this step is torch's way of making states: the first, at lr 0, of gradients that are all zero.
 
-        torch.distributed.checkpoint (and whoever does as it does) steps a fresh optimizer so to have a state dict to load
-        into. It changes no weight and no state; counted as a step it would spoil the bias correction of the first real one.
+        torch.distributed.checkpoint (and whoever does as it does) steps a fresh optimizer so to have a state dict to
+        load
+        into. It changes no weight and no state; counted as a step it would spoil the bias correction of the first real
+        one.
         So states are made, and nothing is counted. All processes of a mesh answer alike.
         """
         if self.state or any(not _is_zero(group["lr"]) for group in self.param_groups):
@@ -429,14 +431,17 @@ class FlashOptimizer(torch.optim.Optimizer):
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], verify: bool = True) -> None:
-        """Loads what state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats gave.
+        """Loads what state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats
+        gave.
 
         Hyperparameters come from ``state_dict``; how weights and states are stored is this optimizer's own choice, and
-        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not fit,
+        states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not
+        fit,
         and nothing of ``state_dict`` is shared.
 
         Args:
-            verify: compare states with the checksums that state_dict() gave, where there are any. False takes states that
+            verify: compare states with the checksums that state_dict() gave, where there are any. False takes states
+            that
                 were edited.
 
         Raises:

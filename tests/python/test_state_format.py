@@ -1,4 +1,6 @@
-"""State format 2: what a state dict holds survives copies, is not taken for what it is not, and format 1 still loads."""
+"""State format 2: what a state dict holds survives copies, is not taken for what it is not, and format 1 still
+loads.
+"""
 
 from __future__ import annotations
 
