@@ -1,12 +1,33 @@
-// The hot path's states: 16 elements of every slot, in the default codec. hot_unit-inl.cuh says what the hot path is.
+// The hot path's states: 16 elements of every slot. hot_unit-inl.cuh says what the hot path is. Here those of the
+// default codec; hot_paper-inl.cuh has the paper's.
+//
+//   struct SomeStates {
+//     HotWords<4> codes[kSlotCount];  uint32_t header[kSlotCount];   // as stored
+//     float value[kSlotCount][16];    // what is stored, once it is decoded; the new states; what is coded of them
+//     bool decode(tables);            // false where this way does not hold
+//     void note<Lane>(int i, HotFindings&);   // after element i: what headers are made of, what is not for the hot
+//     path bool in_range<Lane>();          // after all: whether encode() gives core's bits void encode(starts); //
+//     starts(SlotIndex): the slots' dither
+//   };
 #pragma once
 
-#include "src/cuda/hot_memory-inl.cuh"
+#include "src/cuda/hot_tables-inl.cuh"
 
 namespace flashoptim::cuda {
 
 /// Whether a word of codes has a byte 0.
 __device__ __forceinline__ bool has_zero_byte(uint32_t w) { return ((w - 0x01010101u) & ~w & 0x80808080u) != 0u; }
+
+/// What was found in a thread's elements.
+struct HotFindings {
+  bool ok = true;
+  bool has_zeros = false;
+  float poison = 0.0f;  ///< NaN once something is not finite
+};
+
+/// Whether a rule says that update() divides every slot that is relative to a variance, which has then looked at it.
+template <core::Rule Rule>
+inline constexpr bool kDividesRelative = requires { requires Rule::kDividesRelative; };
 
 /// What headers are made of, over a thread's 16 values of a slot, and what shows that they are none for the hot path.
 struct HotExtremes {
@@ -25,10 +46,11 @@ struct HotExtremes {
   }
 };
 
-/// States of 16 elements: `value` is what is stored once it is decoded, then the new states, then what is coded of
-/// them.
+template <core::Rule Rule, StateCodec kCodec, bool kZeros>
+struct HotStates;
+
 template <core::Rule Rule, bool kZeros>
-struct HotStates {
+struct HotStates<Rule, StateCodec::kDefault, kZeros> {
   using Slots = core::SlotCodecs<Rule, StateCodec::kDefault>;
   template <int k>
   using Slot = typename Slots::template Of<k>;
@@ -37,6 +59,7 @@ struct HotStates {
   HotWords<4> codes[Rule::kSlotCount];
   uint32_t header[Rule::kSlotCount];
   float value[Rule::kSlotCount][kHotUnit];
+  HotExtremes extremes[Rule::kSlotCount];
 
   /// Codec::decode; without kZeros false where a variance is 0.
   template <class Tables>
@@ -59,19 +82,63 @@ struct HotStates {
     return ok;
   }
 
-  /// Codec::encode of all slots, for variances that are positive and normal, |m| of relative slots of at least 2^-80
-  /// and 2^-96 <= |m| <= 2^40 where groups choose K; or, with kZeros, zeros, and finite m. `extremes` are over this
-  /// thread's values, `starts(SlotIndex)` gives the slots' dither.
+  template <class Lane>
+  __device__ __forceinline__ void note(int i, HotFindings& found) {
+    Slots::for_each([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      const float(&x)[kHotUnit] = value[k];
+      HotExtremes& of = extremes[k];
+      if constexpr (!Slots::is_signed(k)) {
+        if (i % 2 == 1) of.template add_pair<kZeros>(x[i - 1], x[i]);
+        if constexpr (kZeros) {
+          of.smallest_minus_one = core::unsigned_min(of.smallest_minus_one, core::to_bits(x[i]) - 1u);
+          found.has_zeros |= x[i] == 0.0f;
+        }
+      } else if constexpr (!Slots::is_relative(k)) {
+        found.poison = __fmaf_rn(x[i], 0.0f, found.poison);
+        if constexpr (Slot<k>::kUsesSmallest) {
+          of.largest_value = fmaxf(of.largest_value, fabsf(x[i]));
+          const bool is_zero = kZeros && x[i] == 0.0f;
+          found.has_zeros |= is_zero;
+          of.smallest_value = is_zero ? of.smallest_value : fminf(of.smallest_value, fabsf(x[i]));
+        }
+      } else if constexpr (!kZeros && !kDividesRelative<Rule>) {
+        found.ok &= fabsf(x[i]) >= 0x1p-80f;
+      }
+    });
+  }
+
+  /// Variances positive and normal, |m| of relative slots of at least 2^-80 and 2^-96 <= |m| <= 2^40 where groups
+  /// choose K; or, with kZeros, zeros, and finite m.
+  template <class Lane>
+  __device__ __forceinline__ bool in_range() {
+    bool ok = true;
+    Slots::for_each([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      HotExtremes& of = extremes[k];
+      if constexpr (!Slots::is_signed(k)) {
+        if constexpr (!kZeros) of.smallest_minus_one = of.smallest - 1u;
+        constexpr uint32_t kSmallest = Lane::kKnowsRadicands ? kSmallestRadicand : 0x00800000u;
+        ok = ok && of.smallest_minus_one >= kSmallest - 1u && of.largest <= VarianceBounds<Rule>::kLargest;
+      } else if constexpr (Slot<k>::kUsesSmallest) {
+        ok = ok && of.smallest_value >= 0x1p-96f && of.largest_value <= 0x1p40f;
+      }
+    });
+    return ok;
+  }
+
+  /// Codec::encode of all slots.
   template <class Starts>
-  __device__ __forceinline__ void encode(const HotExtremes (&extremes)[Rule::kSlotCount], const Starts& starts) {
+  __device__ __forceinline__ void encode(const Starts& starts) {
     Slots::for_each([&](auto index) {
       constexpr int k = decltype(index)::value;
       const uint32_t start = starts(index);
+      const HotExtremes& of = extremes[k];
       if constexpr (!Slots::is_signed(k)) {
-        encode_unsigned<k>(group_int_max<kHotThreadsPerGroup>(extremes[k].largest),
-                           group_unsigned_min<kHotThreadsPerGroup>(extremes[k].smallest_minus_one), start);
+        encode_unsigned<k>(group_int_max<kHotThreadsPerGroup>(of.largest),
+                           group_unsigned_min<kHotThreadsPerGroup>(of.smallest_minus_one), start);
       } else if constexpr (Slot<k>::kUsesSmallest) {
-        encode_chosen<k>(extremes[k].largest_value, extremes[k].smallest_value, start);
+        encode_chosen<k>(of.largest_value, of.smallest_value, start);
       } else {
         encode_signed<k>(start);
       }
@@ -96,7 +163,7 @@ struct HotStates {
       ok &= of.base + 255u * of.factor < 0x80000000u;
     } else {
       of.scale = Slot<k>::template decoding<float>(header[k]).factor;
-      of.table = tables.template magnitudes<k>(Slot<k>::kUsesSmallest ? header[k] & 3u : 0u);
+      of.table = tables.template of<k>(Slot<k>::kUsesSmallest ? header[k] & 3u : 0u);
       // (x / G * G) 2^n as x / G * (G 2^n), whose exponent is a sum: exact for G >= 2^-50, where all products are
       // normal and the sum stays in its field.
       constexpr bool kAddsExponents = Slots::is_relative(k) && !kZeros;

@@ -1,8 +1,16 @@
-// The hot path's weights: 16 of them, with a dithered correction or without. hot_unit-inl.cuh says what the hot path
-// is.
+// The hot path's weights: 16 of them, with a correction or without. hot_unit-inl.cuh says what the hot path is.
+//
+//   struct SomeWeights {
+//     static constexpr bool kMustMove;                   // delta must not be 0
+//     HotWords<...> parameter, correction;               // as stored; correction where the format has one
+//     float master(tables, int i, float& value);         // weight i; `value` is what update() needs of it
+//     bool are_normal();                                 // after all: whether they were what they were taken for
+//     bool update(value, delta, dither_start);           // the new ones; false where this way does not hold for one
+//   };
 #pragma once
 
-#include "src/cuda/hot_memory-inl.cuh"
+#include "src/cuda/hot_identities.h"
+#include "src/cuda/hot_tables-inl.cuh"
 
 namespace flashoptim::cuda {
 
@@ -40,19 +48,29 @@ __device__ __forceinline__ float narrow_element(const HotWords<kWords>& words, i
   return i % 2 == 0 ? NarrowPair<Narrow>::low(words.w[i / 2]) : NarrowPair<Narrow>::high(words.w[i / 2]);
 }
 
-/// Weights with a dithered correction.
-template <class Narrow, MasterWeights kMaster, bool kZeros>
-struct HotWeights {
-  static constexpr int kBits = kHotBits<kMaster>;
+/// Element i of 16, which two or four bytes each make.
+template <DType kDType, int kWords>
+__device__ __forceinline__ float hot_element(const HotWords<kWords>& words, int i) {
+  if constexpr (kDType == DType::kFloat32) {
+    static_assert(kWords == kHotUnit);
+    return core::from_bits(words.w[i]);
+  } else {
+    return narrow_element<NarrowOf<kDType>>(words, i);
+  }
+}
+
+/// 16-bit weights with a correction: what both ways of rounding share.
+template <class Narrow, int kBitsOf, bool kZeros>
+struct HotSplitWeights {
+  static constexpr int kBits = kBitsOf;
   static constexpr int kCorrectionBytes = kBits / 8;
-  static constexpr bool kMustMove = !kZeros;  ///< delta is not 0
+  static constexpr bool kMustMove = !kZeros;
   /// Narrow values are taken for normal numbers, which bf16's are but for 0.
   static constexpr bool kNormal = !kZeros && Narrow::kBias == 127;
   HotWords<8> parameter;
   HotWords<4 * kCorrectionBytes> correction;
   uint32_t smallest_scale = 0x7f800000u, even_scale = 0u;
 
-  /// Whether narrow values were what they were taken for.
   __device__ __forceinline__ bool are_normal() const { return !kNormal || smallest_scale != 0u; }
 
   /// core::correction_value for a finite narrow value n. Half an ULP of 1 is a power of two and scales exactly. 16 bits
@@ -87,6 +105,53 @@ struct HotWeights {
     return correction.w[i / 2] << (16 - 16 * (i % 2));
   }
 
+  __device__ __forceinline__ float narrow(int i) const { return narrow_element<Narrow>(parameter, i); }
+
+  /// Where delta is 0, the old pair of narrow values instead of the rounded one.
+  static __device__ __forceinline__ uint32_t keep_unmoved(uint32_t rounded, uint32_t old, float delta, float next) {
+    if constexpr (kZeros) {
+      if (delta == 0.0f) rounded = permute(rounded, old, 0x3254u);
+      if (next == 0.0f) rounded = permute(rounded, old, 0x7610u);
+    }
+    return rounded;
+  }
+
+  /// Patterns of twice_inverse_scale(E), 255 - E being E's complement, of new narrow values; kMantissa: times so much.
+  template <uint32_t kMantissa>
+  struct Inverses {
+    int smallest = 0x7f800000, largest = 0;
+    uint32_t of[2];
+
+    __device__ __forceinline__ void set(float a, float b) {
+      of[0] = (~core::to_bits(a) & 0x7f800000u) | kMantissa;
+      of[1] = (~core::to_bits(b) & 0x7f800000u) | kMantissa;
+      smallest = __vimin3_s32(smallest, static_cast<int>(of[0]), static_cast<int>(of[1]));
+      if constexpr (kNormal) largest = __vimax3_s32(largest, static_cast<int>(of[0]), static_cast<int>(of[1]));
+    }
+    __device__ __forceinline__ float get(int k) const {
+      constexpr uint32_t kSmallestScale = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
+      return core::from_bits(kNormal ? of[k] : core::int_min(of[k], (0x7f800000u - kSmallestScale) | kMantissa));
+    }
+    /// False where a new value is infinite, or no normal number where it must be one.
+    __device__ __forceinline__ bool hold() const {
+      return smallest != static_cast<int>(kMantissa) && largest != static_cast<int>(0x7f800000u | kMantissa);
+    }
+  };
+};
+
+/// With a dithered correction.
+template <class Narrow, int kBits, bool kZeros>
+struct HotDitheredWeights : HotSplitWeights<Narrow, kBits, kZeros> {
+  using Base = HotSplitWeights<Narrow, kBits, kZeros>;
+
+  /// `value` is the correction's.
+  template <class Tables>
+  __device__ __forceinline__ float master(const Tables& tables, int i, float& value) {
+    const float n = this->narrow(i);
+    value = this->correction_value(tables, n, i);
+    return n + value;
+  }
+
   /// core::split_update_dithered of 16 weights: `value` is their correction_value, delta is finite. False where a
   /// weight becomes infinite, or no normal number where it must be one.
   __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit],
@@ -97,33 +162,23 @@ struct HotWeights {
     constexpr int kFraction = kBits == 8 ? 23 : 15;
     constexpr float kOne = static_cast<float>(1 << kFraction);
     constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax * kOne;
-    constexpr uint32_t kSmallestScale = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
     constexpr uint32_t kLargestFixed = static_cast<uint32_t>(kMax * kOne);
     uint32_t top[kHotUnit];
-    int smallest_inverse = 0x7f800000, largest_inverse = 0;
+    typename Base::template Inverses<0u> inverses;
 #pragma unroll
     for (int j = 0; j < kHotUnit; j += 2) {
-      const uint32_t old = parameter.w[j / 2];
+      const uint32_t old = this->parameter.w[j / 2];
       const float n[2] = {Pair::low(old), Pair::high(old)};
       const float rest[2] = {value[j] - delta[j], value[j + 1] - delta[j + 1]};
-      uint32_t rounded = Pair::round_pair(n[0] + rest[0], n[1] + rest[1]);
-      if constexpr (kZeros) {
-        if (delta[j] == 0.0f) rounded = permute(rounded, old, 0x3254u);
-        if (delta[j + 1] == 0.0f) rounded = permute(rounded, old, 0x7610u);
-      }
-      parameter.w[j / 2] = rounded;
+      const uint32_t rounded =
+          Base::keep_unmoved(Pair::round_pair(n[0] + rest[0], n[1] + rest[1]), old, delta[j], delta[j + 1]);
+      this->parameter.w[j / 2] = rounded;
       const float n_new[2] = {Pair::low(rounded), Pair::high(rounded)};
-      // twice_inverse_scale(E): 255 - E is E's complement.
-      const uint32_t inverses[2] = {~core::to_bits(n_new[0]) & 0x7f800000u, ~core::to_bits(n_new[1]) & 0x7f800000u};
-      smallest_inverse = __vimin3_s32(smallest_inverse, static_cast<int>(inverses[0]), static_cast<int>(inverses[1]));
-      if constexpr (kNormal) {
-        largest_inverse = __vimax3_s32(largest_inverse, static_cast<int>(inverses[0]), static_cast<int>(inverses[1]));
-      }
+      inverses.set(n_new[0], n_new[1]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const float new_rest = (n[k] - n_new[k]) + rest[k];
-        const uint32_t inverse = kNormal ? inverses[k] : core::int_min(inverses[k], 0x7f800000u - kSmallestScale);
-        const float x = (new_rest * core::from_bits(inverse)) * kUnits;
+        const float x = (new_rest * inverses.get(k)) * kUnits;
         // |x| exceeds N 2^F by roundings alone: clamping the integer, from 0 on, is one instruction.
         const uint32_t fixed =
             clamp_from_zero(static_cast<uint32_t>(__float2int_rz(x)) + kLargestFixed, 2u * kLargestFixed);
@@ -132,16 +187,55 @@ struct HotWeights {
         // cannot carry. -N stands above the dither, where the shift leaves room.
         top[j + k] = fixed * 2u + (kBits == 8 ? permute(word, 0x81u, 0x4321u) : permute(word, 0x8001u, 0x5432u));
         if constexpr (kZeros) {
-          if (delta[j + k] == 0.0f) top[j + k] = correction_in_top(j + k);
+          if (delta[j + k] == 0.0f) top[j + k] = this->correction_in_top(j + k);
         }
       }
     }
     if constexpr (kBits == 8) {
-      correction = pack_top_bytes(top);
+      this->correction = pack_top_bytes(top);
     } else {
-      correction = pack_top_halves(top);
+      this->correction = pack_top_halves(top);
     }
-    return smallest_inverse != 0 && largest_inverse != 0x7f800000;
+    return inverses.hold();
+  }
+};
+
+/// With a correction of 8 bits rounded to nearest.
+template <class Narrow, bool kZeros>
+struct HotNearestWeights : HotSplitWeights<Narrow, 8, kZeros> {
+  static_assert(std::is_same_v<Narrow, core::BFloat16>, "nearest_correction()");
+  using Base = HotSplitWeights<Narrow, 8, kZeros>;
+
+  /// `value` is the weight, too.
+  template <class Tables>
+  __device__ __forceinline__ float master(const Tables& tables, int i, float& value) {
+    const float n = this->narrow(i);
+    return value = n + this->correction_value(tables, n, i);
+  }
+
+  /// core::split_update_nearest of 16 weights; delta is finite. False as above.
+  __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t) {
+    using Pair = NarrowPair<Narrow>;
+    uint32_t corrections[kHotUnit];  // in the low bytes
+    typename Base::template Inverses<kMantissaOf127> inverses;
+#pragma unroll
+    for (int j = 0; j < kHotUnit; j += 2) {
+      const uint32_t old = this->parameter.w[j / 2];
+      const float w[2] = {value[j] - delta[j], value[j + 1] - delta[j + 1]};
+      const uint32_t rounded = Base::keep_unmoved(Pair::round_pair(w[0], w[1]), old, delta[j], delta[j + 1]);
+      this->parameter.w[j / 2] = rounded;
+      const float n[2] = {Pair::low(rounded), Pair::high(rounded)};
+      inverses.set(n[0], n[1]);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        corrections[j + k] = nearest_correction(w[k] - n[k], inverses.get(k));
+        if constexpr (kZeros) {
+          if (delta[j + k] == 0.0f) corrections[j + k] = byte_of(this->correction, j + k);
+        }
+      }
+    }
+    this->correction = pack_low_bytes(corrections);
+    return inverses.hold();
   }
 };
 
@@ -152,9 +246,14 @@ struct HotPlainWeights {
   static constexpr bool kMustMove = false;
   HotWords<8> parameter;
 
+  template <class Tables>
+  __device__ __forceinline__ float master(const Tables&, int i, float&) {
+    return narrow_element<Narrow>(parameter, i);
+  }
   __device__ __forceinline__ bool are_normal() const { return true; }
   /// core's round, or round_dithered, of w - delta. False where a weight may become infinite without bias.
-  __device__ __forceinline__ bool update(const float (&delta)[kHotUnit], uint32_t dither_start) {
+  __device__ __forceinline__ bool update(const float (&)[kHotUnit], const float (&delta)[kHotUnit],
+                                         uint32_t dither_start) {
     using Pair = NarrowPair<Narrow>;
     bool ok = true;
     uint32_t top[kHotUnit];
@@ -178,8 +277,29 @@ struct HotPlainWeights {
   }
 };
 
-template <class Narrow, MasterWeights kMaster, bool kZeros>
-using HotWeightsOf = std::conditional_t<core::has_correction(kMaster), HotWeights<Narrow, kMaster, kZeros>,
-                                        HotPlainWeights<Narrow, kMaster == MasterWeights::kNoneStochastic>>;
+/// fp32 weights. NaN shows in delta.
+struct HotFullWeights {
+  static constexpr bool kMustMove = false;
+  HotWords<16> parameter;
+
+  template <class Tables>
+  __device__ __forceinline__ float master(const Tables&, int i, float& value) {
+    return value = core::from_bits(parameter.w[i]);
+  }
+  __device__ __forceinline__ bool are_normal() const { return true; }
+  __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t) {
+#pragma unroll
+    for (int i = 0; i < kHotUnit; ++i) parameter.w[i] = core::to_bits(value[i] - delta[i]);
+    return true;
+  }
+};
+
+template <class Format, bool kZeros, class Narrow = NarrowOf<Format::kParameter>>
+using HotWeightsOf = std::conditional_t<
+    Format::kParameter == DType::kFloat32, HotFullWeights,
+    std::conditional_t<!Format::kIsCorrected,
+                       HotPlainWeights<Narrow, Format::kMaster == MasterWeights::kNoneStochastic>,
+                       std::conditional_t<core::is_nearest(Format::kMaster), HotNearestWeights<Narrow, kZeros>,
+                                          HotDitheredWeights<Narrow, 8 * Format::kCorrectionBytes, kZeros>>>>;
 
 }  // namespace flashoptim::cuda

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "src/cuda/arguments.h"
 #include "src/cuda/hot_unit-inl.cuh"
@@ -233,36 +234,30 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 /// The way out of the hot path, for `count` groups of a warp: a function of its own, so that its registers are not the
 /// hot path's.
-template <core::Rule Rule, class Types>
+template <core::Rule Rule, class Format>
 __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const PreparedHyper& prepared,
                                                unsigned long long* nonfinite, int64_t first_group, int count) {
   const TensorContext context{tensor, prepared, nonfinite};
-  const Types types(tensor);
+  const KnownTypes<Format::kParameter, Format::kGradient, Format::kMaster> types(tensor);
   const bool aligned = all_aligned(tensor);
   const int thread = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
   for (int done = 0; done < count; done += 32 / kThreadsPerGroup) {
     const int local = done + thread / kThreadsPerGroup;
-    exact_unit<Rule, StateCodec::kDefault>(context, types, aligned, first_group + local,
-                                           thread % kThreadsPerGroup * kUnit, local < count);
+    exact_unit<Rule, Format::kCodec>(context, types, aligned, first_group + local, thread % kThreadsPerGroup * kUnit,
+                                     local < count);
   }
 }
 
-template <class Narrow>
-inline constexpr DType kDTypeOf = std::is_same_v<Narrow, core::BFloat16> ? DType::kBFloat16 : DType::kFloat16;
-template <class Narrow, MasterWeights kMaster>
-using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>, kMaster>;
-
-/// 16-bit weights and gradients of one type, default codec, nothing rounded to nearest but weights without corrections.
-/// Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then as they come, so that all
-/// warps together sweep through memory.
-template <core::Rule Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups>
+/// A format of kHotFormats. Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then
+/// as they come, so that all warps together sweep through memory.
+template <core::Rule Rule, class Format>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     hot_kernel(const __grid_constant__ StepArguments args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
-  __shared__ HotContext<Rule> contexts[kWarps][2];
-  __shared__ HotStage<Rule, kMaster> stages[kWarps][2];
-  __shared__ HotTables<Rule, Narrow, kMaster> tables;
+  __shared__ HotContext<Rule, Format> contexts[kWarps][2];
+  __shared__ HotStage<Rule, Format> stages[kWarps][2];
+  __shared__ HotTables<Rule, Format> tables;
   tables.fill();
   const int thread = static_cast<int>(threadIdx.x % 32);
   const uint32_t warp = threadIdx.x / 32;
@@ -296,14 +291,14 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   bool zeros = false;  // the tile before had some: the next one probably has, too
   HotHeaders<Rule> next_headers;
   if (exists) {
-    contexts[warp][0].template open<kMaster, kGroups>(args, tile.tensor, tile.segment, thread);
+    contexts[warp][0].open(args, tile.tensor, tile.segment, thread);
     if (contexts[warp][0].takes(tile.first, tile.groups))
       next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
 #pragma unroll 1
   while (exists) {
-    const HotContext<Rule>& context = contexts[warp][slot];
+    const HotContext<Rule, Format>& context = contexts[warp][slot];
     const HotHeaders<Rule> headers = next_headers;
     const uint32_t number = __shfl_sync(0xffffffffu, taken, 0);
     const bool next_exists = number < tiles;
@@ -314,7 +309,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
       taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
-        contexts[warp][next_slot].template open<kMaster, kGroups>(args, next.tensor, next.segment, thread);
+        contexts[warp][next_slot].open(args, next.tensor, next.segment, thread);
       }
       if (contexts[warp][next_slot].takes(next.first, next.groups)) {
         next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
@@ -325,20 +320,21 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     HotResult result = kHotFailed;
     if (context.takes(tile.first, tile.groups)) {
       if (!zeros)
-        result = hot_unit<Rule, Narrow, kMaster, kGroups, false>(tables, context, stages[warp][stage], headers,
-                                                                 tile.first, thread);
+        result = hot_unit<Rule, Format, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
+      if constexpr (Rule::kDecoupledDecay) {
+        if (result == kHotFailed)
+          result = untouched_unit(tables, context, stages[warp][stage], headers, tile.first, thread);
+      }
       if (result == kHotFailed) {
-        result = hot_unit<Rule, Narrow, kMaster, kGroups, true>(tables, context, stages[warp][stage], headers,
-                                                                tile.first, thread);
+        result = hot_unit<Rule, Format, true>(tables, context, stages[warp][stage], headers, tile.first, thread);
         zeros = result == kHotWithZeros;
       }
     }
     if (result == kHotFailed) {
       if (context.active && tile.groups > 0) {
         const int64_t first_group = (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first;
-        exact_units_apart<Rule, HotTypes<Narrow, kMaster>>(entry_of(args, tile.tensor), context.prepared,
-                                                           args.nonfinite, first_group,
-                                                           tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
+        exact_units_apart<Rule, Format>(entry_of(args, tile.tensor), context.prepared, args.nonfinite, first_group,
+                                        tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
       }
     }
     tile = next;
@@ -364,12 +360,9 @@ int launch_step(const StepArguments& args, void* stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
-template <MasterWeights kMaster>
-using BFloat16Types = HotTypes<core::BFloat16, kMaster>;
-
-template <core::Rule Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups = HotGroups::kInOneStretch>
+template <core::Rule Rule, class Format>
 int launch_hot(const StepArguments& args, void* stream) {
-  if (args.chunk_count == 0) return load_kernel(hot_kernel<Rule, Narrow, kMaster, kGroups>);
+  if (args.chunk_count == 0) return load_kernel(hot_kernel<Rule, Format>);
   // As many blocks as fit the device at a time.
   constexpr uint32_t kWarps = kHotThreads / 32;
   const uint32_t tiles = args.tile_count;
@@ -377,8 +370,13 @@ int launch_hot(const StepArguments& args, void* stream) {
   const uint32_t rounds = tiles / (grid * kWarps);
   StepArguments launched = args;
   launched.fixed_rounds = std::max(1u, rounds * kFixedPercent / 100u);
-  hot_kernel<Rule, Narrow, kMaster, kGroups><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
+  hot_kernel<Rule, Format><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
   return static_cast<int>(cudaGetLastError());
+}
+
+template <core::Rule Rule, int... i>
+void set_hot_launches(StepLaunch* kernels, std::integer_sequence<int, i...>) {
+  ((kernels[i] = launch_hot<Rule, HotFormatAt<i>>), ...);
 }
 
 /// A rule's launches. A rule without states has no codec: one kernel serves all three.
@@ -390,18 +388,9 @@ StepLaunches make_step_launches() {
   if constexpr (Rule::kSlotCount > 0) {
     any[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
     any[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
-    out.kernel[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection8>;
-    out.kernel[kHotBFloat16Correction16] = launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection16>;
-    out.kernel[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, MasterWeights::kCorrection8>;
-    out.kernel[kHotBFloat16] = launch_hot<Rule, core::BFloat16, MasterWeights::kNone>;
-    out.kernel[kHotBFloat16Stochastic] = launch_hot<Rule, core::BFloat16, MasterWeights::kNoneStochastic>;
-    out.kernel[kHotBFloat16Correction8Runs] =
-        launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection8, HotGroups::kInRuns>;
-    out.kernel[kDefaultBFloat16Correction8] =
-        launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kCorrection8>>;
-    out.kernel[kPaperBFloat16] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kNone>>;
-    out.kernel[kPaperBFloat16Nearest8] =
-        launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kCorrection8Nearest>>;
+    set_hot_launches<Rule>(out.kernel, std::make_integer_sequence<int, kHotFormatCount>{});
+    out.kernel[kShortGroups] = launch_step<Rule, StateCodec::kDefault,
+                                           KnownTypes<DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8>>;
   } else {
     any[static_cast<int>(StateCodec::kPaper)] = any[static_cast<int>(StateCodec::kFloat32)];
     any[static_cast<int>(StateCodec::kDefault)] = any[static_cast<int>(StateCodec::kFloat32)];

@@ -118,7 +118,8 @@ TEST(CudaPlace, RunsOfFullGroupsTakeTheHotKernel) {
     t.layout = s.layout;
     t.place = s.place;
     const bool full_runs = s.place.run > 0 && s.place.run % kGroupSize == 0 && s.place.whole.row_size != 40;
-    EXPECT_EQ(cuda::step_kernel_of(t, 2, tensor_groups(t)) == cuda::kHotBFloat16Correction8Runs, full_runs)
+    const int hot = cuda::hot_format_of(t, 2, tensor_groups(t));
+    EXPECT_EQ(hot >= 0 && cuda::kHotFormats[hot].groups == cuda::HotGroups::kInRuns, full_runs)
         << s.layout.rows << " x " << s.layout.row_size;
   }
 }
