@@ -113,7 +113,7 @@ struct alignas(16) HotContext {
 
   /// Whether the hot path may take a tile.
   __device__ __forceinline__ bool takes(uint32_t first, int count) const {
-    return count >= kWarpGroups && first + kWarpGroups <= full;
+    return (count >= kWarpGroups) & (first + kWarpGroups <= full);  // && would make branches
   }
 };
 
@@ -140,22 +140,15 @@ __device__ __forceinline__ uint32_t clamp_from_zero(uint32_t a, uint32_t largest
   return static_cast<uint32_t>(__vimin_s32_relu(static_cast<int>(a), static_cast<int>(largest)));
 }
 
-/// The top bytes of 16 words.
-__device__ __forceinline__ HotWords<4> pack_top_bytes(const uint32_t (&t)[kHotUnit]) {
+/// Bytes of 16 words, the lowest being 0.
+template <uint32_t kByte>
+__device__ __forceinline__ HotWords<4> pack_bytes(const uint32_t (&t)[kHotUnit]) {
+  constexpr uint32_t kOfBoth = kByte | (kByte + 4u) << 4;
   HotWords<4> out;
 #pragma unroll
   for (int j = 0; j < kHotUnit / 4; ++j) {
-    out.w[j] = permute(permute(t[4 * j], t[4 * j + 1], 0x0073u), permute(t[4 * j + 2], t[4 * j + 3], 0x0073u), 0x5410u);
-  }
-  return out;
-}
-
-/// The low bytes of 16 words.
-__device__ __forceinline__ HotWords<4> pack_low_bytes(const uint32_t (&t)[kHotUnit]) {
-  HotWords<4> out;
-#pragma unroll
-  for (int j = 0; j < kHotUnit / 4; ++j) {
-    out.w[j] = permute(permute(t[4 * j], t[4 * j + 1], 0x0040u), permute(t[4 * j + 2], t[4 * j + 3], 0x0040u), 0x5410u);
+    const uint32_t low = permute(t[4 * j], t[4 * j + 1], kOfBoth);
+    out.w[j] = permute(low, permute(t[4 * j + 2], t[4 * j + 3], kOfBoth), 0x5410u);
   }
   return out;
 }
@@ -268,20 +261,27 @@ struct HotStage {
                                                     int thread) {
     __syncwarp();  // all have read what stood here
     const uint32_t first = first_group * static_cast<uint32_t>(kGroupSize);
-    const auto at = [first, thread](const auto* base, uint32_t bytes) {
+    const auto at = [first, thread](const unsigned char* base, uint32_t bytes) {
       return base + static_cast<uint64_t>(first) * bytes + thread * 16;
     };
+    // All addresses before the first copy: the compiler sets three empty instructions between a look into shared memory
+    // and a copy behind it.
+    const unsigned char* const p = at(context.parameter, Format::kParameterBytes);
+    const unsigned char* const g = at(context.gradient, Format::kGradientBytes);
+    const unsigned char* const c = kCorrectionQuads > 0 ? at(context.correction, Format::kCorrectionBytes) : nullptr;
+    const unsigned char* s[Rule::kSlotCount];
     HotHeaders<Rule> headers;
     const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
 #pragma unroll
     for (int k = 0; k < Rule::kSlotCount; ++k) {
+      s[k] = at(context.states[k], 1);
       headers.of[k] = __ldcs(context.scales[k] + group);
-      fetch_quads<1>(states[k], at(context.states[k], 1), thread);
     }
-    fetch_quads<kParameterQuads>(parameter, at(context.parameter, Format::kParameterBytes), thread);
-    fetch_quads<kGradientQuads>(gradient, at(context.gradient, Format::kGradientBytes), thread);
-    if constexpr (kCorrectionQuads > 0)
-      fetch_quads<kCorrectionQuads>(correction, at(context.correction, Format::kCorrectionBytes), thread);
+#pragma unroll
+    for (int k = 0; k < Rule::kSlotCount; ++k) fetch_quads<1>(states[k], s[k], thread);
+    fetch_quads<kParameterQuads>(parameter, p, thread);
+    fetch_quads<kGradientQuads>(gradient, g, thread);
+    if constexpr (kCorrectionQuads > 0) fetch_quads<kCorrectionQuads>(correction, c, thread);
     return headers;
   }
 };

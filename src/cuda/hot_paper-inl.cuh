@@ -108,7 +108,7 @@ struct HotStates<Rule, StateCodec::kPaper, kZeros> {
       // Rounded down, 1.5 * 2^23 above: the low byte is the code in two's complement.
       code[i] = core::to_bits(__fadd_rd(y * 127.0f + 128.5f, 0x1.8p23f - 128.0f));
     }
-    codes[k] = pack_low_bytes(code);
+    codes[k] = pack_bytes<0>(code);
   }
 
   template <int k>
@@ -118,7 +118,7 @@ struct HotStates<Rule, StateCodec::kPaper, kZeros> {
     uint32_t code[kHotUnit];
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) code[i] = core::to_bits(__fadd_rd(value[k][i] * factor + 0.5f, 0x1p23f));
-    codes[k] = pack_low_bytes(code);
+    codes[k] = pack_bytes<0>(code);
   }
 };
 

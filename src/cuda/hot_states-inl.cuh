@@ -230,7 +230,7 @@ struct HotStates<Rule, StateCodec::kDefault, kZeros> {
         if constexpr (Slots::base_of(other) == k) make_relative(value[other][i], sum, is_zero);
       });
     }
-    codes[k] = pack_top_bytes(top);
+    codes[k] = pack_bytes<3>(top);
   }
 
   static __device__ __forceinline__ void make_relative(float& m, uint32_t sum, bool is_zero) {
@@ -263,7 +263,7 @@ struct HotStates<Rule, StateCodec::kDefault, kZeros> {
       if constexpr (kZeros) code = m == 0.0f ? 0u : code;
       top[i] = (core::to_bits(m) & 0x80000000u) | code;
     }
-    codes[k] = pack_top_bytes(top);
+    codes[k] = pack_bytes<3>(top);
   }
 
   template <int k>
@@ -276,6 +276,21 @@ struct HotStates<Rule, StateCodec::kDefault, kZeros> {
     const uint32_t most = group_int_max<kHotThreadsPerGroup>(core::to_bits(largest));
     header[k] = Slot<k>::template header<float>(most, most);
     const float inverse = Slot<k>::template encoding<float>(header[k], most).factor;
+    if constexpr (MuLaw::kShift == 17) {
+      // The 7 bits of a code are then the upper ones of a byte of the sum, and signs of another: 3 instructions for
+      // both and 4 words each instead of 7.
+      uint32_t sum[kHotUnit], m[kHotUnit];
+#pragma unroll
+      for (int i = 0; i < kHotUnit; ++i) {
+        m[i] = core::to_bits(value[k][i]);
+        sum[i] = core::to_bits(fabsf(value[k][i]) * inverse + 2.0f) +
+                 (core::GroupDither::word<kStream>(dither_start, i) >> (32 - MuLaw::kShift));
+      }
+      const HotWords<4> magnitudes = pack_bytes<2>(sum), signs = pack_bytes<3>(m);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) codes[k].w[j] = ((magnitudes.w[j] >> 1) & 0x7f7f7f7fu) | (signs.w[j] & 0x80808080u);
+      return;
+    }
     // (bits(y) + (word >> 32 - shift)) >> shift in the top byte, where the bits of 2.0 are shifted out; the dither's
     // other digits cannot carry.
     constexpr uint32_t kFactor = 1u << (24 - MuLaw::kShift);
@@ -288,7 +303,7 @@ struct HotStates<Rule, StateCodec::kDefault, kZeros> {
       const uint32_t code = core::to_bits(y) * kFactor + (core::GroupDither::word<kStream>(dither_start, i) >> 8);
       top[i] = (core::to_bits(m) & 0x80000000u) | code;  // a code is at most 127
     }
-    codes[k] = pack_top_bytes(top);
+    codes[k] = pack_bytes<3>(top);
   }
 };
 

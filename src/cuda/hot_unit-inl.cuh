@@ -71,7 +71,6 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Format>& tab
   if constexpr (Format::kIsCorrected)
     weights.correction = take_quads<Stage::kCorrectionQuads>(stage.correction, thread);
 
-  float value[kHotUnit], delta[kHotUnit];
   HotFindings found;
   found.ok = states.decode(tables);
   const Hyper& hyper = reinterpret_cast<const Hyper&>(context.prepared.rule);
@@ -80,21 +79,23 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Format>& tab
 #pragma unroll
   for (int i = 0; i < kHotUnit; ++i) {
     const float g = hot_element<Format::kGradient>(gradient, i) * gradient_scale;
-    const float w = weights.master(tables, i, value[i]);
+    typename Weights::Part part;
+    const float w = weights.master(tables, i, part);
     Lane s[Rule::kSlotCount];
 #pragma unroll
     for (int k = 0; k < Rule::kSlotCount; ++k) s[k] = {states.value[k][i], &guard};
     const Lane d = Rule::update(Lane(w, &guard), Lane(g, &guard), s, hyper);
 #pragma unroll
     for (int k = 0; k < Rule::kSlotCount; ++k) states.value[k][i] = s[k].v;
-    delta[i] = d.v;
+    const float delta = d.v;
+    weights.move(i, part, delta);
     // Rules let a weight or gradient that is not finite through to delta or to the states; a delta of 0 changes
     // nothing. (With a correction, a delta that is not finite makes a weight so, which update() looks for.)
-    if constexpr (!Format::kIsCorrected) found.poison = __fmaf_rn(delta[i], 0.0f, found.poison);
+    if constexpr (!Format::kIsCorrected) found.poison = __fmaf_rn(delta, 0.0f, found.poison);
     if constexpr (Weights::kMustMove) {
-      found.ok &= delta[i] != 0.0f;
+      found.ok &= delta != 0.0f;
     } else if constexpr (Format::kIsCorrected) {
-      found.has_zeros |= delta[i] == 0.0f;
+      found.has_zeros |= delta == 0.0f;
     }
     states.template note<Lane>(i, found);
   }
@@ -106,7 +107,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Format>& tab
   const uint32_t lane = static_cast<uint32_t>(thread % kHotThreadsPerGroup * kHotUnit);
   const uint32_t hash = group_hash(context, group);
   const uint32_t weight_start = stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane);
-  const bool finite = weights.update(value, delta, weight_start);
+  const bool finite = weights.update(weight_start);
   states.encode([&](auto index) {
     constexpr int k = decltype(index)::value;
     return stream_start<Slots::stream(k)>(context.phase[k], hash, lane);
@@ -154,7 +155,8 @@ __device__ __forceinline__ HotResult untouched_unit(const HotTables<Rule, Format
   using Stage = HotStage<Rule, Format>;
   __syncwarp();  // every thread's copies have come
   if (!is_untouched(stage, headers, thread)) return kHotFailed;
-  HotWeightsOf<Format, true> weights;
+  using Weights = HotWeightsOf<Format, true>;
+  Weights weights;
   weights.parameter = take_quads<Stage::kParameterQuads>(stage.parameter, thread);
   if constexpr (Format::kIsCorrected)
     weights.correction = take_quads<Stage::kCorrectionQuads>(stage.correction, thread);
@@ -162,19 +164,21 @@ __device__ __forceinline__ HotResult untouched_unit(const HotTables<Rule, Format
   using Lane = UpdateLane<true, false>;
   UpdateGuard guard;
   const Lane g(0.0f * context.prepared.gradient_scale, &guard);
-  float value[kHotUnit], delta[kHotUnit], poison = 0.0f;
+  float poison = 0.0f;
   bool ok = true, moves = false;
 #pragma unroll
   for (int i = 0; i < kHotUnit; ++i) {
     Lane s[Rule::kSlotCount];
 #pragma unroll
     for (int k = 0; k < Rule::kSlotCount; ++k) s[k] = {0.0f, &guard};
-    const Lane w(weights.master(tables, i, value[i]), &guard);
-    delta[i] = Rule::update(w, g, s, hyper).v;
+    typename Weights::Part part;
+    const Lane w(weights.master(tables, i, part), &guard);
+    const float delta = Rule::update(w, g, s, hyper).v;
+    weights.move(i, part, delta);
 #pragma unroll
     for (int k = 0; k < Rule::kSlotCount; ++k) ok &= core::to_bits(s[k].v) == 0u;
-    moves |= delta[i] != 0.0f;
-    if constexpr (!Format::kIsCorrected) poison = __fmaf_rn(delta[i], 0.0f, poison);
+    moves |= delta != 0.0f;
+    if constexpr (!Format::kIsCorrected) poison = __fmaf_rn(delta, 0.0f, poison);
   }
   if (!__all_sync(0xffffffffu, ok && guard.holds() && poison == 0.0f)) return kHotFailed;
   if (Format::kIsCorrected && !__any_sync(0xffffffffu, moves)) return kHotWithZeros;
@@ -183,7 +187,7 @@ __device__ __forceinline__ HotResult untouched_unit(const HotTables<Rule, Format
   const uint32_t hash = group_hash(context, group);
   const uint32_t lane = static_cast<uint32_t>(thread % kHotThreadsPerGroup * kHotUnit);
   const uint32_t start = stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane);
-  if (!__all_sync(0xffffffffu, weights.update(value, delta, start))) return kHotFailed;
+  if (!__all_sync(0xffffffffu, weights.update(start))) return kHotFailed;
   store_weights(context, weights, stage, first_group, thread);
   return kHotWithZeros;
 }

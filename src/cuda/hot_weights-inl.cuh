@@ -3,9 +3,11 @@
 //   struct SomeWeights {
 //     static constexpr bool kMustMove;                   // delta must not be 0
 //     HotWords<...> parameter, correction;               // as stored; correction where the format has one
-//     float master(tables, int i, float& value);         // weight i; `value` is what update() needs of it
+//     struct Part;                                       // what move() needs of a weight
+//     float master(tables, int i, Part&);                // weight i
+//     void move(int i, const Part&, float delta);
 //     bool are_normal();                                 // after all: whether they were what they were taken for
-//     bool update(value, delta, dither_start);           // the new ones; false where this way does not hold for one
+//     bool update(dither_start);                         // the new ones; false where this way does not hold for one
 //   };
 #pragma once
 
@@ -69,27 +71,43 @@ struct HotSplitWeights {
   static constexpr bool kNormal = !kZeros && Narrow::kBias == 127;
   HotWords<8> parameter;
   HotWords<4 * kCorrectionBytes> correction;
+  float moved[kHotUnit];   ///< what the new weights are made of
+  float delta_[kHotUnit];  ///< kZeros alone
   uint32_t smallest_scale = 0x7f800000u, even_scale = 0u;
 
-  __device__ __forceinline__ bool are_normal() const { return !kNormal || smallest_scale != 0u; }
+  /// Normal narrow values are also large enough for a correction's value to be a normal number.
+  static constexpr uint32_t kSmallestNormalScale = (127u - 90u) << 23;
+  __device__ __forceinline__ bool are_normal() const { return !kNormal || smallest_scale >= kSmallestNormalScale; }
 
-  /// core::correction_value for a finite narrow value n. Half an ULP of 1 is a power of two and scales exactly. 16 bits
-  /// without conversions: a half under the exponent of 2^23 becomes a float by one subtraction; c * high is exact, so
-  /// an fma rounds as the sum does.
+  /// core::correction_value as a product that is exact where kNormal: an fma that adds to it rounds as the sum does.
+  struct Part {
+    float fraction, scale;
+
+    __device__ __forceinline__ float plus(float a) const {
+      return kNormal ? fused(fraction, scale, a) : a + fraction * scale;
+    }
+  };
+
+  /// Of a finite narrow value n. Half an ULP of 1 is a power of two and scales exactly. 16 bits without conversions: a
+  /// half under the exponent of 2^23 becomes a float by one subtraction; c * high is exact, so an fma rounds as the sum
+  /// does.
   template <class Tables>
-  __device__ __forceinline__ float correction_value(const Tables& tables, float n, int i) {
+  __device__ __forceinline__ Part correction_value(const Tables& tables, float n, int i) {
     using C = core::Correction<kBits>;
     constexpr float kHalfUlp = core::half_ulp_of_unit_scale<Narrow>();
-    float fraction;
+    Part out;
     if constexpr (kBits == 8) {
-      fraction = look_up(tables.fractions(), correction, i);
+      out.fraction = look_up(tables.fractions(), correction, i);
     } else {
       const float c =
           core::from_bits(permute(correction.w[i / 2] ^ 0x80008000u, 0x4b000000u, i % 2 == 0 ? 0x7410u : 0x7432u)) -
           (0x1p23f + 32768.0f);
-      fraction = __fmaf_rn(c, C::kInverseHigh * kHalfUlp, c * (C::kInverseLow * kHalfUlp));
+      out.fraction = __fmaf_rn(c, C::kInverseHigh * kHalfUlp, c * (C::kInverseLow * kHalfUlp));
     }
-    if constexpr (!kNormal) return fraction * core::from_bits(core::scale_bits<Narrow, float>(n));
+    if constexpr (!kNormal) {
+      out.scale = core::from_bits(core::scale_bits<Narrow, float>(n));
+      return out;
+    }
     const uint32_t scale = core::to_bits(n) & 0x7f800000u;
     if (i % 2 == 0) {
       even_scale = scale;
@@ -97,7 +115,14 @@ struct HotSplitWeights {
       smallest_scale = static_cast<uint32_t>(
           __vimin3_s32(static_cast<int>(smallest_scale), static_cast<int>(even_scale), static_cast<int>(scale)));
     }
-    return fraction * core::from_bits(scale);
+    out.scale = core::from_bits(scale);
+    return out;
+  }
+  template <class Tables>
+  __device__ __forceinline__ float master(const Tables& tables, int i, Part& part) {
+    const float n = narrow(i);
+    part = correction_value(tables, n, i);
+    return part.plus(n);
   }
 
   __device__ __forceinline__ uint32_t correction_in_top(int i) const {
@@ -144,18 +169,16 @@ template <class Narrow, int kBits, bool kZeros>
 struct HotDitheredWeights : HotSplitWeights<Narrow, kBits, kZeros> {
   using Base = HotSplitWeights<Narrow, kBits, kZeros>;
 
-  /// `value` is the correction's.
-  template <class Tables>
-  __device__ __forceinline__ float master(const Tables& tables, int i, float& value) {
-    const float n = this->narrow(i);
-    value = this->correction_value(tables, n, i);
-    return n + value;
+  using typename Base::Part;
+
+  __device__ __forceinline__ void move(int i, const Part& part, float delta) {
+    this->moved[i] = part.plus(-delta);
+    this->delta_[i] = delta;
   }
 
-  /// core::split_update_dithered of 16 weights: `value` is their correction_value, delta is finite. False where a
-  /// weight becomes infinite, or no normal number where it must be one.
-  __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit],
-                                         uint32_t dither_start) {
+  /// core::split_update_dithered of 16 weights whose delta is finite. False where a weight becomes infinite, or no
+  /// normal number where it must be one.
+  __device__ __forceinline__ bool update(uint32_t dither_start) {
     using Pair = NarrowPair<Narrow>;
     constexpr auto kStream = core::DitherStream::kWeight;
     constexpr float kMax = core::Correction<kBits>::kMax;
@@ -164,20 +187,21 @@ struct HotDitheredWeights : HotSplitWeights<Narrow, kBits, kZeros> {
     constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax * kOne;
     constexpr uint32_t kLargestFixed = static_cast<uint32_t>(kMax * kOne);
     uint32_t top[kHotUnit];
+    const float(&rest)[kHotUnit] = this->moved;
+    const float(&delta)[kHotUnit] = this->delta_;
     typename Base::template Inverses<0u> inverses;
 #pragma unroll
     for (int j = 0; j < kHotUnit; j += 2) {
       const uint32_t old = this->parameter.w[j / 2];
       const float n[2] = {Pair::low(old), Pair::high(old)};
-      const float rest[2] = {value[j] - delta[j], value[j + 1] - delta[j + 1]};
       const uint32_t rounded =
-          Base::keep_unmoved(Pair::round_pair(n[0] + rest[0], n[1] + rest[1]), old, delta[j], delta[j + 1]);
+          Base::keep_unmoved(Pair::round_pair(n[0] + rest[j], n[1] + rest[j + 1]), old, delta[j], delta[j + 1]);
       this->parameter.w[j / 2] = rounded;
       const float n_new[2] = {Pair::low(rounded), Pair::high(rounded)};
       inverses.set(n_new[0], n_new[1]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float new_rest = (n[k] - n_new[k]) + rest[k];
+        const float new_rest = (n[k] - n_new[k]) + rest[j + k];
         const float x = (new_rest * inverses.get(k)) * kUnits;
         // |x| exceeds N 2^F by roundings alone: clamping the integer, from 0 on, is one instruction.
         const uint32_t fixed =
@@ -192,7 +216,7 @@ struct HotDitheredWeights : HotSplitWeights<Narrow, kBits, kZeros> {
       }
     }
     if constexpr (kBits == 8) {
-      this->correction = pack_top_bytes(top);
+      this->correction = pack_bytes<3>(top);
     } else {
       this->correction = pack_top_halves(top);
     }
@@ -206,35 +230,41 @@ struct HotNearestWeights : HotSplitWeights<Narrow, 8, kZeros> {
   static_assert(std::is_same_v<Narrow, core::BFloat16>, "nearest_correction()");
   using Base = HotSplitWeights<Narrow, 8, kZeros>;
 
-  /// `value` is the weight, too.
+  using Part = float;
+
   template <class Tables>
-  __device__ __forceinline__ float master(const Tables& tables, int i, float& value) {
-    const float n = this->narrow(i);
-    return value = n + this->correction_value(tables, n, i);
+  __device__ __forceinline__ float master(const Tables& tables, int i, Part& w) {
+    typename Base::Part part;
+    return w = Base::master(tables, i, part);
+  }
+  __device__ __forceinline__ void move(int i, Part w, float delta) {
+    this->moved[i] = w - delta;
+    this->delta_[i] = delta;
   }
 
   /// core::split_update_nearest of 16 weights; delta is finite. False as above.
-  __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t) {
+  __device__ __forceinline__ bool update(uint32_t) {
     using Pair = NarrowPair<Narrow>;
+    const float(&w)[kHotUnit] = this->moved;
+    const float(&delta)[kHotUnit] = this->delta_;
     uint32_t corrections[kHotUnit];  // in the low bytes
     typename Base::template Inverses<kMantissaOf127> inverses;
 #pragma unroll
     for (int j = 0; j < kHotUnit; j += 2) {
       const uint32_t old = this->parameter.w[j / 2];
-      const float w[2] = {value[j] - delta[j], value[j + 1] - delta[j + 1]};
-      const uint32_t rounded = Base::keep_unmoved(Pair::round_pair(w[0], w[1]), old, delta[j], delta[j + 1]);
+      const uint32_t rounded = Base::keep_unmoved(Pair::round_pair(w[j], w[j + 1]), old, delta[j], delta[j + 1]);
       this->parameter.w[j / 2] = rounded;
       const float n[2] = {Pair::low(rounded), Pair::high(rounded)};
       inverses.set(n[0], n[1]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        corrections[j + k] = nearest_correction(w[k] - n[k], inverses.get(k));
+        corrections[j + k] = nearest_correction(w[j + k] - n[k], inverses.get(k));
         if constexpr (kZeros) {
           if (delta[j + k] == 0.0f) corrections[j + k] = byte_of(this->correction, j + k);
         }
       }
     }
-    this->correction = pack_low_bytes(corrections);
+    this->correction = pack_bytes<0>(corrections);
     return inverses.hold();
   }
 };
@@ -246,21 +276,23 @@ struct HotPlainWeights {
   static constexpr bool kMustMove = false;
   HotWords<8> parameter;
 
+  using Part = float;
+  float moved[kHotUnit];
+
   template <class Tables>
-  __device__ __forceinline__ float master(const Tables&, int i, float&) {
-    return narrow_element<Narrow>(parameter, i);
+  __device__ __forceinline__ float master(const Tables&, int i, Part& w) {
+    return w = narrow_element<Narrow>(parameter, i);
   }
+  __device__ __forceinline__ void move(int i, Part w, float delta) { moved[i] = w - delta; }
   __device__ __forceinline__ bool are_normal() const { return true; }
   /// core's round, or round_dithered, of w - delta. False where a weight may become infinite without bias.
-  __device__ __forceinline__ bool update(const float (&)[kHotUnit], const float (&delta)[kHotUnit],
-                                         uint32_t dither_start) {
+  __device__ __forceinline__ bool update(uint32_t dither_start) {
     using Pair = NarrowPair<Narrow>;
     bool ok = true;
     uint32_t top[kHotUnit];
 #pragma unroll
     for (int j = 0; j < kHotUnit; j += 2) {
-      const uint32_t old = parameter.w[j / 2];
-      const float w[2] = {Pair::low(old) - delta[j], Pair::high(old) - delta[j + 1]};
+      const float w[2] = {moved[j], moved[j + 1]};
       if constexpr (kStochastic) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -282,16 +314,15 @@ struct HotFullWeights {
   static constexpr bool kMustMove = false;
   HotWords<16> parameter;
 
+  using Part = float;
+
   template <class Tables>
-  __device__ __forceinline__ float master(const Tables&, int i, float& value) {
-    return value = core::from_bits(parameter.w[i]);
+  __device__ __forceinline__ float master(const Tables&, int i, Part& w) {
+    return w = core::from_bits(parameter.w[i]);
   }
+  __device__ __forceinline__ void move(int i, Part w, float delta) { parameter.w[i] = core::to_bits(w - delta); }
   __device__ __forceinline__ bool are_normal() const { return true; }
-  __device__ __forceinline__ bool update(const float (&value)[kHotUnit], const float (&delta)[kHotUnit], uint32_t) {
-#pragma unroll
-    for (int i = 0; i < kHotUnit; ++i) parameter.w[i] = core::to_bits(value[i] - delta[i]);
-    return true;
-  }
+  __device__ __forceinline__ bool update(uint32_t) { return true; }
 };
 
 template <class Format, bool kZeros, class Narrow = NarrowOf<Format::kParameter>>
