@@ -19,10 +19,14 @@ struct HotFormat {
   MasterWeights master;
   StateCodec codec;
   HotGroups groups = HotGroups::kInOneStretch;
+  /// Hot on every device, and not only on those whose memory is fast for their arithmetic (hot_kernel): elsewhere
+  /// core's formulas keep up with the memory, and a build has fewer kernels to make.
+  bool everywhere = false;
 };
 
 inline constexpr HotFormat kHotFormats[] = {
-    {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault},
+    {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault, HotGroups::kInOneStretch,
+     true},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault, HotGroups::kInRuns},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection16, StateCodec::kDefault},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kNone, StateCodec::kDefault},
@@ -55,12 +59,14 @@ inline int hot_format_of(const ParameterTensors& t, int states, const TensorGrou
 }
 
 /// A format as a type, by which kernels are named.
-template <DType kParameterOf, DType kGradientOf, MasterWeights kMasterOf, StateCodec kCodecOf, HotGroups kGroupsOf>
+template <DType kParameterOf, DType kGradientOf, MasterWeights kMasterOf, StateCodec kCodecOf, HotGroups kGroupsOf,
+          bool kEverywhereOf>
 struct HotFormatOf {
   static constexpr DType kParameter = kParameterOf, kGradient = kGradientOf;
   static constexpr MasterWeights kMaster = kMasterOf;
   static constexpr StateCodec kCodec = kCodecOf;
   static constexpr HotGroups kGroups = kGroupsOf;
+  static constexpr bool kEverywhere = kEverywhereOf;
   static constexpr bool kIsCorrected = core::has_correction(kMaster);
 
   static constexpr int bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -70,6 +76,6 @@ struct HotFormatOf {
 };
 template <int i>
 using HotFormatAt = HotFormatOf<kHotFormats[i].parameter, kHotFormats[i].gradient, kHotFormats[i].master,
-                                kHotFormats[i].codec, kHotFormats[i].groups>;
+                                kHotFormats[i].codec, kHotFormats[i].groups, kHotFormats[i].everywhere>;
 
 }  // namespace flashoptim::cuda

@@ -249,11 +249,47 @@ __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const 
   }
 }
 
+/// Whether a device's memory is so fast that core's formulas do not keep up with it: A100, H100 and H200, B200.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || (__CUDA_ARCH__ / 100 == 10))
+inline constexpr bool kHasFastMemory = true;
+#else
+inline constexpr bool kHasFastMemory = false;
+#endif
+
+/// A chunk from a tile's first group on.
+__device__ __forceinline__ HotChunk chunk_of(const HotChunk* chunks, uint32_t tile) {
+  HotChunk chunk = chunks[tile / kWarpTilesPerChunk];
+  const uint32_t offset = tile % kWarpTilesPerChunk * kWarpGroups;
+  chunk.first += offset;
+  chunk.groups -= static_cast<int32_t>(offset);
+  return chunk;
+}
+
+template <core::Rule Rule, class Format>
+__device__ __forceinline__ void exact_tile(const StepArguments& args, const HotChunk& tile,
+                                           const PreparedHyper& prepared) {
+  const int64_t first_group = (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first;
+  exact_units_apart<Rule, Format>(entry_of(args, tile.tensor), prepared, args.nonfinite, first_group,
+                                  tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
+}
+
+/// hot_kernel() by core's formulas alone.
+template <core::Rule Rule, class Format>
+__device__ __forceinline__ void exact_tiles(const StepArguments& args) {
+  constexpr uint32_t kWarps = kHotThreads / 32;
+#pragma unroll 1
+  for (uint32_t i = blockIdx.x * kWarps + threadIdx.x / 32; i < args.tile_count; i += gridDim.x * kWarps) {
+    const HotChunk tile = chunk_of(reinterpret_cast<const HotChunk*>(args.chunks), i);
+    const TensorEntry& entry = entry_of(args, tile.tensor);
+    const PreparedHyper& prepared = *hyper_of(args, entry);
+    if (entry.gradient != nullptr && !prepared.skip && tile.groups > 0) exact_tile<Rule, Format>(args, tile, prepared);
+  }
+}
+
 /// A format of kHotFormats. Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then
 /// as they come, so that all warps together sweep through memory.
 template <core::Rule Rule, class Format>
-__global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
-    hot_kernel(const __grid_constant__ StepArguments args) {
+__device__ __forceinline__ void hot_tiles(const StepArguments& args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
   __shared__ HotContext<Rule, Format> contexts[kWarps][2];
   __shared__ HotStage<Rule, Format> stages[kWarps][2];
@@ -264,14 +300,6 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   const uint32_t warps = gridDim.x * kWarps;
   const uint32_t tiles = args.tile_count;
   const HotChunk* chunks = reinterpret_cast<const HotChunk*>(args.chunks);
-  // A chunk from a tile's first group on.
-  const auto look_up = [chunks](uint32_t tile) {
-    HotChunk chunk = chunks[tile / kWarpTilesPerChunk];
-    const uint32_t offset = tile % kWarpTilesPerChunk * kWarpGroups;
-    chunk.first += offset;
-    chunk.groups -= static_cast<int32_t>(offset);
-    return chunk;
-  };
   const uint32_t fixed = warps * args.fixed_rounds;
   uint32_t own = blockIdx.x * kWarps + warp;
   // The number of the next tile: thread 0's.
@@ -285,7 +313,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   // further ahead costs 1 %: the later the numbers are given out, the closer together the warps stay in memory.)
   HotChunk tile{};
   bool exists = own < tiles;
-  if (exists) tile = look_up(own);
+  if (exists) tile = chunk_of(chunks, own);
   uint32_t taken = take();
   int slot = 0, stage = 0;
   bool zeros = false;  // the tile before had some: the next one probably has, too
@@ -305,7 +333,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     HotChunk next{};
     int next_slot = slot;
     if (next_exists) {
-      next = look_up(number);
+      next = chunk_of(chunks, number);
       taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
@@ -331,11 +359,7 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
       }
     }
     if (result == kHotFailed) {
-      if (context.active && tile.groups > 0) {
-        const int64_t first_group = (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first;
-        exact_units_apart<Rule, Format>(entry_of(args, tile.tensor), context.prepared, args.nonfinite, first_group,
-                                        tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
-      }
+      if (context.active && tile.groups > 0) exact_tile<Rule, Format>(args, tile, context.prepared);
     }
     tile = next;
     slot = next_slot;
@@ -344,6 +368,16 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   }
   // The last warp leaves the counters as it found them.
   if (thread == 0 && atomicAdd(&args.work->finished, 1u) + 1u == warps) *args.work = WorkCounter{0u, 0u};
+}
+
+template <core::Rule Rule, class Format>
+__global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
+    hot_kernel(const __grid_constant__ StepArguments args) {
+  if constexpr (Format::kEverywhere || kHasFastMemory) {
+    hot_tiles<Rule, Format>(args);
+  } else {
+    exact_tiles<Rule, Format>(args);
+  }
 }
 
 /// Loads a kernel, as its first launch would where modules are loaded lazily: memory may run out there, too.
