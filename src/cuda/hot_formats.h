@@ -19,20 +19,17 @@ struct HotFormat {
   MasterWeights master;
   StateCodec codec;
   HotGroups groups = HotGroups::kInOneStretch;
-  /// Hot on every device, and not only on those whose memory is fast for their arithmetic (hot_kernel): elsewhere
-  /// core's formulas keep up with the memory, and a build has fewer kernels to make.
-  bool everywhere = false;
 };
 
 inline constexpr HotFormat kHotFormats[] = {
-    {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault, HotGroups::kInOneStretch,
-     true},
-    {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault, HotGroups::kInRuns},
+    {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection16, StateCodec::kDefault},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kNone, StateCodec::kDefault},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kNoneStochastic, StateCodec::kDefault},
-    {DType::kBFloat16, DType::kFloat32, MasterWeights::kCorrection8, StateCodec::kDefault},
     {DType::kFloat16, DType::kFloat16, MasterWeights::kCorrection8, StateCodec::kDefault},
+    {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault, HotGroups::kInRuns},
+    // From here on where memory is fast alone.
+    {DType::kBFloat16, DType::kFloat32, MasterWeights::kCorrection8, StateCodec::kDefault},
     {DType::kFloat16, DType::kFloat16, MasterWeights::kCorrection16, StateCodec::kDefault},
     {DType::kFloat16, DType::kFloat16, MasterWeights::kNone, StateCodec::kDefault},
     {DType::kFloat32, DType::kFloat32, MasterWeights::kNone, StateCodec::kDefault},
@@ -41,6 +38,9 @@ inline constexpr HotFormat kHotFormats[] = {
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kNone, StateCodec::kPaper},
 };
 inline constexpr int kHotFormatCount = static_cast<int>(std::size(kHotFormats));
+/// The first ones are hot on every device; the others only where memory is fast for the arithmetic there is
+/// (kHasFastMemory in step-inl.cuh), for a build of seven architectures has its limits.
+inline constexpr int kHotEverywhere = 6;
 
 /// Position in kHotFormats, or -1. `states` is the number of an element's states: without any there is no codec.
 inline int hot_format_of(const ParameterTensors& t, int states, const TensorGroups& groups) {
@@ -60,13 +60,13 @@ inline int hot_format_of(const ParameterTensors& t, int states, const TensorGrou
 
 /// A format as a type, by which kernels are named.
 template <DType kParameterOf, DType kGradientOf, MasterWeights kMasterOf, StateCodec kCodecOf, HotGroups kGroupsOf,
-          bool kEverywhereOf>
+          bool kIsEverywhereOf>
 struct HotFormatOf {
   static constexpr DType kParameter = kParameterOf, kGradient = kGradientOf;
   static constexpr MasterWeights kMaster = kMasterOf;
   static constexpr StateCodec kCodec = kCodecOf;
   static constexpr HotGroups kGroups = kGroupsOf;
-  static constexpr bool kEverywhere = kEverywhereOf;
+  static constexpr bool kIsEverywhere = kIsEverywhereOf;
   static constexpr bool kIsCorrected = core::has_correction(kMaster);
 
   static constexpr int bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -76,6 +76,6 @@ struct HotFormatOf {
 };
 template <int i>
 using HotFormatAt = HotFormatOf<kHotFormats[i].parameter, kHotFormats[i].gradient, kHotFormats[i].master,
-                                kHotFormats[i].codec, kHotFormats[i].groups, kHotFormats[i].everywhere>;
+                                kHotFormats[i].codec, kHotFormats[i].groups, (i < kHotEverywhere)>;
 
 }  // namespace flashoptim::cuda

@@ -60,7 +60,6 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Format>& tab
   using Hyper = typename Rule::Hyper;
   States states;
   Weights weights;
-  __syncwarp();  // every thread's copies have come
 #pragma unroll
   for (int k = 0; k < Rule::kSlotCount; ++k) {
     states.codes[k] = take_quads<1>(stage.states[k], thread);
@@ -153,7 +152,6 @@ __device__ __forceinline__ HotResult untouched_unit(const HotTables<Rule, Format
                                                     uint32_t first_group, int thread) {
   using Hyper = typename Rule::Hyper;
   using Stage = HotStage<Rule, Format>;
-  __syncwarp();  // every thread's copies have come
   if (!is_untouched(stage, headers, thread)) return kHotFailed;
   using Weights = HotWeightsOf<Format, true>;
   Weights weights;

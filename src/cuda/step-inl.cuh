@@ -345,6 +345,7 @@ __device__ __forceinline__ void hot_tiles(const StepArguments& args) {
     }
     commit_copies();
     wait_for_copies();
+    __syncwarp();  // every thread's copies have come
     HotResult result = kHotFailed;
     if (context.takes(tile.first, tile.groups)) {
       if (!zeros)
@@ -373,7 +374,7 @@ __device__ __forceinline__ void hot_tiles(const StepArguments& args) {
 template <core::Rule Rule, class Format>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     hot_kernel(const __grid_constant__ StepArguments args) {
-  if constexpr (Format::kEverywhere || kHasFastMemory) {
+  if constexpr (Format::kIsEverywhere || kHasFastMemory) {
     hot_tiles<Rule, Format>(args);
   } else {
     exact_tiles<Rule, Format>(args);
