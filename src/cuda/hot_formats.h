@@ -68,6 +68,10 @@ struct HotFormatOf {
   static constexpr HotGroups kGroups = kGroupsOf;
   static constexpr bool kIsEverywhere = kIsEverywhereOf;
   static constexpr bool kIsCorrected = core::has_correction(kMaster);
+  /// A product less for the one format that is used most: another way for each would cost a fifth of the build.
+  static constexpr bool kHasWayForScale1 = kParameter == DType::kBFloat16 && kGradient == DType::kBFloat16 &&
+                                           kMaster == MasterWeights::kCorrection8 && kCodec == StateCodec::kDefault &&
+                                           kGroups == HotGroups::kInOneStretch;
 
   static constexpr int bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
   /// Bytes of an element.

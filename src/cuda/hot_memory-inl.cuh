@@ -36,6 +36,9 @@ __device__ __forceinline__ const PreparedHyper* hyper_of(const StepArguments& ar
   return (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
 }
 
+/// inverse_root_scale(x) = (kTop - (x >> 1)) & mask = ~((x - 2 kTop - 2) >> 1) & mask: what x is shifted by.
+inline constexpr uint32_t kRootShift = 0u - 2u * ((255u << 23) - (127u << 22));
+
 /// What the tiles of one tensor share, in shared memory: registers are for elements. Addresses are those of a segment
 /// of 2^kSegmentBits groups, so that offsets have 32 bits.
 template <core::Rule Rule, class Format>
@@ -50,6 +53,8 @@ struct alignas(16) HotContext {
   PreparedHyper prepared;
   /// Starts of the dither's streams, but for the group's hash.
   uint32_t phase[Rule::kSlotCount], phase_weight;
+  /// Constants from memory: what the compiler knows it adds apart from the rest, or moves to registers again and again.
+  uint32_t root_shift, minus_largest;  ///< kRootShift, FixedCorrection's
   uint32_t full;  ///< groups before this one are full and lie at 32 times their number, on addresses for vectors
   bool active;
   /// kInRuns alone, which has no first_index: the segment's first group, and what runs are.
@@ -100,6 +105,8 @@ struct alignas(16) HotContext {
         constexpr int k = decltype(index)::value;
         phase[k] = core::dither_group_start<Slots::stream(k), float>(key, 0u);
       });
+      root_shift = kRootShift;
+      minus_largest = Format::kCorrectionBytes == 1 ? 0x81u : 0x8001u;
       phase_weight = core::dither_group_start<core::DitherStream::kWeight, float>(key, 0u);
       active = t.gradient != nullptr && !hyper->skip;
       const int64_t left = t.numel / kGroupSize - segment_group;
@@ -133,11 +140,6 @@ __device__ __forceinline__ uint32_t power_of_two(uint32_t exponent) {
 
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
-}
-
-/// min(max(a, 0), largest) of signed numbers.
-__device__ __forceinline__ uint32_t clamp_from_zero(uint32_t a, uint32_t largest) {
-  return static_cast<uint32_t>(__vimin_s32_relu(static_cast<int>(a), static_cast<int>(largest)));
 }
 
 /// Bytes of 16 words, the lowest being 0.

@@ -78,7 +78,7 @@ struct HotStates<Rule, StateCodec::kPaper, kZeros> {
   }
 
   template <class Starts>
-  __device__ __forceinline__ void encode(const Starts&) {
+  __device__ __forceinline__ void encode(const Starts&, uint32_t) {
     Slots::for_each([&](auto index) {
       constexpr int k = decltype(index)::value;
       if constexpr (Slots::is_signed(k)) {

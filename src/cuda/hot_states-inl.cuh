@@ -129,14 +129,14 @@ struct HotStates<Rule, StateCodec::kDefault, kZeros> {
 
   /// Codec::encode of all slots.
   template <class Starts>
-  __device__ __forceinline__ void encode(const Starts& starts) {
+  __device__ __forceinline__ void encode(const Starts& starts, uint32_t root_shift) {
     Slots::for_each([&](auto index) {
       constexpr int k = decltype(index)::value;
       const uint32_t start = starts(index);
       const HotExtremes& of = extremes[k];
       if constexpr (!Slots::is_signed(k)) {
         encode_unsigned<k>(group_int_max<kHotThreadsPerGroup>(of.largest),
-                           group_unsigned_min<kHotThreadsPerGroup>(of.smallest_minus_one), start);
+                           group_unsigned_min<kHotThreadsPerGroup>(of.smallest_minus_one), start, root_shift);
       } else if constexpr (Slot<k>::kUsesSmallest) {
         encode_chosen<k>(of.largest_value, of.smallest_value, start);
       } else {
@@ -203,24 +203,22 @@ struct HotStates<Rule, StateCodec::kDefault, kZeros> {
 
   /// The patterns are over the whole group. Leaves what is relative to the stored variance in its slot.
   template <int k>
-  __device__ __forceinline__ void encode_unsigned(uint32_t largest, uint32_t smallest_minus_one,
-                                                  uint32_t dither_start) {
+  __device__ __forceinline__ void encode_unsigned(uint32_t largest, uint32_t smallest_minus_one, uint32_t dither_start,
+                                                  uint32_t root_shift) {
     constexpr auto kStream = Slots::stream(k);
-    // inverse_root_scale(x) = (kTop - (x >> 1)) & mask = ~((x - 2 kTop - 2) >> 1) & mask, and depends on the exponent
-    // alone, which the stored value shares with the sum before it is cut.
-    constexpr uint32_t kTop = (255u << 23) - 1u - (127u << 22);
+    // inverse_root_scale() depends on the exponent alone, which the stored value shares with the sum before it is cut.
     // Where m is no zero, its exponent is added to: the complement's top byte is then that of the factor less 127.
-    constexpr uint32_t kShifted = 0u - 2u * (kTop + 1u) + (kZeros ? 0u : 127u << 24);
+    const uint32_t shifted = root_shift + (kZeros ? 0u : 127u << 24);
     header[k] = Slot<k>::template header<float>(largest, smallest_minus_one);
     const auto window = Slot<k>::template encoding<float>(header[k], largest);
     const uint32_t factor = power_of_two(24u - window.shift);
-    const uint32_t offset = 0u - (window.base_minus_one << 24) - kShifted * factor;
+    const uint32_t offset = 0u - (window.base_minus_one << 24) - (shifted << (24u - window.shift));
     const uint32_t right = 32u - window.shift;
     uint32_t top[kHotUnit];
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) {
       uint32_t sum =
-          core::to_bits(value[k][i]) + (core::GroupDither::word<kStream>(dither_start, i) >> right) + kShifted;
+          core::to_bits(value[k][i]) + (core::GroupDither::word<kStream>(dither_start, i) >> right) + shifted;
       asm("" : "+r"(sum));  // the compiler would take it apart: ~(a + b) as c - a and a mask, 2 instructions more
       top[i] = sum * factor + offset;
       const bool is_zero = kZeros && value[k][i] == 0.0f;

@@ -47,8 +47,8 @@ __device__ __forceinline__ void store_weights(const HotContext<Rule, Format>& co
     store_quads(context.correction + first * Format::kCorrectionBytes, weights.correction, stage.correction, thread);
 }
 
-/// One tile, 16 elements a thread.
-template <core::Rule Rule, class Format, bool kZeros>
+/// One tile, 16 elements a thread. Without kScaled gradients are not multiplied by their scale, which is 1.
+template <core::Rule Rule, class Format, bool kZeros, bool kScaled = true>
 __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Format>& tables,
                                               const HotContext<Rule, Format>& context, HotStage<Rule, Format>& stage,
                                               const HotHeaders<Rule>& headers, uint32_t first_group, int thread) {
@@ -77,7 +77,8 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Format>& tab
   UpdateGuard guard;
 #pragma unroll
   for (int i = 0; i < kHotUnit; ++i) {
-    const float g = hot_element<Format::kGradient>(gradient, i) * gradient_scale;
+    float g = hot_element<Format::kGradient>(gradient, i);
+    if constexpr (kScaled) g = g * gradient_scale;
     typename Weights::Part part;
     const float w = weights.master(tables, i, part);
     Lane s[Rule::kSlotCount];
@@ -89,7 +90,7 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Format>& tab
     const float delta = d.v;
     weights.move(i, part, delta);
     // Rules let a weight or gradient that is not finite through to delta or to the states; a delta of 0 changes
-    // nothing. (With a correction, a delta that is not finite makes a weight so, which update() looks for.)
+    // nothing. (With a correction, a delta that is not finite makes a weight so, which hold() looks for.)
     if constexpr (!Format::kIsCorrected) found.poison = __fmaf_rn(delta, 0.0f, found.poison);
     if constexpr (Weights::kMustMove) {
       found.ok &= delta != 0.0f;
@@ -99,20 +100,20 @@ __device__ __forceinline__ HotResult hot_unit(const HotTables<Rule, Format>& tab
     states.template note<Lane>(i, found);
   }
   const bool ok =
-      found.ok && guard.holds() && weights.are_normal() && found.poison == 0.0f && states.template in_range<Lane>();
+      found.ok && guard.holds() && weights.hold() && found.poison == 0.0f && states.template in_range<Lane>();
   if (!__all_sync(0xffffffffu, ok)) return kHotFailed;
 
   const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
   const uint32_t lane = static_cast<uint32_t>(thread % kHotThreadsPerGroup * kHotUnit);
   const uint32_t hash = group_hash(context, group);
   const uint32_t weight_start = stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane);
-  const bool finite = weights.update(weight_start);
-  states.encode([&](auto index) {
-    constexpr int k = decltype(index)::value;
-    return stream_start<Slots::stream(k)>(context.phase[k], hash, lane);
-  });
-
-  if (!__all_sync(0xffffffffu, finite)) return kHotFailed;
+  weights.finish(weight_start, context.minus_largest);
+  states.encode(
+      [&](auto index) {
+        constexpr int k = decltype(index)::value;
+        return stream_start<Slots::stream(k)>(context.phase[k], hash, lane);
+      },
+      context.root_shift);
   store_weights(context, weights, stage, first_group, thread);
   const uint64_t first = first_group * static_cast<uint32_t>(kGroupSize);
 #pragma unroll
@@ -178,14 +179,14 @@ __device__ __forceinline__ HotResult untouched_unit(const HotTables<Rule, Format
     moves |= delta != 0.0f;
     if constexpr (!Format::kIsCorrected) poison = __fmaf_rn(delta, 0.0f, poison);
   }
-  if (!__all_sync(0xffffffffu, ok && guard.holds() && poison == 0.0f)) return kHotFailed;
+  if (!__all_sync(0xffffffffu, ok && guard.holds() && weights.hold() && poison == 0.0f)) return kHotFailed;
   if (Format::kIsCorrected && !__any_sync(0xffffffffu, moves)) return kHotWithZeros;
 
   const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
   const uint32_t hash = group_hash(context, group);
   const uint32_t lane = static_cast<uint32_t>(thread % kHotThreadsPerGroup * kHotUnit);
   const uint32_t start = stream_start<core::DitherStream::kWeight>(context.phase_weight, hash, lane);
-  if (!__all_sync(0xffffffffu, weights.update(start))) return kHotFailed;
+  weights.finish(start, context.minus_largest);
   store_weights(context, weights, stage, first_group, thread);
   return kHotWithZeros;
 }

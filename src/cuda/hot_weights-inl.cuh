@@ -5,9 +5,9 @@
 //     HotWords<...> parameter, correction;               // as stored; correction where the format has one
 //     struct Part;                                       // what move() needs of a weight
 //     float master(tables, int i, Part&);                // weight i
-//     void move(int i, const Part&, float delta);
-//     bool are_normal();                                 // after all: whether they were what they were taken for
-//     bool update(dither_start);                         // the new ones; false where this way does not hold for one
+//     void move(int i, const Part&, float delta);        // the new weight, but for the dither
+//     bool hold();                                       // after all: whether this way gives core's bits
+//     void finish(dither_start, minus_largest);          // the new ones as they are stored
 //   };
 #pragma once
 
@@ -150,6 +150,8 @@ struct HotSplitWeights {
     __device__ __forceinline__ void set(float a, float b) {
       of[0] = (~core::to_bits(a) & 0x7f800000u) | kMantissa;
       of[1] = (~core::to_bits(b) & 0x7f800000u) | kMantissa;
+      // One LOP3 each; the compiler would take the minimum without the mantissa.
+      if constexpr (kMantissa != 0u) asm("" : "+r"(of[0]), "+r"(of[1]));
       smallest = __vimin3_s32(smallest, static_cast<int>(of[0]), static_cast<int>(of[1]));
       if constexpr (kNormal) largest = __vimax3_s32(largest, static_cast<int>(of[0]), static_cast<int>(of[1]));
     }
@@ -171,48 +173,44 @@ struct HotDitheredWeights : HotSplitWeights<Narrow, kBits, kZeros> {
 
   using typename Base::Part;
 
+  using Fixed = FixedCorrection<Narrow, kBits>;
+  typename Base::template Inverses<0u> inverses;
+  uint32_t fixed[kHotUnit];
+
+  /// core::split_update_dithered of element i, whose delta is finite, but for the dither; of two at odd i.
   __device__ __forceinline__ void move(int i, const Part& part, float delta) {
     this->moved[i] = part.plus(-delta);
     this->delta_[i] = delta;
+    if (i % 2 == 0) return;
+    using Pair = NarrowPair<Narrow>;
+    constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * static_cast<float>(Fixed::kLargest);
+    const float(&rest)[kHotUnit] = this->moved;
+    const int j = i - 1;
+    const uint32_t old = this->parameter.w[j / 2];
+    const float n[2] = {Pair::low(old), Pair::high(old)};
+    const uint32_t rounded =
+        Base::keep_unmoved(Pair::round_pair(n[0] + rest[j], n[1] + rest[i]), old, this->delta_[j], this->delta_[i]);
+    this->parameter.w[j / 2] = rounded;
+    const float n_new[2] = {Pair::low(rounded), Pair::high(rounded)};
+    inverses.set(n_new[0], n_new[1]);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float new_rest = (n[k] - n_new[k]) + rest[j + k];
+      fixed[j + k] = Fixed::make((new_rest * inverses.get(k)) * kUnits);
+    }
   }
 
-  /// core::split_update_dithered of 16 weights whose delta is finite. False where a weight becomes infinite, or no
-  /// normal number where it must be one.
-  __device__ __forceinline__ bool update(uint32_t dither_start) {
-    using Pair = NarrowPair<Narrow>;
+  /// Not where a weight becomes infinite, or no normal number where it must be one.
+  __device__ __forceinline__ bool hold() const { return this->are_normal() && inverses.hold(); }
+
+  __device__ __forceinline__ void finish(uint32_t dither_start, uint32_t minus_largest) {
     constexpr auto kStream = core::DitherStream::kWeight;
-    constexpr float kMax = core::Correction<kBits>::kMax;
-    constexpr int kFraction = kBits == 8 ? 23 : 15;
-    constexpr float kOne = static_cast<float>(1 << kFraction);
-    constexpr float kUnits = static_cast<float>(1 << Narrow::kMantissaBits) * kMax * kOne;
-    constexpr uint32_t kLargestFixed = static_cast<uint32_t>(kMax * kOne);
     uint32_t top[kHotUnit];
-    const float(&rest)[kHotUnit] = this->moved;
-    const float(&delta)[kHotUnit] = this->delta_;
-    typename Base::template Inverses<0u> inverses;
 #pragma unroll
-    for (int j = 0; j < kHotUnit; j += 2) {
-      const uint32_t old = this->parameter.w[j / 2];
-      const float n[2] = {Pair::low(old), Pair::high(old)};
-      const uint32_t rounded =
-          Base::keep_unmoved(Pair::round_pair(n[0] + rest[j], n[1] + rest[j + 1]), old, delta[j], delta[j + 1]);
-      this->parameter.w[j / 2] = rounded;
-      const float n_new[2] = {Pair::low(rounded), Pair::high(rounded)};
-      inverses.set(n_new[0], n_new[1]);
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const float new_rest = (n[k] - n_new[k]) + rest[j + k];
-        const float x = (new_rest * inverses.get(k)) * kUnits;
-        // |x| exceeds N 2^F by roundings alone: clamping the integer, from 0 on, is one instruction.
-        const uint32_t fixed =
-            clamp_from_zero(static_cast<uint32_t>(__float2int_rz(x)) + kLargestFixed, 2u * kLargestFixed);
-        const uint32_t word = core::GroupDither::word<kStream>(dither_start, j + k);
-        // (fixed - N 2^F + (word >> 32 - F)) >> F, one digit to the left: the dither's digit below the last place
-        // cannot carry. -N stands above the dither, where the shift leaves room.
-        top[j + k] = fixed * 2u + (kBits == 8 ? permute(word, 0x81u, 0x4321u) : permute(word, 0x8001u, 0x5432u));
-        if constexpr (kZeros) {
-          if (delta[j + k] == 0.0f) top[j + k] = this->correction_in_top(j + k);
-        }
+    for (int i = 0; i < kHotUnit; ++i) {
+      top[i] = Fixed::dithered(fixed[i], core::GroupDither::word<kStream>(dither_start, i), minus_largest);
+      if constexpr (kZeros) {
+        if (this->delta_[i] == 0.0f) top[i] = this->correction_in_top(i);
       }
     }
     if constexpr (kBits == 8) {
@@ -220,7 +218,6 @@ struct HotDitheredWeights : HotSplitWeights<Narrow, kBits, kZeros> {
     } else {
       this->correction = pack_top_halves(top);
     }
-    return inverses.hold();
   }
 };
 
@@ -231,42 +228,38 @@ struct HotNearestWeights : HotSplitWeights<Narrow, 8, kZeros> {
   using Base = HotSplitWeights<Narrow, 8, kZeros>;
 
   using Part = float;
+  typename Base::template Inverses<kMantissaOf127> inverses;
+  uint32_t corrections[kHotUnit];  ///< in the low bytes
 
   template <class Tables>
   __device__ __forceinline__ float master(const Tables& tables, int i, Part& w) {
     typename Base::Part part;
     return w = Base::master(tables, i, part);
   }
-  __device__ __forceinline__ void move(int i, Part w, float delta) {
-    this->moved[i] = w - delta;
-    this->delta_[i] = delta;
-  }
 
-  /// core::split_update_nearest of 16 weights; delta is finite. False as above.
-  __device__ __forceinline__ bool update(uint32_t) {
+  /// core::split_update_nearest of element i, whose delta is finite; of two at odd i.
+  __device__ __forceinline__ void move(int i, Part weight, float delta) {
+    this->moved[i] = weight - delta;
+    this->delta_[i] = delta;
+    if (i % 2 == 0) return;
     using Pair = NarrowPair<Narrow>;
     const float(&w)[kHotUnit] = this->moved;
-    const float(&delta)[kHotUnit] = this->delta_;
-    uint32_t corrections[kHotUnit];  // in the low bytes
-    typename Base::template Inverses<kMantissaOf127> inverses;
+    const int j = i - 1;
+    const uint32_t rounded =
+        Base::keep_unmoved(Pair::round_pair(w[j], w[i]), this->parameter.w[j / 2], this->delta_[j], this->delta_[i]);
+    this->parameter.w[j / 2] = rounded;
+    const float n[2] = {Pair::low(rounded), Pair::high(rounded)};
+    inverses.set(n[0], n[1]);
 #pragma unroll
-    for (int j = 0; j < kHotUnit; j += 2) {
-      const uint32_t old = this->parameter.w[j / 2];
-      const uint32_t rounded = Base::keep_unmoved(Pair::round_pair(w[j], w[j + 1]), old, delta[j], delta[j + 1]);
-      this->parameter.w[j / 2] = rounded;
-      const float n[2] = {Pair::low(rounded), Pair::high(rounded)};
-      inverses.set(n[0], n[1]);
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        corrections[j + k] = nearest_correction(w[j + k] - n[k], inverses.get(k));
-        if constexpr (kZeros) {
-          if (delta[j + k] == 0.0f) corrections[j + k] = byte_of(this->correction, j + k);
-        }
+    for (int k = 0; k < 2; ++k) {
+      corrections[j + k] = nearest_correction(w[j + k] - n[k], inverses.get(k));
+      if constexpr (kZeros) {
+        if (this->delta_[j + k] == 0.0f) corrections[j + k] = byte_of(this->correction, j + k);
       }
     }
-    this->correction = pack_bytes<0>(corrections);
-    return inverses.hold();
   }
+  __device__ __forceinline__ bool hold() const { return this->are_normal() && inverses.hold(); }
+  __device__ __forceinline__ void finish(uint32_t, uint32_t) { this->correction = pack_bytes<0>(corrections); }
 };
 
 /// Weights that are all there is, rounded to nearest or without bias.
@@ -283,30 +276,30 @@ struct HotPlainWeights {
   __device__ __forceinline__ float master(const Tables&, int i, Part& w) {
     return w = narrow_element<Narrow>(parameter, i);
   }
-  __device__ __forceinline__ void move(int i, Part w, float delta) { moved[i] = w - delta; }
-  __device__ __forceinline__ bool are_normal() const { return true; }
-  /// core's round, or round_dithered, of w - delta. False where a weight may become infinite without bias.
-  __device__ __forceinline__ bool update(uint32_t dither_start) {
-    using Pair = NarrowPair<Narrow>;
-    bool ok = true;
-    uint32_t top[kHotUnit];
-#pragma unroll
-    for (int j = 0; j < kHotUnit; j += 2) {
-      const float w[2] = {moved[j], moved[j + 1]};
-      if constexpr (kStochastic) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const uint32_t word = core::GroupDither::word<core::DitherStream::kWeight>(dither_start, j + k);
-          top[j + k] = core::to_bits(w[k]) + (word >> 16);
-          ok &= fabsf(w[k]) < 0x1p127f;
-        }
-      } else {
-        parameter.w[j / 2] = Pair::round_pair(w[0], w[1]);
-      }
-    }
-    if constexpr (kStochastic) parameter = pack_top_halves(top);
-    return ok;
+  __device__ __forceinline__ void move(int i, Part w, float delta) {
+    moved[i] = w - delta;
+    if constexpr (kStochastic) holds_ &= fabsf(moved[i]) < 0x1p127f;
   }
+  /// Not where a weight may become infinite without bias.
+  __device__ __forceinline__ bool hold() const { return holds_; }
+  /// core's round, or round_dithered.
+  __device__ __forceinline__ void finish(uint32_t dither_start, uint32_t) {
+    if constexpr (kStochastic) {
+      uint32_t top[kHotUnit];
+#pragma unroll
+      for (int i = 0; i < kHotUnit; ++i) {
+        const uint32_t word = core::GroupDither::word<core::DitherStream::kWeight>(dither_start, i);
+        top[i] = core::to_bits(moved[i]) + (word >> 16);
+      }
+      parameter = pack_top_halves(top);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kHotUnit; j += 2) parameter.w[j / 2] = NarrowPair<Narrow>::round_pair(moved[j], moved[j + 1]);
+    }
+  }
+
+ private:
+  bool holds_ = true;
 };
 
 /// fp32 weights. NaN shows in delta.
@@ -321,8 +314,8 @@ struct HotFullWeights {
     return w = core::from_bits(parameter.w[i]);
   }
   __device__ __forceinline__ void move(int i, Part w, float delta) { parameter.w[i] = core::to_bits(w - delta); }
-  __device__ __forceinline__ bool are_normal() const { return true; }
-  __device__ __forceinline__ bool update(uint32_t) { return true; }
+  __device__ __forceinline__ bool hold() const { return true; }
+  __device__ __forceinline__ void finish(uint32_t, uint32_t) {}
 };
 
 template <class Format, bool kZeros, class Narrow = NarrowOf<Format::kParameter>>

@@ -348,8 +348,14 @@ __device__ __forceinline__ void hot_tiles(const StepArguments& args) {
     __syncwarp();  // every thread's copies have come
     HotResult result = kHotFailed;
     if (context.takes(tile.first, tile.groups)) {
-      if (!zeros)
-        result = hot_unit<Rule, Format, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
+      if (!zeros) {
+        if (Format::kHasWayForScale1 && context.prepared.gradient_scale == 1.0f) {
+          result = hot_unit<Rule, Format, false, !Format::kHasWayForScale1>(tables, context, stages[warp][stage],
+                                                                            headers, tile.first, thread);
+        } else {
+          result = hot_unit<Rule, Format, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
+        }
+      }
       if constexpr (Rule::kDecoupledDecay) {
         if (result == kHotFailed)
           result = untouched_unit(tables, context, stages[warp][stage], headers, tile.first, thread);

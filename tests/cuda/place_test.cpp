@@ -27,7 +27,7 @@ const std::vector<Shard>& aligned_shards() {
       {{300, 96}, {32, 96, 160, {300, 160}}},                              // runs of three groups
       {{300, 96}, {kManyRows / 2 * 160 + 32, 96, 160, {kManyRows, 160}}},  // beyond 2^32
       {{6, 8}, {64, 8, 72, {6, 72}}},                                      // short groups
-      {{12, 40}, {80, 160, 200, {15, 40}}},                                // runs of whole short rows
+      {{12, 40}, {80, 160, 200, {16, 40}}},                                // runs of whole short rows
       {{0, 0}, {0, 0, 0, {12, 96}}},
   };
   return kShards;
