@@ -23,12 +23,12 @@ struct HotFormat {
 
 inline constexpr HotFormat kHotFormats[] = {
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault},
+    {DType::kFloat16, DType::kFloat16, MasterWeights::kCorrection8, StateCodec::kDefault},
+    // From here on where memory is fast alone.
+    {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault, HotGroups::kInRuns},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection16, StateCodec::kDefault},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kNone, StateCodec::kDefault},
     {DType::kBFloat16, DType::kBFloat16, MasterWeights::kNoneStochastic, StateCodec::kDefault},
-    {DType::kFloat16, DType::kFloat16, MasterWeights::kCorrection8, StateCodec::kDefault},
-    {DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8, StateCodec::kDefault, HotGroups::kInRuns},
-    // From here on where memory is fast alone.
     {DType::kBFloat16, DType::kFloat32, MasterWeights::kCorrection8, StateCodec::kDefault},
     {DType::kFloat16, DType::kFloat16, MasterWeights::kCorrection16, StateCodec::kDefault},
     {DType::kFloat16, DType::kFloat16, MasterWeights::kNone, StateCodec::kDefault},
@@ -40,7 +40,7 @@ inline constexpr HotFormat kHotFormats[] = {
 inline constexpr int kHotFormatCount = static_cast<int>(std::size(kHotFormats));
 /// The first ones are hot on every device; the others only where memory is fast for the arithmetic there is
 /// (kHasFastMemory in step-inl.cuh), for a build of seven architectures has its limits.
-inline constexpr int kHotEverywhere = 6;
+inline constexpr int kHotEverywhere = 2;
 
 /// Position in kHotFormats, or -1. `states` is the number of an element's states: without any there is no codec.
 inline int hot_format_of(const ParameterTensors& t, int states, const TensorGroups& groups) {

@@ -286,14 +286,26 @@ __device__ __forceinline__ void exact_tiles(const StepArguments& args) {
   }
 }
 
+/// What a block of hot_tiles() shares.
+template <core::Rule Rule, class Format>
+struct HotShared {
+  static constexpr int kWarps = kHotThreads / 32;
+  HotContext<Rule, Format> contexts[kWarps][2];
+  HotStage<Rule, Format> stages[kWarps][2];
+  HotTables<Rule, Format> tables;
+};
+/// What a block may have without asking for more: a rule of many slots in wide types has no hot way.
+inline constexpr size_t kMostShared = 48 * 1024;
+
 /// A format of kHotFormats. Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then
 /// as they come, so that all warps together sweep through memory.
 template <core::Rule Rule, class Format>
 __device__ __forceinline__ void hot_tiles(const StepArguments& args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
-  __shared__ HotContext<Rule, Format> contexts[kWarps][2];
-  __shared__ HotStage<Rule, Format> stages[kWarps][2];
-  __shared__ HotTables<Rule, Format> tables;
+  __shared__ HotShared<Rule, Format> shared;
+  auto& contexts = shared.contexts;
+  auto& stages = shared.stages;
+  auto& tables = shared.tables;
   tables.fill();
   const int thread = static_cast<int>(threadIdx.x % 32);
   const uint32_t warp = threadIdx.x / 32;
@@ -380,7 +392,8 @@ __device__ __forceinline__ void hot_tiles(const StepArguments& args) {
 template <core::Rule Rule, class Format>
 __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     hot_kernel(const __grid_constant__ StepArguments args) {
-  if constexpr (Format::kIsEverywhere || kHasFastMemory) {
+  constexpr bool kFits = sizeof(HotShared<Rule, Format>) <= kMostShared;
+  if constexpr (kFits && (Format::kIsEverywhere || kHasFastMemory)) {
     hot_tiles<Rule, Format>(args);
   } else {
     exact_tiles<Rule, Format>(args);
