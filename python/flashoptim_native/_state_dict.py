@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _checksums, _groups, _packing, _parameters, _states, _validate
 from ._groups import ParamGroup, Stored
 from ._ops import StateCodec
+from ._store import Store
 
 _CODEC_NAMES = {StateCodec.DEFAULT: "default", StateCodec.PAPER: "paper"}
 
@@ -138,3 +139,26 @@ def described_groups(
         options = {name: group[name] for name in _groups.PACKED_OPTIONS}
         result.append({**shown, key: _groups.describe(kind, options, stored)})
     return result
+
+
+def shown(
+    kind: str,
+    result: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+    store: Store,
+    compress: bool,
+) -> dict[str, Any]:
+    """What ``state_dict()`` gives, from torch's own, ``result``. ``compress``: states as they are stored, else fp32."""
+    params = [param for group in groups for param in group["params"]]
+    if compress:
+        states = {key: _packing.packed(held) for key, held in result["state"].items()}
+    else:
+        number_of = dict(enumerate(params))
+        states = {
+            key: _packing.expanded(kind, held, number_of[key]) if key in number_of else held
+            for key, held in result["state"].items()
+        }
+    described = described_groups(kind, groups, result["param_groups"], state, store.dtype_of)
+    checked = {_checksums.KEY: _checksums.of_states(states, len(params))} if compress else {}
+    return {**result, "state": states, "param_groups": described, **checked}
