@@ -45,6 +45,17 @@ MAKE: dict[str, Callable[..., FlashOptimizer]] = {
 }
 
 
+class Weight(nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Something of which every parameter has a gradient of its own."""
+        weight = self.weight.float()
+        return (weight * x).square().mean() + 0.01 * weight.sin().sum()
+
+
 class Bag(nn.Module):
     """Parameters of some of SHAPES, one submodule each."""
 
@@ -52,17 +63,13 @@ class Bag(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         for name in names:
-            module = nn.Module()
             values = torch.randn(SHAPES[name], generator=generator) * 0.1
-            module.weight = nn.Parameter(values.to(device=device, dtype=dtype))
-            self.add_module(name, module)
+            self.add_module(name, Weight(values.to(device=device, dtype=dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Something of which every parameter has a gradient of its own."""
         total = x.new_zeros(())
         for module in self.children():
-            weight = module.weight.float()
-            total = total + (weight * x).square().mean() + 0.01 * weight.sin().sum()
+            total = total + module(x)
         return total
 
 
