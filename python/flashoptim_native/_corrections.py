@@ -21,14 +21,13 @@ def of(state: Mapping[Any, Any], param: Tensor) -> Tensor | None:
     return correction if isinstance(correction, Tensor) else None
 
 
-def reset(store: Store, groups: Groups, state: State, params: Iterable[Tensor] | None) -> None:
-    """Sets the corrections of ``params``, or of all, to zero.
+def reset(store: Store, groups: Groups, state: State, params: Iterable[Tensor]) -> None:
+    """Sets the corrections of ``params`` to zero.
 
     Raises:
         ValueError: one is in no group; nothing has changed then.
     """
-    store.follow(groups)
-    chosen = store.params if params is None else list(params)
+    chosen = list(params)
     for param in chosen:
         store.index(param, groups)
     for param in chosen:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checksums, _groups, _packing, _parameters, _states, _validate
+from . import _checksums, _groups, _model_loads, _packing, _parameters, _states, _validate
 from ._groups import ParamGroup, Stored
 from ._ops import StateCodec
 from ._store import Store
@@ -72,6 +72,8 @@ class Loaded(NamedTuple):
     state: defaultdict[Any, Any]
     #: New values of parameters whose dtype is another than their correction's was.
     params: list[tuple[Tensor, Tensor]]
+    #: Checksums of the weights that corrections belong to; None: not known.
+    origins: dict[Tensor, int | None]
 
 
 @torch.no_grad()
@@ -114,7 +116,11 @@ def converted_states(
             "optimizer.state, and nothing is done with them",
             stacklevel=3,
         )
-    return Loaded(state, params)
+    everyone = [param for group in groups for param in group["params"]]
+    origins = _model_loads.origins_of(state_dict.get(_model_loads.KEY), everyone, state)
+    # Their weights have other digits in another dtype.
+    origins |= dict.fromkeys((param for param, _ in params), None)
+    return Loaded(state, params, origins)
 
 
 def described_groups(
@@ -160,5 +166,8 @@ def shown(
             for key, held in result["state"].items()
         }
     described = described_groups(kind, groups, result["param_groups"], state, store.dtype_of)
-    checked = {_checksums.KEY: _checksums.of_states(states, len(params))} if compress else {}
-    return {**result, "state": states, "param_groups": described, **checked}
+    result = {**result, "state": states, "param_groups": described}
+    if compress:
+        result[_checksums.KEY] = _checksums.of_states(states, len(params))
+        result[_model_loads.KEY] = _model_loads.weights_of(params, state)
+    return result

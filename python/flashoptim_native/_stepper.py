@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _collectives, _parameters, _validate
 from ._graph_capture import GraphCapture
 from ._hyperparameters import Hyperparameters
+from ._model_loads import WeightLoads
 from ._scaling import Scaling
 from ._store import Controls, State, Store, is_capturing, outside_compile
 from .numerics import NumericsMonitor
@@ -31,6 +32,7 @@ class Stepper:
         self.hyperparameters = Hyperparameters(kind, self.store)
         self.monitor = NumericsMonitor()
         self.graphs = GraphCapture() if graphs is None else graphs
+        self.loads = WeightLoads()
         #: The coefficient of clip_grad_norm_() that waits for the next step, on its device.
         self.clip: Tensor | None = None
         self._check_numerics = check_numerics
@@ -81,6 +83,7 @@ class Stepper:
             self._telemetry_stride(),
             counts_on_device or any(group["capturable"] for group in groups),
         )
+        self.loads.forget(param for param in store.params if param.grad is not None)
         if capturing:
             self.graphs.keep_step(state, self._controls(scaling), self.hyperparameters.lrs)
         self.clip = None
@@ -116,6 +119,7 @@ class Stepper:
             self._telemetry_stride(),
             scaling.found_inf is not None or lr is not None or groups[index]["capturable"],
         )
+        self.loads.forget([param])
         self.clip = None
 
     def clip_grad_norm(self, max_norm: float, groups: list[dict[str, Any]], state: State) -> Tensor:

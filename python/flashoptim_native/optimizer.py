@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
-from . import _corrections, _parameters, _state_dict, _states, _validate, weights
+from . import _corrections, _model_loads, _parameters, _state_dict, _states, _validate, weights
 from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._stepper import Stepper
 from .numerics import NumericsReport
@@ -82,6 +82,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         before: Stepper | None = vars(self).get("_stepper")
         self._stepper = Stepper(self.kind, self._check_numerics, None if before is None else before.graphs)
         self._store = self._stepper.store
+        _model_loads.watch(self)
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
@@ -226,6 +227,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         groups = _state_dict.merged_groups(self.kind, self.param_groups, state_dict["param_groups"])
         loaded = _state_dict.converted_states(self.kind, groups, state_dict, verify)
         self.__setstate__({"state": loaded.state, "param_groups": groups})
+        self._stepper.loads.expect(loaded.origins)
         with torch.no_grad():
             for param, values in loaded.params:
                 _parameters.plain(param).copy_(values)
@@ -263,7 +265,8 @@ class FlashOptimizer(torch.optim.Optimizer):
 
         A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from
         outside, so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is
-        meant to last (a checkpoint loaded into the model, a re-initialized layer), call this after it.
+        meant to last (a layer initialized anew, weights copied in), call this after it. ``load_state_dict()`` of the
+        model, or of a module in it, does so by itself, for parameters that get other values.
 
         Args:
             params: the parameters whose corrections are meant; None: all.
@@ -271,7 +274,9 @@ class FlashOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: one is in no group of this optimizer; nothing has changed then.
         """
-        _corrections.reset(self._store, self.param_groups, self.state, params)
+        chosen = [p for group in self.param_groups for p in group["params"]] if params is None else list(params)
+        _corrections.reset(self._store, self.param_groups, self.state, chosen)
+        self._stepper.loads.forget(chosen)
 
     def get_fp32_model_state_dict(self, model: nn.Module, full_state_dict: bool = False) -> dict[str, Tensor]:
         """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
@@ -308,6 +313,7 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def _state_with_correction(self, param: Tensor) -> dict[str, Any] | None:
         """The state of a parameter that gets new weights, made if there is none; None where they have no correction."""
+        self._stepper.loads.forget([param])
         return _corrections.state_for_new_weights(self._store, self.param_groups, self.state, param)
 
 
