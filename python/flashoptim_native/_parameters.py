@@ -227,12 +227,19 @@ def part_for(value: Tensor, target: Tensor) -> Tensor:
     return value[tuple(slice(o, o + n) for o, n in zip(described.offsets, described.tensor.shape))]
 
 
+def is_placed_otherwise(param: Tensor, grad: Tensor) -> bool:
+    """Whether a DTensor's gradient has other placements than it, be they the same on a mesh of one process."""
+    if not is_sharded(grad):
+        return False
+    return bool(grad._spec.placements != param._spec.placements)  # type: ignore[attr-defined]
+
+
 def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     """The plain gradient of a parameter, redistributed where it is placed otherwise: all processes do this together."""
     if not is_sharded(grad):
         return grad
-    ours, theirs = param._spec, grad._spec  # type: ignore[attr-defined]
-    if theirs.placements != ours.placements:
+    if is_placed_otherwise(param, grad):
+        ours = param._spec  # type: ignore[attr-defined]
         grad = grad.redistribute(ours.mesh, ours.placements)  # type: ignore[attr-defined]
     found = plain(grad)
     if hasattr(found, "wait"):  # a collective that is under way

@@ -126,8 +126,8 @@ def test_a_process_that_fails(request, tmp_path, where, how):
     finally:
         processes.end()
     assert time.monotonic() - start < LIMIT + 15
-    for ok, said in answers[:-1]:  # an error reached them, or gloo ended them
-        assert ok and said != "nothing was said", (where, how, answers)
+    for ok, said in answers[:-1]:  # an error was raised there, or the back end ended the process
+        assert (said != "nothing was said") if ok else said.startswith("died"), (where, how, answers)
     if how == "killed":
         assert not answers[-1][0] and "-9" in answers[-1][1]
     assert not (Path(tmp_path) / "torn" / ".metadata").exists()
