@@ -145,13 +145,12 @@ def check_cut(param: Local, name: str) -> None:
     ends_well = end == row or end % GROUP == 0
     if sizes[leading + 1 :] == param.whole[leading + 1 :] and begin % GROUP == 0 and ends_well:
         return
+    how = "" if param.spec is None else f" by {param.spec.placements}"
     raise ValueError(
-        f"{name} of shape {param.whole} is cut by {param.spec.placements} so that this rank has {sizes} from "
-        f"{param.offsets} on: inside a group of {GROUP} elements along dimensions "
-        f"{list(range(leading, len(sizes)))}, which share "
-        f"a scale. Allowed are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; "
-        f"otherwise "
-        'give this parameter a group with "quantize": False'
+        f"{name} of shape {param.whole} is cut{how} so that this rank has {sizes} from {param.offsets} on: inside a "
+        f"group of {GROUP} elements along dimensions {list(range(leading, len(sizes)))}, which share a scale. Allowed "
+        f"are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; otherwise give this "
+        'parameter a group with "quantize": False'
     )
 
 
