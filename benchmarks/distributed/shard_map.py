@@ -6,6 +6,7 @@ The shapes are those of published models; layouts are FSDP2 on a mesh of one dim
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Box:
     sizes: Shape
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def boxes(shape: Shape, ranks: int, tensor_parallel: int, cut: int | None) -> tuple[Box, ...]:
     """Every rank's part, as DTensor has it. Replicas over the tensor parallel dimension are left out."""
     if tensor_parallel == 1 or cut is None:
@@ -152,7 +153,7 @@ def partition(whole: Shape, parts: Callable[[], Iterator[Box]]) -> None:
     for box in parts():
         if 0 in box.sizes:
             continue
-        assert all(0 <= o and o + n <= size for o, n, size in zip(box.offsets, box.sizes, whole)), (whole, box)
+        assert all(o >= 0 and o + n <= size for o, n, size in zip(box.offsets, box.sizes, whole)), (whole, box)
         total += math.prod(box.sizes)
         other = tuple(value for o, n in zip(box.offsets[1:], box.sizes[1:]) for value in (o, n))
         seen.setdefault(other, []).append((box.offsets[0], box.offsets[0] + box.sizes[0]))
@@ -168,4 +169,4 @@ def partition(whole: Shape, parts: Callable[[], Iterator[Box]]) -> None:
             assert not meet, (whole, first, second)
     for stretches in seen.values():
         stretches.sort()
-        assert all(end <= begin for (_, end), (begin, _) in zip(stretches, stretches[1:])), whole
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(stretches)), whole

@@ -16,7 +16,6 @@ from shard_map import MODELS, boxes, is_quantized, partition, scale_boxes
 
 from flashoptim_native import _ops
 
-
 _ALL = [(model, *mesh) for model in MODELS for mesh in ((7, 1), (64, 1), (1024, 1), (64, 8), (1024, 8))]
 _SHORT = [("GPT-2 124M", 1024, 1), ("ResNet-50", 1024, 1), ("Mixtral-8x7B", 64, 8), ("GPT-2 124M", 64, 8)]
 
