@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ._alias import install_as_flashoptim
 from ._ops import cpu_isa
+from .arguments import parse_optimizer_arguments
 from .casting import cast_model
 from .gradient_release import GradientReleaseHandle, enable_gradient_release
 from .numerics import NumericsError, NumericsReport, ParameterNumerics
@@ -38,6 +39,7 @@ __all__ = [
     "enable_gradient_release",
     "get_fp32_model_state_dict",
     "install_as_flashoptim",
+    "parse_optimizer_arguments",
     "reconstruct_fp32_param",
     "set_fp32_model_state_dict",
 ]

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
+from typing_extensions import Unpack
 
 from . import _corrections, _model_loads, _parameters, _state_dict, _states, _validate, weights
 from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._stepper import Stepper
+from .arguments import TorchArguments, check_torch_arguments, python_value
 from .numerics import NumericsReport
 
 
@@ -30,10 +32,17 @@ class FlashOptimizer(torch.optim.Optimizer):
         compress_state_dict: ``state_dict()`` holds states as they are stored (the default, and what makes a resumed run
             equal an uninterrupted one bit for bit); False: as fp32, which plain PyTorch optimizers can load.
         check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded
-            to nearest, and count lost updates (docs/python_api.md, "Numerics").
-        fused: accepted for compatibility; there is one implementation, and it is fused.
+            to nearest, and count lost updates (docs/python_api.md, "Numerics"). With the default codec's corrections
+            and with ``stochastic_rounding`` nothing is lost on average, and nothing is raised.
+        fused: None, True or False, as torch.optim has it: there is one implementation, and it is fused.
         capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may
             be a float32 tensor there, which a replay reads anew. Call step() once before the capture.
+        torch_arguments: ``amsgrad``, ``foreach``, ``differentiable`` and ``decoupled_weight_decay``, at the values
+            that ask nothing; here and in groups.
+
+    Raises:
+        TypeError, ValueError: an argument or a parameter is of a wrong type, or has a value that is not allowed.
+            Arguments are checked before ``params`` is looked at.
     """
 
     #: Name of the update rule, as the operators know it.
@@ -57,13 +66,12 @@ class FlashOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **torch_arguments: Unpack[TorchArguments],
     ) -> None:
-        self._compress_state_dict = _validate.check_bool("compress_state_dict", compress_state_dict)
-        self._check_numerics = _validate.check_bool("check_numerics", check_numerics)
-        if fused is not None:
-            _validate.check_bool("fused", fused)
-        defaults = {
-            **defaults,
+        check_torch_arguments(type(self).__name__, self.kind, {"fused": fused, **torch_arguments})
+        self._compress_state_dict = _validate.check_bool("compress_state_dict", python_value(compress_state_dict))
+        self._check_numerics = _validate.check_bool("check_numerics", python_value(check_numerics))
+        options = {
             "maximize": maximize,
             "seed": seed,
             "quantize": quantize,
@@ -71,8 +79,12 @@ class FlashOptimizer(torch.optim.Optimizer):
             "master_weight_bits": master_weight_bits,
             "min_quantized_numel": min_quantized_numel,
             "stochastic_rounding": stochastic_rounding,
-            "capturable": _validate.check_bool("capturable", capturable),
+            "capturable": _validate.check_bool("capturable", python_value(capturable)),
         }
+        defaults = {name: python_value(value) for name, value in {**defaults, **options}.items()}
+        # Before the parameters, of which a generator can be taken once, and whether or not a group says otherwise.
+        _validate.check_hyperparameters(defaults)
+        _validate.check_format(defaults)
         self._reset()
         super().__init__(params, defaults)
         self._warn_of_lost_precision()
@@ -125,8 +137,8 @@ class FlashOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first."""
         super().add_param_group(param_group)
-        self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
         try:
+            self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
             _validate.check_hyperparameters(group)
@@ -199,9 +211,16 @@ class FlashOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32."""
         _parameters.check_not_flattened(self.param_groups, sys._getframe(1).f_globals.get("__name__", ""))
-        return _state_dict.shown(
-            self.kind, super().state_dict(), self.param_groups, self.state, self._store, self._compress_state_dict
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result = _state_dict.shown(
+            self.kind, self.param_groups, self.state, self._store.dtype_of, self._compress_state_dict
         )
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, result)
+            if replaced is not None:
+                result = replaced
+        return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], verify: bool = True) -> None:
         """Loads what state_dict() gave: this optimizer's, its plain PyTorch counterpart's, or one with other formats.
