@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
+from . import _model_loads
+from .weights import set_weights
+
 LayerSpec = str | nn.Module
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HOOK_MARK = "_flashoptim_cast_hooks"
@@ -23,6 +26,8 @@ def cast_model(
     selective: bool = True,
     full_precision_layers: Sequence[LayerSpec] | None = None,
     full_precision_recast_layers: Sequence[LayerSpec] | None = None,
+    *,
+    optimizer: Any = None,
 ) -> nn.Module:
     """Casts the floating-point parameters and buffers of ``model`` in place.
 
@@ -33,6 +38,9 @@ def cast_model(
         full_precision_layers: layers to keep in fp32, with everything inside them; their floating-point inputs are cast
             to fp32 and their outputs stay fp32. For the last layers of a model.
         full_precision_recast_layers: the same, but outputs are cast back to ``dtype``. For layers in the middle.
+        optimizer: the optimizer that holds the parameters, or a list of several: what a float32 parameter loses in 16
+            bits goes into its correction, so that training starts from the float32 weights. None: every optimizer that
+            is alive and holds some of them. An optimizer made after the cast starts from the rounded weights.
 
     A layer is a module of the model or a pattern (``fnmatch``) for its full dotted name: ``"head"`` is ``model.head``
     alone, ``"*.head"`` a head inside any other module. Parameters that several modules share stay shared; where one of
@@ -40,9 +48,14 @@ def cast_model(
 
     Returns:
         ``model``.
+
+    Raises:
+        ValueError: ``dtype`` is not allowed, or ``optimizer`` holds no parameter of the model.
+        TypeError: ``optimizer`` is not of this package, or layers are not in a list.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
+    owners = _owners(model, optimizer)
     kept = _matching(model, full_precision_layers, "full_precision_layers")
     recast = _matching(model, full_precision_recast_layers, "full_precision_recast_layers")
 
@@ -61,8 +74,12 @@ def cast_model(
         if target is None or not tensor.is_floating_point() or tensor.dtype == target:
             continue
         grad, tensor.grad = tensor.grad, None
+        exact = tensor.detach()
         tensor.data = _cast_once(tensor.data, target, cast_storage)
         tensor.grad = None if grad is None else grad.to(target)
+        if exact.dtype == torch.float32 and tensor.requires_grad and exact.device.type != "meta":
+            for owner in owners.get(id(tensor), ()):
+                set_weights(tensor, exact, owner)
 
     for module in dict.fromkeys((*kept, *recast)):
         if not getattr(module, _HOOK_MARK, False):
@@ -71,6 +88,28 @@ def cast_model(
                 module.register_forward_hook(_CastOutput(dtype))
             setattr(module, _HOOK_MARK, True)
     return model
+
+
+def _owners(model: nn.Module, given: Any) -> dict[int, list[Any]]:
+    """By id of a parameter, the optimizers whose corrections take what a cast cuts off."""
+    chosen = None
+    if given is not None:
+        chosen = list(given) if isinstance(given, (list, tuple)) else [given]
+        for one in chosen:
+            if not hasattr(one, "_state_with_correction"):
+                raise TypeError(f"optimizer is a {type(one).__name__}; allowed are flashoptim's optimizers and None")
+    found: dict[int, list[Any]] = {}
+    holding = set()
+    for owner, param in _model_loads.owners(model):
+        if chosen is None or any(owner is one for one in chosen):
+            found.setdefault(id(param), []).append(owner)
+            holding.add(id(owner))
+    for one in chosen or ():
+        if id(one) not in holding:
+            raise ValueError(
+                f"optimizer ({type(one).__name__}) holds no parameter of the model; allowed is one that does"
+            )
+    return found
 
 
 def _matching(model: nn.Module, specs: Sequence[LayerSpec] | None, argument: str) -> list[nn.Module]:

@@ -124,17 +124,23 @@ def set_fp32_model_state_dict(
             continue
         value = state_dict[key].detach().to(target.device)
         optimizer = owners.get(id(target))
-        state = None if optimizer is None else optimizer._state_with_correction(target)
-        if state is None:
-            target.detach().copy_(value)
-            continue
-        correction = state[CORRECTION]
-        weights = torch.empty_like(correction, dtype=torch.float32).copy_(value)
-        narrow = torch.empty_like(correction, dtype=target.dtype)
-        _ops.split_weights_(weights, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
-        target.detach().copy_(narrow)
+        set_weights(target, value, optimizer)
     for optimizer in correcting:
         optimizer.recompute_param_stats()
+
+
+@torch.no_grad()
+def set_weights(target: Tensor, weights: Tensor, optimizer: Any) -> None:
+    """New values of a parameter or buffer, their rest into the correction that ``optimizer`` keeps (None: nowhere)."""
+    state = None if optimizer is None else optimizer._state_with_correction(target)
+    if state is None:
+        target.detach().copy_(weights)
+        return
+    correction = state[CORRECTION]
+    exact = torch.empty_like(correction, dtype=torch.float32).copy_(weights)
+    narrow = torch.empty_like(correction, dtype=target.dtype)
+    _ops.split_weights_(exact, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
+    target.detach().copy_(narrow)
 
 
 def _states_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[int, dict[str, Any]]:
