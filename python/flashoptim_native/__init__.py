@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ._alias import install_as_flashoptim
 from ._ops import cpu_isa
+from ._parameters import describe_shard
 from .arguments import parse_optimizer_arguments
 from .casting import cast_model
 from .gradient_release import GradientReleaseHandle, enable_gradient_release
@@ -36,6 +37,7 @@ __all__ = [
     "cast_model",
     "compute_ecc_bits",
     "cpu_isa",
+    "describe_shard",
     "enable_gradient_release",
     "get_fp32_model_state_dict",
     "install_as_flashoptim",

@@ -138,7 +138,7 @@ def unpacked(
                     )
                 if _states.order_of(state[key]) is None:  # as state_dict() shows it, not as optimizer.state has it
                     state[key] = state[key].permute([order.index(d) for d in range(len(order))])
-    if is_whole and param.place is not None and arrays:
+    if is_whole and param.offsets is not None and arrays:
         return _cut(kind, state, param, form, name)
     return state
 

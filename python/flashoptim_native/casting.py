@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
 from . import _model_loads
+from ._parameters import is_sharded, plain
 from .weights import set_weights
 
 LayerSpec = str | nn.Module
@@ -46,15 +47,20 @@ def cast_model(
     alone, ``"*.head"`` a head inside any other module. Parameters that several modules share stay shared; where one of
     those modules is kept in fp32, so is the parameter.
 
+    A model may be cast before fully_shard (FSDP2) or tensor parallelism spreads it, or after; by FSDP2 before its first
+    forward pass, at which that settles what it gathers.
+
     Returns:
         ``model``.
 
     Raises:
+        RuntimeError: FSDP2 has run a forward pass.
         ValueError: ``dtype`` is not allowed, or ``optimizer`` holds no parameter of the model.
         TypeError: ``optimizer`` is not of this package, or layers are not in a list.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
+    _check_not_gathered_yet(model)
     owners = _owners(model, optimizer)
     kept = _matching(model, full_precision_layers, "full_precision_layers")
     recast = _matching(model, full_precision_recast_layers, "full_precision_recast_layers")
@@ -73,10 +79,13 @@ def cast_model(
         target = targets.get(id(tensor), dtype)
         if target is None or not tensor.is_floating_point() or tensor.dtype == target:
             continue
-        grad, tensor.grad = tensor.grad, None
-        exact = tensor.detach()
-        tensor.data = _cast_once(tensor.data, target, cast_storage)
-        tensor.grad = None if grad is None else grad.to(target)
+        exact = plain(tensor).detach()
+        if is_sharded(tensor):
+            _cast_sharded(tensor, target)
+        else:
+            grad, tensor.grad = tensor.grad, None
+            tensor.data = _cast_once(tensor.data, target, cast_storage)
+            tensor.grad = None if grad is None else grad.to(target)
         if exact.dtype == torch.float32 and tensor.requires_grad and exact.device.type != "meta":
             for owner in owners.get(id(tensor), ()):
                 set_weights(tensor, exact, owner)
@@ -131,6 +140,30 @@ def _hits(model: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         if (module is spec) if isinstance(spec, nn.Module) else fnmatchcase(name, spec):
             yield module
+
+
+def _check_not_gathered_yet(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+        if getattr(state, "_is_root", None) is not None:
+            raise RuntimeError(
+                f"module {name!r} is sharded by fully_shard and has run a forward pass, which settles the dtype that "
+                "it gathers; allowed is cast_model() before the first one, or before fully_shard"
+            )
+
+
+def _cast_sharded(tensor: Tensor, dtype: torch.dtype) -> None:
+    """A DTensor in another dtype, the same object: its ``data`` cannot be set, since its memory is another tensor's."""
+    cast: Tensor = tensor.detach().to(dtype)
+    if isinstance(tensor, nn.Parameter):
+        cast = nn.Parameter(cast, requires_grad=tensor.requires_grad)
+    for name, value in vars(tensor).items():
+        if name not in vars(cast):
+            setattr(cast, name, value)
+    if tensor.grad is not None:
+        cast.grad = tensor.grad.to(dtype)
+        tensor.grad = None
+    torch.utils.swap_tensors(tensor, cast)  # type: ignore[no-untyped-call]
 
 
 def _cast_once(data: Tensor, dtype: torch.dtype, done: dict[Any, Tensor]) -> Tensor:

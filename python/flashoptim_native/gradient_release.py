@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._parameters import name_of
+from ._parameters import is_sharded, name_of, plain
 from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
@@ -113,6 +113,7 @@ class _Release:
                     "call optimizer.step() after each, and checkpoint blocks that share parameters with "
                     "use_reentrant=False"
                 )
+            _wait_for_offloaded(param)
             if self._pre_step is None or self._wants_step(self._pre_step, param):
                 self._optimizer.step_param(param)
             param.grad = None
@@ -144,7 +145,9 @@ class _Release:
                 "backward(), without division by the scale. Train in bfloat16 without a GradScaler, or without "
                 "gradient release (handle.remove())"
             )
-        _check_not_distributed()
+        for watched in self._watched.values() if _processes() > 1 else ():
+            if watched.hook is not None:
+                _check_reduced(watched.param, "a released parameter")
         self._watch_parameters()
         self._released.clear()
 
@@ -230,7 +233,8 @@ def enable_gradient_release(
 
     So one ``p.grad`` is alive at a time, where there would be one for every parameter. ``optimizer.step()`` and
     ``zero_grad()`` stay in the training loop: they find nothing to do, and step() returns its closure's loss. For one
-    process; see docs/python_api.md, "Gradient release".
+    process, or for parameters that fully_shard (FSDP2) or tensor parallelism spreads over several, whose gradients are
+    reduced when they are complete; see docs/python_api.md, "Gradient release".
 
     Args:
         model_or_params: a module, a parameter, or parameters (as tensors or pairs of name and tensor). All trainable
@@ -242,12 +246,12 @@ def enable_gradient_release(
             it by the parameter's own norm. Where it returns False, the gradient is freed without a step.
 
     Raises:
-        TypeError: an argument is of a wrong type, the model is wrapped in DistributedDataParallel or
-            FullyShardedDataParallel, or a parameter is a DTensor.
+        TypeError: an argument is of a wrong type, or the model is wrapped in DistributedDataParallel or
+            FullyShardedDataParallel.
         ValueError: a trainable parameter is in no group of the optimizer, or there is none at all.
         NotImplementedError: ``grad_scaler`` is enabled.
         RuntimeError: gradient release is enabled already, for this optimizer or for one of the parameters by another;
-            or torch.distributed runs more than one process.
+            or torch.distributed runs more than one process, and a parameter is a plain tensor.
     """
     if not isinstance(optimizer, FlashOptimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
@@ -257,7 +261,6 @@ def enable_gradient_release(
         )
     _check_grad_scaler(grad_scaler)
     named = _named_parameters(model_or_params)
-    _check_not_distributed()
     if getattr(optimizer, _ATTRIBUTE, None) is not None:
         raise RuntimeError("gradient release is enabled for this optimizer already; end it first: handle.remove()")
     owned = {id(param): param for group in optimizer.param_groups for param in group["params"]}
@@ -282,8 +285,9 @@ def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:
         wrapper = _distributed_wrapper(model_or_params)
         if wrapper is not None:
             raise TypeError(
-                f"the model is wrapped in {wrapper}, which reduces gradients after backward() has released them; "
-                "allowed is a model in one process, or training without gradient release"
+                f"the model is wrapped in {wrapper}, which keeps all gradients in buffers of its own and reduces them "
+                "after backward() has released them; allowed are a model in one process and FSDP2 "
+                "(torch.distributed.fsdp.fully_shard)"
             )
         return [(f"parameter {name!r}", param) for name, param in model_or_params.named_parameters()]
     if isinstance(model_or_params, Tensor):
@@ -326,19 +330,33 @@ def _check_grad_scaler(grad_scaler: Any) -> None:
         )
 
 
-def _check_not_distributed() -> None:
+def _processes() -> int:
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _check_reduced(param: Tensor, name: str) -> None:
+    """Raises RuntimeError for a plain parameter of several processes, whose gradient nobody has reduced yet."""
+    if not is_sharded(param) and _processes() > 1:
         raise RuntimeError(
-            f"torch.distributed runs {distributed.get_world_size()} processes, and each would step by its own "
-            "gradients before they are reduced; gradient release is allowed in one process. Train without it "
-            "(handle.remove())"
+            f"torch.distributed runs {_processes()} processes, and {name} of shape {tuple(param.shape)} is a plain "
+            "tensor, which each would step by its own gradient before it is reduced; allowed are one process, and "
+            "parameters that are spread over processes by FSDP2 (torch.distributed.fsdp.fully_shard) or tensor "
+            "parallelism. Leave plain ones to optimizer.step(): enable_gradient_release(parameters, optimizer) takes a "
+            "list"
         )
 
 
+def _wait_for_offloaded(param: Tensor) -> None:
+    """Waits for a gradient that FSDP2 copies to the host, which torch 2.11 does not before it calls hooks."""
+    if not is_sharded(param) or plain(param).device.type != "cpu":
+        return
+    if param._spec.mesh.device_type == "cuda":  # type: ignore[attr-defined]
+        torch.cuda.current_stream().synchronize()
+
+
 def _check_parameter(param: Tensor, name: str) -> None:
-    if hasattr(param, "device_mesh"):
-        raise TypeError(f"{name} is a DTensor; gradient release is allowed with plain tensors, in one process")
+    _check_reduced(param, name)
     for hook in (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values():
         if isinstance(hook, _ReleaseHook) and hook.owner() is not None:
             raise RuntimeError(

@@ -195,6 +195,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         the next step() multiplies by ``min(1, max_norm / (norm + 1e-6))`` as it reads them: nothing is written, and the
         host does not wait. zero_grad() forgets it. Elsewhere (gradients on the CPU or on several devices, or SGD's
         groups with and without momentum together) this is torch.nn.utils.clip_grad_norm_, which scales the gradients.
+        Of DTensors it is the norm of the whole gradients, replicas counted once, as a plain tensor: all processes call.
 
         Raises:
             ValueError: ``max_norm`` is not a finite number > 0.
@@ -296,15 +297,21 @@ class FlashOptimizer(torch.optim.Optimizer):
         _corrections.reset(self._store, self.param_groups, self.state, chosen)
         self._stepper.loads.forget(chosen)
 
-    def get_fp32_model_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def get_fp32_model_state_dict(self, model: nn.Module, full_state_dict: bool = False) -> dict[str, Tensor]:
         """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
-        return weights.get_fp32_model_state_dict(model, self)
+        return weights.get_fp32_model_state_dict(model, self, full_state_dict=full_state_dict)
 
     def set_fp32_model_state_dict(
-        self, model: nn.Module, fp32_state_dict: Mapping[str, Tensor], strict: bool = False
+        self,
+        model: nn.Module,
+        fp32_state_dict: Mapping[str, Tensor],
+        strict: bool = False,
+        broadcast_from_rank0: bool = False,
     ) -> None:
         """Loads fp32 weights into the model and into this optimizer's corrections."""
-        weights.set_fp32_model_state_dict(model, fp32_state_dict, self, strict=strict)
+        weights.set_fp32_model_state_dict(
+            model, fp32_state_dict, self, strict=strict, broadcast_from_rank0=broadcast_from_rank0
+        )
 
     def _dtypes_of_corrections(self) -> dict[int, torch.dtype]:
         """By id of a parameter, the dtype that it had when its correction was made, where that is known."""
@@ -312,7 +319,8 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def numerics_report(self) -> NumericsReport:
         """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
-        return self._stepper.monitor.report()
+        is_local = any(_parameters.is_sharded(p) for group in self.param_groups for p in group["params"])
+        return self._stepper.monitor.report(is_local)
 
     def reset_numerics(self) -> None:
         """Starts the counts of numerics_report() anew, those of captured CUDA graphs, too."""

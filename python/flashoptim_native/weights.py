@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _ops
+from . import _ops, _parameters
 from ._ops import CORRECTION_DTYPES, CorrectionFate, MasterWeights
 from ._states import CORRECTION, warn_of_correction
 
@@ -26,13 +26,16 @@ def reconstruct_fp32_param(param: Tensor, error_bits: Tensor) -> Tensor:
         error_bits: int8 or int16 tensor of the same shape: ``optimizer.state[p]["correction"]``.
     """
     _check_narrow("param", param)
+    if _parameters.is_sharded(param):
+        weights = reconstruct_fp32_param(_parameters.plain(param), _parameters.plain(error_bits))
+        return _parameters.wrap(_parameters.local(param), weights, tuple(param.shape), "param")
     if error_bits.dtype not in _MASTER_OF_DTYPE:
         raise ValueError(f"error_bits has dtype {error_bits.dtype}; allowed are torch.int8 and torch.int16")
     _check_same_shape("error_bits", error_bits, "param", param)
-    weights: Tensor = _ops.merge_weights(
+    merged: Tensor = _ops.merge_weights(
         param.detach().contiguous(), error_bits.contiguous(), int(_MASTER_OF_DTYPE[error_bits.dtype])
     )
-    return weights
+    return merged
 
 
 @torch.no_grad()
@@ -68,37 +71,63 @@ def compute_ecc_bits(fp32_param: Tensor, narrow_param: Tensor, master_bytewidth:
 
 
 @torch.no_grad()
-def get_fp32_model_state_dict(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Tensor]:
+def get_fp32_model_state_dict(
+    model: nn.Module, *optimizers: torch.optim.Optimizer, full_state_dict: bool = False
+) -> dict[str, Tensor]:
     """``model.state_dict()`` with every floating-point entry in fp32, corrections of the optimizers' states applied.
 
-    Entries that are not floating-point stay as they are. The result shares no memory with the model.
+    Entries that are not floating-point stay as they are. The result shares no memory with the model. Parameters that
+    are DTensors give DTensors, spread as they are, which torch.distributed.checkpoint saves.
+
+    Args:
+        full_state_dict: gather the whole of every entry, on the host of rank 0; other ranks get an empty dict. All
+            processes call this.
+
+    Raises:
+        TypeError: the model is wrapped in FullyShardedDataParallel (FSDP1).
     """
     model = _unwrapped(model)
     states = _states_by_parameter(optimizers)
     dtypes = _dtypes_by_parameter(optimizers)
-    result = {
-        key: value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value.detach().clone()
-        for key, value in model.state_dict().items()
-        if isinstance(value, Tensor)
-    }
-    for name, param in model.named_parameters(remove_duplicate=False):
-        state = states.get(id(param))
-        if name in result and state is not None and CORRECTION in state:
-            result[name] = _with_correction(name, param, state[CORRECTION], dtypes.get(id(param), param.dtype))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    result: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            continue
+        state = states.get(id(parameters[key])) if key in parameters else None
+        if state is not None and CORRECTION in state:
+            param = parameters[key]
+            value = _with_correction(key, param, state[CORRECTION], dtypes.get(id(param), param.dtype))
+        elif value.is_floating_point():
+            value = value.detach().to(torch.float32, copy=True)
+        else:
+            value = value.detach().clone()
+        if full_state_dict:
+            value = _parameters.gathered(value)
+            if not _is_rank_0():
+                continue
+            value = value.cpu()
+        result[key] = value
     return result
 
 
 @torch.no_grad()
 def set_fp32_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], *optimizers: torch.optim.Optimizer, strict: bool = False
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *optimizers: torch.optim.Optimizer,
+    strict: bool = False,
+    broadcast_from_rank0: bool = False,
 ) -> None:
     """Loads fp32 weights into a model and into the corrections of the optimizers that step it.
 
     The inverse of :func:`get_fp32_model_state_dict`: parameters get the nearest values of their dtype, corrections the
-    rest. An optimizer that has taken no step gets its states made for it. Nothing changes if an entry does not fit.
+    rest. An optimizer that has taken no step gets its states made for it. Nothing changes if an entry does not fit. Of
+    sharded parameters, entries may be DTensors or whole tensors.
 
     Args:
         strict: also raise where ``state_dict`` lacks an entry of the model or holds one that the model lacks.
+        broadcast_from_rank0: rank 0 alone has ``state_dict``, of whole tensors, which it sends to the others.
     """
     correcting: list[Any] = list(optimizers)
     for optimizer in correcting:
@@ -106,23 +135,25 @@ def set_fp32_model_state_dict(
             raise TypeError(f"an optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
     model = _unwrapped(model)
     targets = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    if strict and targets.keys() != state_dict.keys():
-        missing, unexpected = sorted(targets.keys() - state_dict.keys()), sorted(state_dict.keys() - targets.keys())
+    known = _described_by_rank_0(state_dict) if broadcast_from_rank0 else state_dict
+    if strict and targets.keys() != known.keys():
+        missing, unexpected = sorted(targets.keys() - known.keys()), sorted(known.keys() - targets.keys())
         raise KeyError(f"state_dict lacks {missing} and holds {unexpected}, which the model lacks")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key, target in targets.items():
-        if key not in state_dict:
+        if key not in known:
             continue
-        value = state_dict[key]
+        value = known[key]
         _check_same_shape(f"state_dict[{key!r}]", value, "the model's", target)
         if key in parameters and value.dtype != torch.float32:
             raise ValueError(f"state_dict[{key!r}] has dtype {value.dtype}; allowed for a parameter is torch.float32")
 
     owners = {id(p): optimizer for optimizer in correcting for group in optimizer.param_groups for p in group["params"]}
     for key, target in targets.items():
-        if key not in state_dict:
+        if key not in known:
             continue
-        value = state_dict[key].detach().to(target.device)
+        value = _from_rank_0(state_dict.get(key), known[key], target) if broadcast_from_rank0 else state_dict[key]
+        value = _parameters.part_for(value.detach(), target)
         optimizer = owners.get(id(target))
         set_weights(target, value, optimizer)
     for optimizer in correcting:
@@ -131,16 +162,47 @@ def set_fp32_model_state_dict(
 
 @torch.no_grad()
 def set_weights(target: Tensor, weights: Tensor, optimizer: Any) -> None:
-    """New values of a parameter or buffer, their rest into the correction that ``optimizer`` keeps (None: nowhere)."""
+    """New values of a parameter or buffer, their rest into the correction that ``optimizer`` keeps (None: nowhere).
+
+    Of a sharded parameter, ``weights`` are this process's part.
+    """
+    local = _parameters.plain(target).detach()
     state = None if optimizer is None else optimizer._state_with_correction(target)
     if state is None:
-        target.detach().copy_(weights)
+        local.copy_(weights)
         return
-    correction = state[CORRECTION]
+    correction = _parameters.plain(state[CORRECTION])
     exact = torch.empty_like(correction, dtype=torch.float32).copy_(weights)
     narrow = torch.empty_like(correction, dtype=target.dtype)
     _ops.split_weights_(exact, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
-    target.detach().copy_(narrow)
+    local.copy_(narrow)
+
+
+def _is_rank_0() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _described_by_rank_0(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries of rank 0's dict without memory: what all processes check before any of them changes something."""
+    import torch.distributed as dist
+
+    said: list[Any] = [{key: (tuple(value.shape), value.dtype) for key, value in state_dict.items()}]
+    dist.broadcast_object_list(said, src=0)
+    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in said[0].items()}
+
+
+def _from_rank_0(value: Tensor | None, described: Tensor, target: Tensor) -> Tensor:
+    """One whole entry of rank 0's dict."""
+    import torch.distributed as dist
+
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else _parameters.plain(target).device
+    if not _is_rank_0() or value is None:
+        held = torch.empty(described.shape, dtype=described.dtype, device=device)
+    else:
+        held = _parameters.plain(value).detach().to(device).contiguous()
+    dist.broadcast(held, src=0)
+    return held
 
 
 def _states_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[int, dict[str, Any]]:
@@ -158,16 +220,24 @@ def _dtypes_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[
 
 def _with_correction(name: str, param: Tensor, correction: Tensor, belongs_to: torch.dtype) -> Tensor:
     """The fp32 weights of a parameter whose correction was made for a dtype: those that the next step goes on from."""
+    local, held = _parameters.plain(param).detach(), _parameters.plain(correction)
+    before = local.to(belongs_to)
     if belongs_to == param.dtype:
-        return reconstruct_fp32_param(param, correction)
-    before = param.detach().to(belongs_to)
-    if param.dtype == torch.bfloat16 or not torch.equal(before.to(param.dtype), param):
+        weights = reconstruct_fp32_param(local, held)
+    elif param.dtype == torch.bfloat16 or not torch.equal(before.to(param.dtype), local):
         warn_of_correction(CorrectionFate.LOST, f"parameter {name!r}", param.dtype, belongs_to)
-        return param.detach().float()
-    return reconstruct_fp32_param(before, correction)
+        weights = local.float()
+    else:
+        weights = reconstruct_fp32_param(before, held)
+    return _parameters.wrap(_parameters.local(param), weights, tuple(param.shape), f"parameter {name!r}")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise TypeError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters are pieces of several of "
+            "the model's; allowed is FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         wrapped: nn.Module = model.module
         return wrapped
