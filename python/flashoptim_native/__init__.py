@@ -10,7 +10,12 @@ from ._ops import cpu_isa
 from ._parameters import describe_shard
 from .arguments import parse_optimizer_arguments
 from .casting import cast_model
-from .gradient_release import GradientReleaseHandle, enable_gradient_release
+from .gradient_release import (
+    GradientReleaseHandle,
+    enable_gradient_release,
+    prepare_for_gradient_release,
+    remove_gradient_release,
+)
 from .numerics import NumericsError, NumericsReport, ParameterNumerics
 from .optimizer import FlashOptimizer
 from .optimizers import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
@@ -42,6 +47,8 @@ __all__ = [
     "get_fp32_model_state_dict",
     "install_as_flashoptim",
     "parse_optimizer_arguments",
+    "prepare_for_gradient_release",
     "reconstruct_fp32_param",
+    "remove_gradient_release",
     "set_fp32_model_state_dict",
 ]
