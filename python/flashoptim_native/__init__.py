@@ -10,6 +10,7 @@ from ._ops import cpu_isa
 from ._parameters import describe_shard
 from .arguments import parse_optimizer_arguments
 from .casting import cast_model
+from .description import FormatDescription, OptimizerDescription
 from .gradient_release import (
     GradientReleaseHandle,
     enable_gradient_release,
@@ -35,9 +36,11 @@ __all__ = [
     "FlashOptimizer",
     "FlashSGD",
     "FlashSGDW",
+    "FormatDescription",
     "GradientReleaseHandle",
     "NumericsError",
     "NumericsReport",
+    "OptimizerDescription",
     "ParameterNumerics",
     "cast_model",
     "compute_ecc_bits",

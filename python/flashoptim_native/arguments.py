@@ -8,9 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 
-class TorchArguments(TypedDict, total=False):
-    """Arguments of torch.optim's optimizers that mean nothing here, and are taken at the values that ask nothing."""
+class MoreArguments(TypedDict, total=False):
+    """What every constructor takes beside its own arguments: ``policy`` (docs/python_api.md, "Sensitive layers").
 
+    The others are torch.optim's, mean nothing here, and are taken at the values that ask nothing.
+    """
+
+    policy: Mapping[str, Mapping[str, Any]] | None
     amsgrad: bool
     foreach: bool | None
     differentiable: bool

@@ -262,11 +262,12 @@ class _Release:
 
     def _add_param_group(self, param_group: dict[str, Any]) -> None:
         optimizer = self._optimizer
+        count = len(optimizer.param_groups)
         type(optimizer).add_param_group(optimizer, param_group)
         try:
             self._watch_parameters()
         except BaseException:
-            optimizer.param_groups.pop()
+            del optimizer.param_groups[count:]
             raise
 
     def _watch_parameters(self) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .arguments import TorchArguments
+from .arguments import MoreArguments
 from .casting import cast_model
 from .numerics import NumericsError
 from .optimizer import FlashOptimizer
@@ -62,7 +62,7 @@ class FlashAdamW(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
-        **torch_arguments: Unpack[TorchArguments],
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
         super().__init__(
@@ -79,7 +79,7 @@ class FlashAdamW(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
-            **torch_arguments,
+            **more,
         )
 
 
@@ -107,7 +107,7 @@ class FlashAdam(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
-        **torch_arguments: Unpack[TorchArguments],
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
@@ -124,7 +124,7 @@ class FlashAdam(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
-            **torch_arguments,
+            **more,
         )
 
 
@@ -156,7 +156,7 @@ class FlashSGD(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
-        **torch_arguments: Unpack[TorchArguments],
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -179,7 +179,7 @@ class FlashSGD(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
-            **torch_arguments,
+            **more,
         )
 
 
@@ -213,7 +213,7 @@ class FlashSGDW(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
-        **torch_arguments: Unpack[TorchArguments],
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -237,7 +237,7 @@ class FlashSGDW(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
-            **torch_arguments,
+            **more,
         )
 
 
@@ -269,7 +269,7 @@ class FlashLion(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
-        **torch_arguments: Unpack[TorchArguments],
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
         super().__init__(
@@ -286,7 +286,7 @@ class FlashLion(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
-            **torch_arguments,
+            **more,
         )
 
 
