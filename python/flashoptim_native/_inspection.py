@@ -60,9 +60,12 @@ class Inspection(torch.optim.Optimizer):
         fp32_state_dict: Mapping[str, Tensor],
         strict: bool = False,
         broadcast_from_rank0: bool = False,
-    ) -> None:
-        """Loads fp32 weights into the model and into this optimizer's corrections."""
-        weights.set_fp32_model_state_dict(
+    ) -> weights.IncompatibleKeys:
+        """Loads fp32 weights into the model and into this optimizer's corrections; returns the keys that did not fit.
+
+        flashoptim_native.set_fp32_model_state_dict() for one optimizer.
+        """
+        return weights.set_fp32_model_state_dict(
             model, fp32_state_dict, self, strict=strict, broadcast_from_rank0=broadcast_from_rank0
         )
 
