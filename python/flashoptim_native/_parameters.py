@@ -145,13 +145,12 @@ def check_cut(param: Local, name: str) -> None:
     ends_well = end == row or end % GROUP == 0
     if sizes[leading + 1 :] == param.whole[leading + 1 :] and begin % GROUP == 0 and ends_well:
         return
+    how = "" if param.spec is None else f" by {param.spec.placements}"
     raise ValueError(
-        f"{name} of shape {param.whole} is cut by {param.spec.placements} so that this rank has {sizes} from "
-        f"{param.offsets} on: inside a group of {GROUP} elements along dimensions "
-        f"{list(range(leading, len(sizes)))}, which share "
-        f"a scale. Allowed are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; "
-        f"otherwise "
-        'give this parameter a group with "quantize": False'
+        f"{name} of shape {param.whole} is cut{how} so that this rank has {sizes} from {param.offsets} on: inside a "
+        f"group of {GROUP} elements along dimensions {list(range(leading, len(sizes)))}, which share a scale. Allowed "
+        f"are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; otherwise give this "
+        'parameter a group with "quantize": False'
     )
 
 
@@ -227,12 +226,19 @@ def part_for(value: Tensor, target: Tensor) -> Tensor:
     return value[tuple(slice(o, o + n) for o, n in zip(described.offsets, described.tensor.shape))]
 
 
+def is_placed_otherwise(param: Tensor, grad: Tensor) -> bool:
+    """Whether a DTensor's gradient has other placements than it, be they the same on a mesh of one process."""
+    if not is_sharded(grad):
+        return False
+    return bool(grad._spec.placements != param._spec.placements)  # type: ignore[attr-defined]
+
+
 def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     """The plain gradient of a parameter, redistributed where it is placed otherwise: all processes do this together."""
     if not is_sharded(grad):
         return grad
-    ours, theirs = param._spec, grad._spec  # type: ignore[attr-defined]
-    if theirs.placements != ours.placements:
+    if is_placed_otherwise(param, grad):
+        ours = param._spec  # type: ignore[attr-defined]
         grad = grad.redistribute(ours.mesh, ours.placements)  # type: ignore[attr-defined]
     found = plain(grad)
     if hasattr(found, "wait"):  # a collective that is under way

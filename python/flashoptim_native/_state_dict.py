@@ -132,8 +132,12 @@ def described_groups(
     kind: str, groups: Sequence[Mapping[str, Any]], packed: Sequence[Mapping[str, Any]], state: Mapping[Any, Any],
     dtype_of: Callable[[Tensor], torch.dtype],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Groups as ``state_dict()`` shows them: their options as a tensor that says how states are stored."""
+    """Groups as ``state_dict()`` shows them: their options as a tensor that says how states are stored.
+
+    It lies where the states do: torch's ``set_optimizer_state_dict(full_state_dict=True)`` wants one device for all.
+    """
     result = []
+    device = _device_of(groups, state)
     for group, shown in zip(groups, packed):
         stored = []
         for param in group["params"]:
@@ -148,8 +152,15 @@ def described_groups(
             )
         key = _groups.description_key(kind)
         options = {name: group[name] for name in _groups.PACKED_OPTIONS}
-        result.append({**shown, key: _groups.describe(kind, options, stored)})
+        result.append({**shown, key: _groups.describe(kind, options, stored).to(device)})
     return result
+
+
+def _device_of(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> torch.device:
+    """Where the first parameter with a state has its arrays; without any, the first parameter."""
+    params = [param for group in groups for param in group["params"]]
+    first = next((param for param in params if state.get(param)), params[0] if params else None)
+    return torch.device("cpu") if first is None else _parameters.plain(first).device
 
 
 def shown(

@@ -138,15 +138,20 @@ class Processes:
         return [value for _, value in answers]
 
     def attempt(
-        self, function: Callable[..., Any], *arguments: Any, timeout: float = CASE_TIMEOUT
+        self, function: Callable[..., Any], *arguments: Any, timeout: float = CASE_TIMEOUT, last: float = CASE_TIMEOUT
     ) -> list[tuple[bool, Any]]:
-        """The same as (whether it returned, value or traceback) of every process; one that died says so."""
+        """The same as (whether it returned, value or traceback) of every process; one that died says so.
+
+        The last process is waited for ``last`` seconds more than the others.
+        """
         for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send((function, arguments))
         end = time.monotonic() + timeout
         answers: list[tuple[bool, Any]] = []
         for pipe, process in zip(self._pipes, self._processes):
+            if pipe is self._pipes[-1]:
+                end = min(end, time.monotonic() + last)
             try:
                 if not pipe.poll(max(0.0, end - time.monotonic())):
                     answers.append((False, f"no answer within {timeout} s"))

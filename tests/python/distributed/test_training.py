@@ -63,12 +63,19 @@ def released(rank: int, world: int, layout: str, micro_batches: int, offload: bo
 
 
 @pytest.mark.parametrize(
-    ("layout", "micro_batches", "offload"),
-    [("fsdp", 1, False), ("fsdp", 3, False), ("hsdp", 1, False), ("tp0", 1, False), ("fsdp", 1, True)],
-    ids=["fsdp", "accumulation", "hsdp", "tensor-parallel", "offload"],
+    ("layout", "most", "micro_batches", "offload"),
+    [
+        ("fsdp", 2, 1, False),
+        ("fsdp", 2, 3, False),
+        ("hsdp", 4, 1, False),
+        ("tp0", 2, 1, False),
+        ("tp0", 1, 1, False),
+        ("fsdp", 2, 1, True),
+    ],
+    ids=["fsdp", "accumulation", "hsdp", "tensor-parallel", "mesh-of-one", "offload"],
 )
-def test_gradient_release_of_sharded_parameters(request, layout, micro_batches, offload):
-    run(request, worlds(4 if layout == "hsdp" else 2)[-1], released, layout, micro_batches, offload)
+def test_gradient_release_of_sharded_parameters(request, layout, most, micro_batches, offload):
+    run(request, worlds(most)[-1], released, layout, micro_batches, offload)
 
 
 def release_refused(rank: int, world: int) -> list[str]:
