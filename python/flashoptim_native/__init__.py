@@ -6,7 +6,7 @@ Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/p
 from __future__ import annotations
 
 from ._alias import install_as_flashoptim
-from ._ops import cpu_isa
+from ._ops import cpu_isa, tensor_access
 from .casting import cast_model
 from .gradient_release import GradientReleaseHandle, enable_gradient_release
 from .numerics import NumericsError, NumericsReport, ParameterNumerics
@@ -40,4 +40,5 @@ __all__ = [
     "install_as_flashoptim",
     "reconstruct_fp32_param",
     "set_fp32_model_state_dict",
+    "tensor_access",
 ]
