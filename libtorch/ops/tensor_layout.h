@@ -1,8 +1,8 @@
 // What a step looks at in a tensor, read where torch keeps it in its own objects.
 //
 // Asking torch takes six calls a tensor through its C interface, and a Python object for every new gradient; reading in
-// place takes less time (docs/cuda.md). Where in its objects torch keeps what is read is no part of its interface: it is
-// found when the library is set up, by probes of which Python knows all that is looked for, and held against torch's
+// place takes less time (docs/cuda.md). Where in its objects torch keeps what is read is no part of its interface: it
+// is found when the library is set up, by probes of which Python knows all that is looked for, and held against torch's
 // own answers (python/flashoptim_native/_layout.py). Where anything is not found, or found twice, torch is asked.
 //
 // Nothing is read of an object but of one that is alive: a tensor that a container of Python's holds owns its
