@@ -5,39 +5,24 @@ Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/p
 
 from __future__ import annotations
 
+from . import optimizers
 from ._alias import install_as_flashoptim
 from ._ops import cpu_isa
-from .casting import cast_model
 from .gradient_release import GradientReleaseHandle, enable_gradient_release
-from .numerics import NumericsError, NumericsReport, ParameterNumerics
-from .optimizer import FlashOptimizer
-from .optimizers import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
-from .weights import (
-    compute_ecc_bits,
-    get_fp32_model_state_dict,
-    reconstruct_fp32_param,
-    set_fp32_model_state_dict,
-)
+from .numerics import NumericsReport, ParameterNumerics
+from .optimizers import *  # noqa: F403  (its __all__ is the list of optimizers)
+from .weights import get_fp32_model_state_dict, set_fp32_model_state_dict
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FlashAdam",
-    "FlashAdamW",
-    "FlashLion",
-    "FlashOptimizer",
-    "FlashSGD",
-    "FlashSGDW",
     "GradientReleaseHandle",
-    "NumericsError",
     "NumericsReport",
     "ParameterNumerics",
-    "cast_model",
-    "compute_ecc_bits",
     "cpu_isa",
     "enable_gradient_release",
     "get_fp32_model_state_dict",
     "install_as_flashoptim",
-    "reconstruct_fp32_param",
     "set_fp32_model_state_dict",
 ]
+__all__ += optimizers.__all__

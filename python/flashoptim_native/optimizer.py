@@ -21,7 +21,7 @@ from .numerics import NumericsMonitor, NumericsReport
 
 
 class FlashOptimizer(torch.optim.Optimizer):
-    """Base of FlashAdamW, FlashAdam, FlashSGD, FlashSGDW and FlashLion.
+    """Base of FlashAdamW and the other optimizers.
 
     Args:
         params: parameters, named parameters or parameter groups, as any PyTorch optimizer takes them. bfloat16, float16
@@ -136,7 +136,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         try:
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
-            _validate.check_hyperparameters(group)
+            _validate.check_hyperparameters(self.kind, group)
             _validate.check_format(group)
             for position, param in enumerate(group["params"]):
                 name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
@@ -159,13 +159,13 @@ class FlashOptimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         if type(group) is not ParamGroup:  # somebody has put a group of their own there
             self.param_groups[index] = group = ParamGroup.of(self.kind, group)
-        options = [group.get(name) for name in (_options_with_decay if "decay_lr" in group else _options)]
+        options = [group.get(name) for name in _options_of(self.kind)]
         known, values, form = self._group_cache[index]
         if known is None or known != options:
-            _validate.check_hyperparameters(group)
+            _validate.check_hyperparameters(self.kind, group)
             _validate.check_format(group)
             values = _hyper_values(self.kind, group)
-            now = _format_of_options(options)
+            now = _format_of_options(self.kind, options)
             if form is not None and form != now:
                 self._store.forget_group(index)
             self._group_cache[index] = (None if any(map(_is_mutable, options)) else options, values, now)
@@ -580,17 +580,22 @@ _seen_by_wrapper = (
     (torch_optimizer, "_global_optimizer_pre_hooks"),
     (torch_optimizer, "_global_optimizer_post_hooks"),
 )
-_options = (
-    *FORMAT_OPTIONS,
-    *("betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "decouple_lr", "seed"),
-)
-_options_with_decay = (*_options, "decay_lr")
 
 
-def _format_of_options(options: list[Any]) -> list[Any]:
+@functools.cache
+def _options_of(kind: str) -> tuple[str, ...]:
+    """What of a group decides the operators' numbers and formats, its learning rate apart."""
+    names = dict.fromkeys((*FORMAT_OPTIONS, "decouple_lr"))
+    for name in _ops.hyperparameter_names(kind):
+        if name not in ("lr", "step"):
+            names["betas" if name.removeprefix("beta").isdigit() else name] = None
+    return tuple(names)
+
+
+def _format_of_options(kind: str, options: list[Any]) -> list[Any]:
     """What of a group's options decides how its parameters are stored."""
-    by_name = dict(zip(_options, options))
-    return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
+    by_name = dict(zip(_options_of(kind), options))
+    return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name.get("momentum"))]
 
 
 def _is_mutable(option: Any) -> bool:
@@ -605,7 +610,7 @@ def _hyper_values(kind: str, group: Mapping[str, Any]) -> list[float]:
     fields = dict(group, step=0.0, decay_lr=group["decay_lr"] if group.get("decouple_lr") else 0.0)
     for number, beta in enumerate(group.get("betas", ()), 1):
         fields[f"beta{number}"] = beta
-    return [float(fields[name]) for name in _ops.hyperparameter_names(kind)]
+    return [float(fields[name] or 0.0) for name in _ops.hyperparameter_names(kind)]
 
 
 __all__ = ["FORMAT_OPTIONS", "FlashOptimizer"]

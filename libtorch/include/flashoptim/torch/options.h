@@ -23,7 +23,8 @@ namespace flashoptim::libtorch {
 
 using Betas = std::tuple<double, double>;
 
-/// The values behind the Options structs. Each of those shows the ones that its optimizer reads.
+/// The values behind the Options structs. Each of those shows the ones that its optimizer reads; what a rule reads
+/// (core/optimizers) has the rule's name here, and its default and range from there. beta1 and beta2 are `betas`.
 struct OptionValues {
   double lr = 1e-3;                     ///< finite, >= 0
   Betas betas{0.9, 0.999};              ///< each >= 0 and < 1
@@ -88,6 +89,12 @@ class FlashOptions : public ::torch::optim::OptimizerOptions {
     mark_set<option_index("lr")>();
     values_.lr = lr;
   }
+
+  /// What a step takes by the name that the optimizer's rule gives it (optimizer_info.h): "lr", "beta1", "eps", "seed";
+  /// a flag as 0 or 1. For programs that read names and numbers from elsewhere. Throws c10::Error for another name.
+  double number(std::string_view name) const;
+  /// Sets it, which counts as setting the option; its range is looked at by check().
+  void set_number(std::string_view name, double value);
 
   /// Whether the option was set. Throws c10::Error for a name that no optimizer has.
   bool is_set(std::string_view name) const;
@@ -171,6 +178,7 @@ class FlashOptions : public ::torch::optim::OptimizerOptions {
   FLASHOPTIM_OPTION(bool, stochastic_rounding)                                                     \
   FLASHOPTIM_OPTION(int64_t, seed)
 
+/// Adam with decoupled weight decay.
 /// Defaults: lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 1e-2.
 struct FlashAdamWOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kAdamW;
@@ -181,6 +189,7 @@ struct FlashAdamWOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, initial_lr)
 };
 
+/// Adam with L2 regularization.
 /// Defaults: lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 0 (L2).
 struct FlashAdamOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kAdam;
@@ -189,6 +198,7 @@ struct FlashAdamOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, eps)
 };
 
+/// SGD with momentum, dampening, Nesterov momentum and L2 regularization.
 /// Defaults: lr 1e-3, momentum 0, dampening 0, weight_decay 0 (L2), nesterov false.
 struct FlashSGDOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kSgd;
@@ -198,6 +208,7 @@ struct FlashSGDOptions final : FlashOptions {
   FLASHOPTIM_OPTION(bool, nesterov)
 };
 
+/// SGD with decoupled weight decay.
 /// Defaults: lr 1e-3, momentum 0, dampening 0, weight_decay 0 (decoupled), nesterov false.
 struct FlashSGDWOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kSgdw;
@@ -209,6 +220,7 @@ struct FlashSGDWOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, initial_lr)
 };
 
+/// Lion (sign of interpolated momentum) with decoupled weight decay.
 /// Defaults: betas (0.9, 0.99), weight_decay 0 (decoupled).
 struct FlashLionOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kLion;
@@ -221,13 +233,20 @@ struct FlashLionOptions final : FlashOptions {
 #undef FLASHOPTIM_COMMON_OPTIONS
 #undef FLASHOPTIM_OPTION
 
+/// X(name) for every optimizer: its options are Flash<name>Options, its class Flash<name>, both in flashoptim::libtorch
+/// and in torch.
+#define FLASHOPTIM_FOR_EACH_OPTIMIZER(X) \
+  X(AdamW)                               \
+  X(Adam)                                \
+  X(SGD)                                 \
+  X(SGDW)                                \
+  X(Lion)
+
 }  // namespace flashoptim::libtorch
 
 namespace torch {
-using ::flashoptim::libtorch::FlashAdamOptions;
-using ::flashoptim::libtorch::FlashAdamWOptions;
-using ::flashoptim::libtorch::FlashLionOptions;
 using ::flashoptim::libtorch::FlashOptions;
-using ::flashoptim::libtorch::FlashSGDOptions;
-using ::flashoptim::libtorch::FlashSGDWOptions;
+#define FLASHOPTIM_OPTIONS(name) using ::flashoptim::libtorch::Flash##name##Options;
+FLASHOPTIM_FOR_EACH_OPTIMIZER(FLASHOPTIM_OPTIONS)
+#undef FLASHOPTIM_OPTIONS
 }  // namespace torch
