@@ -6,6 +6,7 @@
 //   SGD      torch.optim.SGD: momentum, dampening, Nesterov, L2; the first momentum buffer is the gradient itself
 //   SGDW     Loshchilov & Hutter 2019, algorithm 1, with torch.optim.SGD's momentum
 //   Lion     Chen et al. 2023, algorithm 2
+//   AdEMAMix Pagliardini et al. 2024, algorithm 1 with its appendix's schedules
 //
 // The tests of both front ends and the laboratory (benchmarks/fidelity) measure against these, in Python too (c_api).
 #pragma once
@@ -22,6 +23,7 @@ struct Settings {
   double beta1 = 0.0, beta2 = 0.0, eps = 0.0;
   double weight_decay = 0.0;
   double momentum = 0.0, dampening = 0.0;
+  double beta3 = 0.0, alpha = 0.0, t_alpha = 0.0, t_beta3 = 0.0;
   /// Decoupled decay is weight_decay * lr; where this is not 0, weight_decay * lr / decay_lr.
   double decay_lr = 0.0;
   double nesterov = 0.0, maximize = 0.0;  ///< flags
@@ -38,6 +40,10 @@ struct Settings {
                {"eps", &eps},
                {"weight_decay", &weight_decay},
                {"momentum", &momentum},
+               {"beta3", &beta3},
+               {"alpha", &alpha},
+               {"t_alpha", &t_alpha},
+               {"t_beta3", &t_beta3},
                {"dampening", &dampening},
                {"decay_lr", &decay_lr},
                {"nesterov", &nesterov},
@@ -111,6 +117,33 @@ T lion(Element<T>& e, T g, const Settings& s) {
   return T(decay_of(s)) * e.weight + T(s.lr) * direction;
 }
 
+/// By how many steps an average forgets half: beta^(f + 1) = 1/2.
+inline double half_life(double beta) { return std::log(0.5) / std::log(beta) - 1.0; }
+
+inline double beta3_at(const Settings& s, double step) {
+  if (s.t_beta3 <= 0.0 || step >= s.t_beta3) return s.beta3;
+  const double share = step / s.t_beta3;
+  const double life = (1.0 - share) * half_life(s.beta1) + share * half_life(s.beta3);
+  return std::fmin(std::pow(0.5, 1.0 / (life + 1.0)), s.beta3);
+}
+
+/// States: fast average, second moment, and the slow average less (1 - beta3) / (1 - beta1) of the fast one.
+template <class T>
+T ademamix(Element<T>& e, T g, const Settings& s) {
+  T &fast = e.states[0], &second = e.states[1];
+  const double alpha = s.t_alpha > 0.0 ? std::fmin(s.step * s.alpha / s.t_alpha, s.alpha) : s.alpha;
+  const double beta3 = beta3_at(s, s.step);
+  T slow = e.states[2] + T((1.0 - beta3_at(s, s.step - 1.0)) / (1.0 - s.beta1)) * fast;
+  fast = T(s.beta1) * fast + T(1.0 - s.beta1) * g;
+  second = T(s.beta2) * second + T(1.0 - s.beta2) * (g * g);
+  slow = T(beta3) * slow + T(1.0 - beta3) * g;
+  e.states[2] = slow - T((1.0 - beta3) / (1.0 - s.beta1)) * fast;
+  const T fast_hat = fast / T(1.0 - std::pow(s.beta1, s.step));
+  const T second_hat = second / T(1.0 - std::pow(s.beta2, s.step));
+  const T step = T(s.lr) * quotient(fast_hat + T(alpha) * slow, root(second_hat) + T(s.eps));
+  return T(decay_of(s)) * e.weight + step;
+}
+
 /// One step of one element, gradients as they are.
 template <class T>
 using Step = T (*)(Element<T>&, T g, const Settings&);
@@ -134,6 +167,7 @@ const std::vector<Named<T>>& all() {
       {"SgdPlain", [](E& e, T g, const S& s) { return sgd(e, g, s, false, false); }},
       {"SgdwPlain", [](E& e, T g, const S& s) { return sgd(e, g, s, true, false); }},
       {"Lion", [](E& e, T g, const S& s) { return lion(e, g, s); }},
+      {"AdEMAMix", [](E& e, T g, const S& s) { return ademamix(e, g, s); }},
   };
   return list;
 }

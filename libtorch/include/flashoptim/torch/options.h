@@ -41,6 +41,10 @@ struct OptionValues {
   bool quantize = true;                 ///< false: states in fp32
   int64_t min_quantized_numel = 4096;   ///< smaller parameters keep fp32 states; >= 0, 0 quantizes everything
   bool stochastic_rounding = false;     ///< with master_weight_bits 0: round 16-bit parameters without bias
+  double beta3 = 0.9999;                ///< of the slow average, >= 0 and < 1
+  double alpha = 5;                     ///< share of the slow average in an update; finite, >= 0
+  int64_t t_alpha = 0;                  ///< steps in which alpha grows to its value; 0: it has it
+  int64_t t_beta3 = 0;                  ///< steps in which beta3 grows from beta1; 0: it has its value
   int64_t seed = 0;                     ///< of the dither and of stochastic rounding; >= 0 and < 2^53
 
   bool operator==(const OptionValues&) const = default;
@@ -67,6 +71,10 @@ constexpr void for_each_option(F&& f) {
   visit("min_quantized_numel", &OptionValues::min_quantized_numel);
   visit("stochastic_rounding", &OptionValues::stochastic_rounding);
   visit("seed", &OptionValues::seed);
+  visit("beta3", &OptionValues::beta3);
+  visit("alpha", &OptionValues::alpha);
+  visit("t_alpha", &OptionValues::t_alpha);
+  visit("t_beta3", &OptionValues::t_beta3);
 }
 
 /// The option's place in for_each_option; an unknown name does not compile.
@@ -230,6 +238,21 @@ struct FlashLionOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, initial_lr)
 };
 
+/// AdEMAMix (Pagliardini et al. 2024): Adam with a slow second average. The paper warms alpha and beta3 up over the
+/// run. Defaults: betas (0.9, 0.999), beta3 0.9999, alpha 5, no warm-ups, eps 1e-8, weight_decay 1e-2 (decoupled).
+struct FlashAdEMAMixOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kAdEMAMix;
+  FLASHOPTIM_COMMON_OPTIONS(FlashAdEMAMixOptions)
+  FLASHOPTIM_OPTION(Betas, betas)
+  FLASHOPTIM_OPTION(double, beta3)
+  FLASHOPTIM_OPTION(double, alpha)
+  FLASHOPTIM_OPTION(int64_t, t_alpha)
+  FLASHOPTIM_OPTION(int64_t, t_beta3)
+  FLASHOPTIM_OPTION(double, eps)
+  FLASHOPTIM_OPTION(bool, decouple_lr)
+  FLASHOPTIM_OPTION(double, initial_lr)
+};
+
 #undef FLASHOPTIM_COMMON_OPTIONS
 #undef FLASHOPTIM_OPTION
 
@@ -240,7 +263,8 @@ struct FlashLionOptions final : FlashOptions {
   X(Adam)                                \
   X(SGD)                                 \
   X(SGDW)                                \
-  X(Lion)
+  X(Lion)                                \
+  X(AdEMAMix)
 
 }  // namespace flashoptim::libtorch
 
