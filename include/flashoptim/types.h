@@ -10,7 +10,7 @@ namespace flashoptim {
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 /// Which update rule a step applies. Sgd and Sgdw hold a momentum buffer only where momentum != 0.
-enum class OptimizerKind : int32_t { kAdamW = 0, kAdam = 1, kSgd = 2, kSgdw = 3, kLion = 4, kAdEMAMix = 5 };
+enum class OptimizerKind : int32_t { kAdamW = 0, kAdam = 1, kSgd = 2, kSgdw = 3, kLion = 4, kAdEMAMix = 5, kAdopt = 6 };
 
 /// How optimizer states are stored.
 enum class StateCodec : int32_t {

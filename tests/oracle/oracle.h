@@ -7,6 +7,7 @@
 //   SGDW     Loshchilov & Hutter 2019, algorithm 1, with torch.optim.SGD's momentum
 //   Lion     Chen et al. 2023, algorithm 2
 //   AdEMAMix Pagliardini et al. 2024, algorithm 1 with its appendix's schedules
+//   ADOPT    Taniguchi et al. 2024, algorithm 2; its first gradient makes the variance alone
 //
 // The tests of both front ends and the laboratory (benchmarks/fidelity) measure against these, in Python too (c_api).
 #pragma once
@@ -144,6 +145,21 @@ T ademamix(Element<T>& e, T g, const Settings& s) {
   return T(decay_of(s)) * e.weight + step;
 }
 
+/// States: the momentum, second moment.
+template <class T>
+T adopt(Element<T>& e, T g, const Settings& s) {
+  T &momentum = e.states[0], &second = e.states[1];
+  if (s.step == 1.0) {
+    second = g * g;
+    return T(0.0);
+  }
+  const T limit(std::pow(s.step - 1.0, 0.25));
+  const T normalized = clamped(quotient(g, at_least(root(second), T(s.eps))), limit);
+  momentum = T(s.beta1) * momentum + T(1.0 - s.beta1) * normalized;
+  second = T(s.beta2) * second + T(1.0 - s.beta2) * (g * g);
+  return T(decay_of(s)) * e.weight + T(s.lr) * momentum;
+}
+
 /// One step of one element, gradients as they are.
 template <class T>
 using Step = T (*)(Element<T>&, T g, const Settings&);
@@ -168,6 +184,7 @@ const std::vector<Named<T>>& all() {
       {"SgdwPlain", [](E& e, T g, const S& s) { return sgd(e, g, s, true, false); }},
       {"Lion", [](E& e, T g, const S& s) { return lion(e, g, s); }},
       {"AdEMAMix", [](E& e, T g, const S& s) { return ademamix(e, g, s); }},
+      {"Adopt", [](E& e, T g, const S& s) { return adopt(e, g, s); }},
   };
   return list;
 }

@@ -3,6 +3,7 @@
 
 #include "flashoptim/core/optimizers/adam.h"
 #include "flashoptim/core/optimizers/ademamix.h"
+#include "flashoptim/core/optimizers/adopt.h"
 #include "flashoptim/core/optimizers/lion.h"
 #include "flashoptim/core/optimizers/sgd.h"
 
@@ -15,4 +16,5 @@
   X(SgdPlain)                       \
   X(SgdwPlain)                      \
   X(Lion)                           \
-  X(AdEMAMix)
+  X(AdEMAMix)                       \
+  X(Adopt)

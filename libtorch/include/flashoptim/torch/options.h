@@ -253,6 +253,17 @@ struct FlashAdEMAMixOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, initial_lr)
 };
 
+/// ADOPT (Taniguchi et al. 2024), clipped. The first step makes the variance and moves no weight.
+/// Defaults: betas (0.9, 0.9999), eps 1e-6, weight_decay 0 (decoupled).
+struct FlashADOPTOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kAdopt;
+  FLASHOPTIM_COMMON_OPTIONS(FlashADOPTOptions)
+  FLASHOPTIM_OPTION(Betas, betas)
+  FLASHOPTIM_OPTION(double, eps)
+  FLASHOPTIM_OPTION(bool, decouple_lr)
+  FLASHOPTIM_OPTION(double, initial_lr)
+};
+
 #undef FLASHOPTIM_COMMON_OPTIONS
 #undef FLASHOPTIM_OPTION
 
@@ -264,7 +275,8 @@ struct FlashAdEMAMixOptions final : FlashOptions {
   X(SGD)                                 \
   X(SGDW)                                \
   X(Lion)                                \
-  X(AdEMAMix)
+  X(AdEMAMix)                            \
+  X(ADOPT)
 
 }  // namespace flashoptim::libtorch
 
