@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checksums, _groups, _packing, _parameters, _states, _validate
+from . import _checksums, _groups, _model_loads, _packing, _parameters, _states, _validate
 from ._groups import ParamGroup, Stored
 from ._ops import StateCodec
+from ._store import Store
 
 _CODEC_NAMES = {StateCodec.DEFAULT: "default", StateCodec.PAPER: "paper"}
 
@@ -71,6 +72,8 @@ class Loaded(NamedTuple):
     state: defaultdict[Any, Any]
     #: New values of parameters whose dtype is another than their correction's was.
     params: list[tuple[Tensor, Tensor]]
+    #: Checksums of the weights that corrections belong to; None: not known.
+    origins: dict[Tensor, int | None]
 
 
 @torch.no_grad()
@@ -113,7 +116,11 @@ def converted_states(
             "optimizer.state, and nothing is done with them",
             stacklevel=3,
         )
-    return Loaded(state, params)
+    everyone = [param for group in groups for param in group["params"]]
+    origins = _model_loads.origins_of(state_dict.get(_model_loads.KEY), everyone, state)
+    # Their weights have other digits in another dtype.
+    origins |= dict.fromkeys((param for param, _ in params), None)
+    return Loaded(state, params, origins)
 
 
 def described_groups(
@@ -137,4 +144,30 @@ def described_groups(
         key = _groups.description_key(kind)
         options = {name: group[name] for name in _groups.PACKED_OPTIONS}
         result.append({**shown, key: _groups.describe(kind, options, stored)})
+    return result
+
+
+def shown(
+    kind: str,
+    result: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+    store: Store,
+    compress: bool,
+) -> dict[str, Any]:
+    """What ``state_dict()`` gives, from torch's own, ``result``. ``compress``: states as they are stored, else fp32."""
+    params = [param for group in groups for param in group["params"]]
+    if compress:
+        states = {key: _packing.packed(held) for key, held in result["state"].items()}
+    else:
+        number_of = dict(enumerate(params))
+        states = {
+            key: _packing.expanded(kind, held, number_of[key]) if key in number_of else held
+            for key, held in result["state"].items()
+        }
+    described = described_groups(kind, groups, result["param_groups"], state, store.dtype_of)
+    result = {**result, "state": states, "param_groups": described}
+    if compress:
+        result[_checksums.KEY] = _checksums.of_states(states, len(params))
+        result[_model_loads.KEY] = _model_loads.weights_of(params, state)
     return result
