@@ -8,7 +8,15 @@ from __future__ import annotations
 from . import optimizers
 from ._alias import install_as_flashoptim
 from ._ops import cpu_isa
-from .gradient_release import GradientReleaseHandle, enable_gradient_release
+from ._parameters import describe_shard
+from .arguments import parse_optimizer_arguments
+from .description import FormatDescription, OptimizerDescription
+from .gradient_release import (
+    GradientReleaseHandle,
+    enable_gradient_release,
+    prepare_for_gradient_release,
+    remove_gradient_release,
+)
 from .numerics import NumericsReport, ParameterNumerics
 from .optimizers import *  # noqa: F403  (its __all__ is the list of optimizers)
 from .weights import get_fp32_model_state_dict, set_fp32_model_state_dict
@@ -16,13 +24,19 @@ from .weights import get_fp32_model_state_dict, set_fp32_model_state_dict
 __version__ = "0.1.0"
 
 __all__ = [
+    "FormatDescription",
     "GradientReleaseHandle",
     "NumericsReport",
+    "OptimizerDescription",
     "ParameterNumerics",
     "cpu_isa",
+    "describe_shard",
     "enable_gradient_release",
     "get_fp32_model_state_dict",
     "install_as_flashoptim",
+    "parse_optimizer_arguments",
+    "prepare_for_gradient_release",
+    "remove_gradient_release",
     "set_fp32_model_state_dict",
 ]
 __all__ += optimizers.__all__
