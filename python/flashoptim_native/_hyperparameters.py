@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,15 @@ from . import _ops, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._store import Store
 
-_OPTIONS = (
-    *FORMAT_OPTIONS,
-    *("betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "decouple_lr", "seed"),
-)
-_OPTIONS_WITH_DECAY = (*_OPTIONS, "decay_lr")
+
+@functools.cache
+def _options_of(kind: str) -> tuple[str, ...]:
+    """What of a group decides the operators' numbers and formats, its learning rate apart."""
+    names = dict.fromkeys((*FORMAT_OPTIONS, "decouple_lr"))
+    for name in _ops.hyperparameter_names(kind):
+        if name not in ("lr", "step"):
+            names["betas" if name.removeprefix("beta").isdigit() else name] = None
+    return tuple(names)
 
 
 class Hyperparameters:
@@ -53,13 +58,13 @@ class Hyperparameters:
         group = groups[index]
         if type(group) is not ParamGroup:  # somebody has put a group of their own there
             groups[index] = group = ParamGroup.of(self._kind, group)
-        options = [group.get(name) for name in (_OPTIONS_WITH_DECAY if "decay_lr" in group else _OPTIONS)]
+        options = [group.get(name) for name in _options_of(self._kind)]
         known, values, form = self._known[index]
         if known is None or known != options:
-            _validate.check_hyperparameters(group)
+            _validate.check_hyperparameters(self._kind, group)
             _validate.check_format(group)
             values = _numbers(self._kind, group)
-            now = _format_of(options)
+            now = _format_of(self._kind, options)
             if form is not None and form != now:
                 self._store.forget_group(index)
             self._known[index] = (None if any(map(_is_mutable, options)) else options, values, now)
@@ -73,10 +78,10 @@ class Hyperparameters:
         return values
 
 
-def _format_of(options: list[Any]) -> list[Any]:
+def _format_of(kind: str, options: list[Any]) -> list[Any]:
     """What of a group's options decides how its parameters are stored."""
-    by_name = dict(zip(_OPTIONS, options))
-    return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
+    by_name = dict(zip(_options_of(kind), options))
+    return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name.get("momentum"))]
 
 
 def _is_mutable(option: Any) -> bool:
@@ -91,7 +96,7 @@ def _numbers(kind: str, group: Mapping[str, Any]) -> list[float]:
     fields = dict(group, step=0.0, decay_lr=group["decay_lr"] if group.get("decouple_lr") else 0.0)
     for number, beta in enumerate(group.get("betas", ()), 1):
         fields[f"beta{number}"] = beta
-    return [float(fields[name]) for name in _ops.hyperparameter_names(kind)]
+    return [float(fields[name] or 0.0) for name in _ops.hyperparameter_names(kind)]
 
 
 __all__ = ["Hyperparameters"]

@@ -24,7 +24,7 @@ from .arguments import MoreArguments, check_torch_arguments, python_value
 
 
 class FlashOptimizer(Inspection):
-    """Base of FlashAdamW, FlashAdam, FlashSGD, FlashSGDW and FlashLion.
+    """Base of FlashAdamW and the other optimizers.
 
     Args:
         params: parameters, named parameters or parameter groups, as any PyTorch optimizer takes them. bfloat16, float16
@@ -90,9 +90,9 @@ class FlashOptimizer(Inspection):
         }
         defaults = {name: python_value(value) for name, value in {**defaults, **options}.items()}
         # Before the parameters, of which a generator can be taken once, and whether or not a group says otherwise.
-        _validate.check_hyperparameters(defaults)
+        _validate.check_hyperparameters(self.kind, defaults)
         _validate.check_format(defaults)
-        self._policy = None if policy is None else Policy(policy, defaults)
+        self._policy = None if policy is None else Policy(policy, self.kind, defaults)
         self._reset()
         super().__init__(params, defaults)
         for pattern in () if self._policy is None else self._policy.patterns.keys() - self._policy.matched:
@@ -163,7 +163,7 @@ class FlashOptimizer(Inspection):
             self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
-            _validate.check_hyperparameters(group)
+            _validate.check_hyperparameters(self.kind, group)
             _validate.check_format(group)
             for position, param in enumerate(group["params"]):
                 name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
