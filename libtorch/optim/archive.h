@@ -53,7 +53,8 @@ class Checksum {
   void add(const std::string& text);
   /// Dtype, shape, order in memory, and every byte. On the host; other tensors are copied there.
   void add(const ::torch::Tensor& tensor);
-  void add(const OptionValues& values);
+  /// The options that archives of their optimizer hold.
+  void add(const FlashOptions& options);
   /// Everything that is kept for a parameter.
   void add(const FlashParamState& state);
 

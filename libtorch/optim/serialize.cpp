@@ -14,6 +14,8 @@
 #include <torch/serialize/archive.h>
 #include <torch/types.h>
 
+#include <cmath>
+#include <tuple>
 #include <utility>
 
 #include "flashoptim/torch/optimizer.h"
@@ -60,12 +62,12 @@ class ArchiveChecksum {
   ArchiveChecksum(int64_t format, OptimizerKind kind, size_t groups) {
     checksum_.add(kArchiveVersion);
     checksum_.add(format);
-    checksum_.add(std::string(archive_name(kind)));
+    checksum_.add(std::string(optimizer_name(kind)));
     checksum_.add(static_cast<int64_t>(groups));
   }
-  void add_group(size_t params, const OptionValues& values) {
+  void add_group(size_t params, const FlashOptions& options) {
     checksum_.add(static_cast<int64_t>(params));
-    checksum_.add(values);
+    checksum_.add(options);
   }
   void add_state(size_t number, int64_t checksum, bool lies_otherwise) {
     checksum_.add(static_cast<int64_t>(number));
@@ -145,6 +147,11 @@ at::Tensor checked(const std::string& name, const at::Tensor& saved, const store
   return at::empty_strided(spec.sizes, spec.strides, saved.options().device(device)).copy_(saved);
 }
 
+/// Whether the least and the largest value are; either is NaN where any value is. Without temporaries of their size.
+bool are_finite(const std::tuple<at::Tensor, at::Tensor>& ends) {
+  return std::isfinite(std::get<0>(ends).item<double>()) && std::isfinite(std::get<1>(ends).item<double>());
+}
+
 /// Throws unless the decoded values are numbers that a step can go on from.
 void check_decoded(const std::string& name, OptimizerKind kind, const FlashParamState& state) {
   const auto slots = static_cast<int>(state.states.size());
@@ -153,7 +160,7 @@ void check_decoded(const std::string& name, OptimizerKind kind, const FlashParam
     for (int k = 0; k < slots; ++k) {
       const at::Tensor& saved = state.states[static_cast<size_t>(k)];
       const bool is_signed = store::state_dtype(kind, k, StateCodec::kPaper) == dtype_code(at::kChar);
-      TORCH_CHECK(is_signed || !(saved < 0).any().item<bool>(), name, ": states[", k,
+      TORCH_CHECK(is_signed || saved.numel() == 0 || !(saved.min().item<double>() < 0), name, ": states[", k,
                   "] holds a negative number in the archive; must be at least 0, as squares are");
     }
     return;
@@ -161,7 +168,7 @@ void check_decoded(const std::string& name, OptimizerKind kind, const FlashParam
   values = in_store([&] { return store::decode_states(kOp, kind, stored_of(state, slots).arrays, state.state_codec); });
   for (int k = 0; k < slots; ++k) {
     const at::Tensor decoded = take(std::move(values[static_cast<size_t>(k)]));
-    TORCH_CHECK(decoded.isfinite().all().item<bool>(), name, ": scales[", k,
+    TORCH_CHECK(decoded.numel() == 0 || are_finite(at::aminmax(decoded)), name, ": scales[", k,
                 "] and its codes stand for a number that is infinite or NaN; no step writes such");
   }
 }
@@ -252,7 +259,7 @@ void FlashParamState::serialize(InputArchive& archive) {
 void FlashOptimizer::save(OutputArchive& archive) const {
   archive.write("flashoptim_archive_version", c10::IValue(kArchiveVersion));
   archive.write("state_format_version", c10::IValue(static_cast<int64_t>(kStateFormatVersion)));
-  archive.write("optimizer", c10::IValue(std::string(archive_name(kind_))));
+  archive.write("optimizer", c10::IValue(std::string(optimizer_name(kind_))));
   ArchiveChecksum checksum(kStateFormatVersion, kind_, param_groups_.size());
   OutputArchive groups(archive.compilation_unit()), states(archive.compilation_unit());
   groups.write("size", c10::IValue(static_cast<int64_t>(param_groups_.size())));
@@ -265,7 +272,7 @@ void FlashOptimizer::save(OutputArchive& archive) const {
     if (!is_settled(g)) made = settled_options(group_prefix(g), param_groups_[g]);
     const auto& settled = made ? *made : static_cast<const FlashOptions&>(param_groups_[g].options());
     settled.serialize(options);
-    checksum.add_group(params.size(), settled.values());
+    checksum.add_group(params.size(), settled);
     group.write("options", options);
     groups.write(std::to_string(g), group);
     for (const at::Tensor& param : params) {
@@ -299,8 +306,8 @@ void FlashOptimizer::load(InputArchive& archive) {
   TORCH_CHECK(format >= 1 && format <= kStateFormatVersion, where, "state_format_version = ", format, "; must be 1 to ",
               kStateFormatVersion);
   const std::string optimizer = top.read_string("optimizer");
-  TORCH_CHECK(optimizer == archive_name(kind_), where, "optimizer = \"", optimizer, "\"; must be \"",
-              archive_name(kind_), "\"");
+  TORCH_CHECK(optimizer == optimizer_name(kind_), where, "optimizer = \"", optimizer, "\"; must be \"",
+              optimizer_name(kind_), "\"");
   const bool has_checksums = version >= 2;
 
   // Read, check and convert all of it first, so that a bad archive changes nothing.
@@ -329,7 +336,7 @@ void FlashOptimizer::load(InputArchive& archive) {
     ArchiveReader options_reader(options_archive, group_name);
     auto& options = new_options.emplace_back(static_cast<FlashOptions*>(defaults_->clone().release()));
     options_reader.read_options(options.get());
-    checksum.add_group(own.size(), options->values());
+    checksum.add_group(own.size(), *options);
     options->check_settled(group_name);
     options->settle();
     options_reader.check_all_read();

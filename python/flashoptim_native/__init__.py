@@ -5,39 +5,39 @@ Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/p
 
 from __future__ import annotations
 
+from . import optimizers
 from ._alias import install_as_flashoptim
-from ._ops import cpu_isa
-from .casting import cast_model
-from .gradient_release import GradientReleaseHandle, enable_gradient_release
-from .numerics import NumericsError, NumericsReport, ParameterNumerics
-from .optimizer import FlashOptimizer
-from .optimizers import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
-from .weights import (
-    compute_ecc_bits,
-    get_fp32_model_state_dict,
-    reconstruct_fp32_param,
-    set_fp32_model_state_dict,
+from ._ops import cpu_isa, tensor_access
+from ._parameters import describe_shard
+from .arguments import parse_optimizer_arguments
+from .description import FormatDescription, OptimizerDescription
+from .gradient_release import (
+    GradientReleaseHandle,
+    enable_gradient_release,
+    prepare_for_gradient_release,
+    remove_gradient_release,
 )
+from .numerics import NumericsReport, ParameterNumerics
+from .optimizers import *  # noqa: F403  (its __all__ is the list of optimizers)
+from .weights import get_fp32_model_state_dict, set_fp32_model_state_dict
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FlashAdam",
-    "FlashAdamW",
-    "FlashLion",
-    "FlashOptimizer",
-    "FlashSGD",
-    "FlashSGDW",
+    "FormatDescription",
     "GradientReleaseHandle",
-    "NumericsError",
     "NumericsReport",
+    "OptimizerDescription",
     "ParameterNumerics",
-    "cast_model",
-    "compute_ecc_bits",
     "cpu_isa",
+    "describe_shard",
     "enable_gradient_release",
     "get_fp32_model_state_dict",
     "install_as_flashoptim",
-    "reconstruct_fp32_param",
+    "parse_optimizer_arguments",
+    "prepare_for_gradient_release",
+    "remove_gradient_release",
     "set_fp32_model_state_dict",
+    "tensor_access",
 ]
+__all__ += optimizers.__all__

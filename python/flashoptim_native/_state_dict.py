@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checksums, _groups, _packing, _parameters, _states, _validate
+from . import _checksums, _groups, _model_loads, _packing, _parameters, _states, _validate
 from ._groups import ParamGroup, Stored
 from ._ops import StateCodec
 
@@ -43,6 +43,12 @@ def merged_groups(
             warnings.warn(
                 f"amsgrad=True of group {index} of the state dict is ignored: it is not supported", stacklevel=3
             )
+        if old.get("decoupled_weight_decay") and kind == "adam":
+            warnings.warn(
+                f"decoupled_weight_decay=True of group {index} of the state dict is ignored: FlashAdam's decay is not "
+                "decoupled, FlashAdamW's is",
+                stacklevel=3,
+            )
         for key, value in group.items():
             if key == "params":
                 new[key] = value
@@ -56,7 +62,7 @@ def merged_groups(
             new["betas"] = tuple(new["betas"])
         if new.get("decouple_lr"):
             new.setdefault("decay_lr", _validate.real_number("lr", new.get("initial_lr", new["lr"])))
-        _validate.check_hyperparameters(new)
+        _validate.check_hyperparameters(kind, new)
         result.append(ParamGroup.of(kind, new))
     return result
 
@@ -71,6 +77,8 @@ class Loaded(NamedTuple):
     state: defaultdict[Any, Any]
     #: New values of parameters whose dtype is another than their correction's was.
     params: list[tuple[Tensor, Tensor]]
+    #: Checksums of the weights that corrections belong to; None: not known.
+    origins: dict[Tensor, int | None]
 
 
 @torch.no_grad()
@@ -113,15 +121,23 @@ def converted_states(
             "optimizer.state, and nothing is done with them",
             stacklevel=3,
         )
-    return Loaded(state, params)
+    everyone = [param for group in groups for param in group["params"]]
+    origins = _model_loads.origins_of(state_dict.get(_model_loads.KEY), everyone, state)
+    # Their weights have other digits in another dtype.
+    origins |= dict.fromkeys((param for param, _ in params), None)
+    return Loaded(state, params, origins)
 
 
 def described_groups(
     kind: str, groups: Sequence[Mapping[str, Any]], packed: Sequence[Mapping[str, Any]], state: Mapping[Any, Any],
     dtype_of: Callable[[Tensor], torch.dtype],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Groups as ``state_dict()`` shows them: their options as a tensor that says how states are stored."""
+    """Groups as ``state_dict()`` shows them: their options as a tensor that says how states are stored.
+
+    It lies where the states do: torch's ``set_optimizer_state_dict(full_state_dict=True)`` wants one device for all.
+    """
     result = []
+    device = _device_of(groups, state)
     for group, shown in zip(groups, packed):
         stored = []
         for param in group["params"]:
@@ -136,5 +152,38 @@ def described_groups(
             )
         key = _groups.description_key(kind)
         options = {name: group[name] for name in _groups.PACKED_OPTIONS}
-        result.append({**shown, key: _groups.describe(kind, options, stored)})
+        result.append({**shown, key: _groups.describe(kind, options, stored).to(device)})
+    return result
+
+
+def _device_of(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> torch.device:
+    """Where the first parameter with a state has its arrays; without any, the first parameter."""
+    params = [param for group in groups for param in group["params"]]
+    first = next((param for param in params if state.get(param)), params[0] if params else None)
+    return torch.device("cpu") if first is None else _parameters.plain(first).device
+
+
+def shown(
+    kind: str,
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+    dtype_of: Callable[[Tensor], torch.dtype],
+    compress: bool,
+) -> dict[str, Any]:
+    """What ``state_dict()`` gives: parameters by number, states as they are stored (``compress``) or in fp32."""
+    params = [param for group in groups for param in group["params"]]
+    numbers = {id(param): number for number, param in reversed(list(enumerate(params)))}
+    states: dict[Any, Any] = {}
+    for param, held in state.items():
+        if not isinstance(param, Tensor):
+            states[param] = held
+        elif compress:
+            states[numbers[id(param)]] = _packing.packed(held)
+        else:
+            states[numbers[id(param)]] = _packing.expanded(kind, held, param)
+    packed = [{**group, "params": [numbers[id(param)] for param in group["params"]]} for group in groups]
+    result = {"state": states, "param_groups": described_groups(kind, groups, packed, state, dtype_of)}
+    if compress:
+        result[_checksums.KEY] = _checksums.of_states(states, len(params))
+        result[_model_loads.KEY] = _model_loads.weights_of(params, state)
     return result

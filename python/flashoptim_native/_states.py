@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _ops
 from ._ops import CorrectionFate, Fit, MasterWeights, StateCodec
-from ._parameters import Local, check_cut, has_memory, has_momentum, is_sharded, plain, wrap
+from ._parameters import Local, check_cut, has_memory, has_momentum, is_sharded, plain, whole_shape, wrap
 
 CODES = "_codes"
 SCALE = "_scale"
@@ -44,7 +44,7 @@ def format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
     """What a parameter group's options mean for one parameter."""
     master_weights, codec = _ops.format_of(
         _ops.DTYPES[param.dtype],
-        tuple(param.shape),  # of a DTensor: the whole's
+        whole_shape(param),
         group["quantize"],
         _CODECS[group["state_codec"]],
         group["master_weight_bits"] or 0,

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
+from typing_extensions import Unpack
 
-from . import _checksums, _ops, _packing, _parameters, _state_dict, _states, _validate, weights
+from . import _model_loads, _parameters, _state_dict, _states, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup
-from ._store import Controls, Store, is_capturing, outside_compile
-from .numerics import NumericsMonitor, NumericsReport
+from ._inspection import Inspection
+from ._policy import Policy
+from ._stepper import Stepper
+from ._store import outside_compile
+from .arguments import MoreArguments, check_torch_arguments, python_value
 
 
-class FlashOptimizer(torch.optim.Optimizer):
-    """Base of FlashAdamW, FlashAdam, FlashSGD, FlashSGDW and FlashLion.
+class FlashOptimizer(Inspection):
+    """Base of FlashAdamW and the other optimizers.
 
     Args:
         params: parameters, named parameters or parameter groups, as any PyTorch optimizer takes them. bfloat16, float16
@@ -31,14 +34,25 @@ class FlashOptimizer(torch.optim.Optimizer):
         compress_state_dict: ``state_dict()`` holds states as they are stored (the default, and what makes a resumed run
             equal an uninterrupted one bit for bit); False: as fp32, which plain PyTorch optimizers can load.
         check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded
-            to nearest, and count lost updates (docs/python_api.md, "Numerics").
-        fused: accepted for compatibility; there is one implementation, and it is fused.
+            to nearest, and count lost updates (docs/python_api.md, "Numerics"). With the default codec's corrections
+            and with ``stochastic_rounding`` nothing is lost on average, and nothing is raised.
+        fused: None, True or False, as torch.optim has it: there is one implementation, and it is fused.
         capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may
             be a float32 tensor there, which a replay reads anew. Call step() once before the capture.
+        policy: ``{pattern: options}``: options of a group for the parameters whose full names match a pattern
+            (``fnmatch``); of several that match, the later one decides. Parameters must have names, as
+            ``model.named_parameters()`` gives them. A pattern that matches nothing is warned of.
+        more: ``amsgrad``, ``foreach``, ``differentiable`` and ``decoupled_weight_decay`` of torch.optim, at the values
+            that ask nothing; here and in groups.
+
+    Raises:
+        TypeError, ValueError: an argument or a parameter is of a wrong type, or has a value that is not allowed.
+            Arguments are checked before ``params`` is looked at.
     """
 
     #: Name of the update rule, as the operators know it.
     kind: str
+    _policy: Policy | None = None
     # torch.amp.GradScaler then leaves gradients as they are and hands over grad_scale and found_inf.
     _step_supports_amp_scaling = True
 
@@ -58,13 +72,13 @@ class FlashOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **more: Unpack[MoreArguments],
     ) -> None:
-        self._compress_state_dict = _validate.check_bool("compress_state_dict", compress_state_dict)
-        self._check_numerics = _validate.check_bool("check_numerics", check_numerics)
-        if fused is not None:
-            _validate.check_bool("fused", fused)
-        defaults = {
-            **defaults,
+        policy = more.pop("policy", None)
+        check_torch_arguments(type(self).__name__, self.kind, {"fused": fused, **more})
+        self._compress_state_dict = _validate.check_bool("compress_state_dict", python_value(compress_state_dict))
+        self._check_numerics = _validate.check_bool("check_numerics", python_value(check_numerics))
+        options = {
             "maximize": maximize,
             "seed": seed,
             "quantize": quantize,
@@ -72,24 +86,25 @@ class FlashOptimizer(torch.optim.Optimizer):
             "master_weight_bits": master_weight_bits,
             "min_quantized_numel": min_quantized_numel,
             "stochastic_rounding": stochastic_rounding,
-            "capturable": _validate.check_bool("capturable", capturable),
+            "capturable": _validate.check_bool("capturable", python_value(capturable)),
         }
+        defaults = {name: python_value(value) for name, value in {**defaults, **options}.items()}
+        # Before the parameters, of which a generator can be taken once, and whether or not a group says otherwise.
+        _validate.check_hyperparameters(self.kind, defaults)
+        _validate.check_format(defaults)
+        self._policy = None if policy is None else Policy(policy, self.kind, defaults)
         self._reset()
         super().__init__(params, defaults)
+        for pattern in () if self._policy is None else self._policy.patterns.keys() - self._policy.matched:
+            warnings.warn(f"policy: {pattern!r} matches no parameter", stacklevel=3)
         self._warn_of_lost_precision()
 
     def _reset(self) -> None:
-        self._store = Store(self.kind)
-        # Of every group: options as they were read (None: read them again), the operators' numbers, the formats.
-        self._group_cache: list[tuple[Any, list[float], Any]] = []
-        self._lrs: list[Tensor | None] = []
-        self._monitor = NumericsMonitor()
-        self._clip: Tensor | None = None
-        self._no_controls: tuple[int, list[Controls]] = (-1, [])
-        self._known_stride = (-1, 0)
-        # What captured CUDA graphs write to at every replay, beside parameters and gradients, which are the caller's. A
-        # graph outlives the states that load_state_dict() replaces.
-        self._captured: list[Any] = vars(self).get("_captured", [])
+        # Captured CUDA graphs go on writing to what they were captured with.
+        before: Stepper | None = vars(self).get("_stepper")
+        self._stepper = Stepper(self.kind, self._check_numerics, None if before is None else before.graphs)
+        self._store = self._stepper.store
+        _model_loads.watch(self)
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
@@ -130,13 +145,25 @@ class FlashOptimizer(torch.optim.Optimizer):
     # Groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first."""
-        super().add_param_group(param_group)
-        self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
+        """Adds a group, as torch.optim.Optimizer does, or with a policy one for each set of options that it makes.
+
+        Options and parameters are checked first.
+        """
+        count = len(self.param_groups)
         try:
+            for part in [param_group] if self._policy is None else self._policy.split(param_group):
+                self._add_one_group(part)
+        except Exception:
+            del self.param_groups[count:]
+            raise
+
+    def _add_one_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
-            _validate.check_hyperparameters(group)
+            _validate.check_hyperparameters(self.kind, group)
             _validate.check_format(group)
             for position, param in enumerate(group["params"]):
                 name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
@@ -144,39 +171,6 @@ class FlashOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _read_groups(self) -> list[list[float]]:
-        """The operators' numbers of every group (step still open), checked."""
-        cache = self._group_cache
-        if len(cache) != len(self.param_groups):
-            self._group_cache = cache = [(None, [], None)] * len(self.param_groups)
-            self._lrs = [None] * len(self.param_groups)
-        for index in range(len(self.param_groups)):
-            self._read_group(index)
-        return [values for _, values, _ in cache]
-
-    def _read_group(self, index: int) -> list[float]:
-        group = self.param_groups[index]
-        if type(group) is not ParamGroup:  # somebody has put a group of their own there
-            self.param_groups[index] = group = ParamGroup.of(self.kind, group)
-        options = [group.get(name) for name in (_options_with_decay if "decay_lr" in group else _options)]
-        known, values, form = self._group_cache[index]
-        if known is None or known != options:
-            _validate.check_hyperparameters(group)
-            _validate.check_format(group)
-            values = _hyper_values(self.kind, group)
-            now = _format_of_options(options)
-            if form is not None and form != now:
-                self._store.forget_group(index)
-            self._group_cache[index] = (None if any(map(_is_mutable, options)) else options, values, now)
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.is_cuda and group["capturable"]:
-            self._lrs[index] = _validate.check_lr_tensor(lr)
-            values[0] = 0.0
-        else:
-            self._lrs[index] = None
-            values[0] = lr if type(lr) is float and 0.0 <= lr < math.inf else _validate.check_range("lr", lr, 0.0)
-        return values
 
     # Steps
 
@@ -200,57 +194,10 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     @outside_compile
     def _step(self) -> None:
-        hypers = self._read_groups()
-        if self._only_makes_states():
-            return
-        if all(param.grad is None for group in self.param_groups for param in group["params"]):
-            self._clip = None  # gradient release has stepped, or there was nothing to step
-            return
-        store = self._store
-        store.follow(self.param_groups)
-        scaling = self._scaling()
-        if scaling is None:  # the gradients overflowed: nothing changes
-            self._clip = None
-            return
-        capturing = is_capturing()
-        if capturing:
-            self._check_can_be_captured()
-        if self._check_numerics:
-            self._check_learning_rates(hypers, range(len(store.params)))
-        lrs = self._lrs if any(lr is not None for lr in self._lrs) else None
-        store.step(
-            self.state,
-            hypers,
-            lrs,
-            lambda: self._controls(scaling),
-            scaling.grad_scale,
-            self._telemetry_stride(),
-            self._counts_on_device(scaling, lrs),
-        )
-        if capturing:
-            self._keep_for_graph(scaling)
-        self._clip = None
-
-    def _only_makes_states(self) -> bool:
-        """Whether this step is torch's way of making states: the first, at lr 0, of gradients that are all zero.
-
-        torch.distributed.checkpoint (and whoever does as it does) steps a fresh optimizer so to have a state dict to
-        load
-        into. It changes no weight and no state; counted as a step it would spoil the bias correction of the first real
-        one.
-        So states are made, and nothing is counted. All processes of a mesh answer alike.
-        """
-        if self.state or any(not _is_zero(group["lr"]) for group in self.param_groups):
-            return False
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not params or not _parameters.are_zero([p.grad for p in params if p.grad is not None]):
-            return False
-        self._store.follow(self.param_groups)
-        self._store.make_states(self.state, params)
-        self._clip = None
-        return True
+        self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
 
     @torch.no_grad()
+    @outside_compile
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
         """A step of one parameter alone, if it has a gradient (``group`` is not needed).
 
@@ -260,115 +207,15 @@ class FlashOptimizer(torch.optim.Optimizer):
             ValueError: ``p`` is in no group of this optimizer.
             RuntimeError, TypeError, NumericsError: as step(); nothing has changed then.
         """
-        store = self._store
-        record = store.index(p, self.param_groups)
-        if len(self._group_cache) != len(self.param_groups):
-            self._read_groups()
-        index = store.group_of(record)
-        hypers = self._read_group(index)
-        if p.grad is None:
-            return
-        scaling = self._scaling()
-        if scaling is None:
-            return
-        if self._check_numerics:
-            self._check_learning_rates({index: hypers}, [record])
-        lr = self._lrs[index]
-        store.step_one(
-            record,
-            self.state,
-            hypers,
-            lr,
-            lambda one: self._controls_of_one(one, scaling),
-            scaling.grad_scale,
-            self._telemetry_stride(),
-            scaling.found_inf is not None or lr is not None or self.param_groups[index]["capturable"],
-        )
-        self._clip = None
+        self._stepper.step_param(p, self.param_groups, self.state, *self._left_by_scaler())
 
-    def _scaling(self) -> _Scaling | None:
-        """What GradScaler and clip_grad_norm_() left for this step; None: skip it, as far as the host knows."""
-        attributes = vars(self)  # where GradScaler sets them
-        found_inf: Tensor | None = attributes.get("found_inf")
-        scale: Tensor | float | None = attributes.get("grad_scale")
-        if found_inf is None and scale is None:
-            return _Scaling(clip=self._clip)
-        if self._store.is_on_cuda():
-            divisor = scale if isinstance(scale, Tensor) else None
-            grad_scale = 1.0 if scale is None or isinstance(scale, Tensor) else 1.0 / scale
-            return _Scaling(grad_scale, divisor, self._clip, found_inf)
-        if found_inf is not None and float(found_inf) != 0.0:
-            return None
-        return _Scaling(1.0 if scale is None else 1.0 / float(scale), clip=self._clip)
-
-    def _counts_on_device(self, scaling: _Scaling, lrs: Sequence[Tensor | None] | None) -> bool:
-        """Whether the host cannot know how many steps were taken, or a graph replays them."""
-        if scaling.found_inf is not None or (lrs is not None and any(lr is not None for lr in lrs)):
-            return True
-        return any(group["capturable"] for group in self.param_groups)
-
-    def _controls(self, scaling: _Scaling) -> list[Controls]:
-        """One entry a plan."""
-        store = self._store
-        if scaling.has_no_tensors() and not self._check_numerics:
-            generation, known = self._no_controls
-            if generation != store.generation:
-                counters = [self._monitor.counter(store.device(plan)) for plan in range(len(store.plans))]
-                known = [(counter, None, None, None, None) for counter in counters]
-                self._no_controls = (store.generation, known)
-            return known
-        result: list[Controls] = []
-        for plan, records in enumerate(store.plans):
-            device = store.device(plan)
-            telemetry = None
-            if self._check_numerics:
-                telemetry = self._monitor.table((store.generation, plan), store.names(records), device)
-            result.append((self._monitor.counter(device), *scaling.on(device), telemetry))
-        return result
-
-    def _controls_of_one(self, record: int, scaling: _Scaling) -> Controls:
-        store = self._store
-        device = _parameters.plain(store.params[record]).device
-        telemetry = None
-        if self._check_numerics:
-            plan = store.plan_of(record)
-            key = (store.generation, -1 - record) if plan is None else (store.generation, plan)
-            records = [record] if plan is None else store.plans[plan]
-            telemetry = self._monitor.table(key, store.names(records), device)
-        return (self._monitor.counter(device), *scaling.on(device), telemetry)
-
-    def _telemetry_stride(self) -> int:
-        if not self._check_numerics:
-            return 0
-        generation, stride = self._known_stride
-        if generation != self._store.generation:
-            stride = self._monitor.stride(self._store.params)
-            self._known_stride = (self._store.generation, stride)
-        return stride
-
-    def _check_learning_rates(self, hypers: Any, records: Iterable[int]) -> None:
-        store = self._store
-        for record in records:
-            group, param = store.group_of(record), store.params[record]
-            if param.grad is None:
-                continue
-            lr = self._lrs[group]
-            value = hypers[group][0] if lr is None else float(lr)
-            self._monitor.check_learning_rate(self.kind, param, store.name(record), store.form(record), value)
-
-    def _check_can_be_captured(self) -> None:
-        if not all(group["capturable"] for group in self.param_groups):
-            raise RuntimeError(
-                "step() cannot be captured in a CUDA graph with capturable=False, because the host counts steps and "
-                "reads lr: make the optimizer with capturable=True, and call step() once before the capture"
-            )
-
-    def _keep_for_graph(self, scaling: _Scaling) -> None:
-        """A replay of the graph being captured writes to these: they must not be freed before this optimizer is."""
-        tensors = [value for held in self.state.values() for value in held.values() if isinstance(value, Tensor)]
-        self._captured.append((tensors, self._controls(scaling), list(self._lrs)))
+    def _left_by_scaler(self) -> tuple[Tensor | float | None, Tensor | None]:
+        """grad_scale and found_inf, which GradScaler sets for the time of a step."""
+        attributes = vars(self)
+        return attributes.get("grad_scale"), attributes.get("found_inf")
 
     @torch.no_grad()
+    @outside_compile
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips the next step to gradients of a total norm of at most ``max_norm``; returns the norm of what there is.
 
@@ -376,35 +223,16 @@ class FlashOptimizer(torch.optim.Optimizer):
         the next step() multiplies by ``min(1, max_norm / (norm + 1e-6))`` as it reads them: nothing is written, and the
         host does not wait. zero_grad() forgets it. Elsewhere (gradients on the CPU or on several devices, or SGD's
         groups with and without momentum together) this is torch.nn.utils.clip_grad_norm_, which scales the gradients.
+        Of DTensors it is the norm of the whole gradients, replicas counted once, as a plain tensor: all processes call.
 
         Raises:
             ValueError: ``max_norm`` is not a finite number > 0.
         """
-        max_norm = _validate.check_range("max_norm", max_norm, 0.0)
-        if max_norm == 0.0:
-            raise ValueError("max_norm = 0.0 is not allowed; allowed is a finite number > 0")
-        self._read_groups()
-        store = self._store
-        store.follow(self.param_groups)
-        params = [p for group in self.param_groups for p in group["params"]]
-        kinds = {
-            (p.device, _parameters.has_momentum(group))
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
-        if len(kinds) != 1 or next(iter(kinds))[0].type != "cuda":
-            return torch.nn.utils.clip_grad_norm_(params, max_norm)
-        result = torch.zeros(4, device=next(iter(kinds))[0])
-        store.gradient_norm(self.state, 1.0, max_norm, result)
-        if is_capturing():
-            self._captured.append(result)
-        self._clip = result[3]
-        return result[2]
+        return self._stepper.clip_grad_norm(max_norm, self.param_groups, self.state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim.Optimizer.zero_grad."""
-        self._clip = None
+        self._stepper.clip = None
         super().zero_grad(set_to_none)
 
     # Checkpoints
@@ -412,37 +240,27 @@ class FlashOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32."""
         _parameters.check_not_flattened(self.param_groups, sys._getframe(1).f_globals.get("__name__", ""))
-        result = super().state_dict()
-        params = [param for group in self.param_groups for param in group["params"]]
-        number_of = dict(enumerate(params))
-        if self._compress_state_dict:
-            state = {key: _packing.packed(held) for key, held in result["state"].items()}
-        else:
-            state = {
-                key: _packing.expanded(self.kind, held, number_of[key]) if key in number_of else held
-                for key, held in result["state"].items()
-            }
-        groups = _state_dict.described_groups(
-            self.kind, self.param_groups, result["param_groups"], self.state, self._store.dtype_of
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result = _state_dict.shown(
+            self.kind, self.param_groups, self.state, self._store.dtype_of, self._compress_state_dict
         )
-        result = {**result, "state": state, "param_groups": groups}
-        if self._compress_state_dict:
-            result[_checksums.KEY] = _checksums.of_states(state, len(params))
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, result)
+            if replaced is not None:
+                result = replaced
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], verify: bool = True) -> None:
-        """Loads what state_dict() of this optimizer, of its plain PyTorch counterpart, or of one with other formats
-        gave.
+        """Loads what state_dict() gave: this optimizer's, its plain PyTorch counterpart's, or one with other formats.
 
         Hyperparameters come from ``state_dict``; how weights and states are stored is this optimizer's own choice, and
         states are converted to it. No value is cast to the parameter's dtype. Nothing changes if something does not
-        fit,
-        and nothing of ``state_dict`` is shared.
+        fit, and nothing of ``state_dict`` is shared.
 
         Args:
             verify: compare states with the checksums that state_dict() gave, where there are any. False takes states
-            that
-                were edited.
+                that were edited.
 
         Raises:
             ValueError: something does not fit, or is not what was saved.
@@ -456,6 +274,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         groups = _state_dict.merged_groups(self.kind, self.param_groups, state_dict["param_groups"])
         loaded = _state_dict.converted_states(self.kind, groups, state_dict, verify)
         self.__setstate__({"state": loaded.state, "param_groups": groups})
+        self._stepper.loads.expect(loaded.origins)
         with torch.no_grad():
             for param, values in loaded.params:
                 _parameters.plain(param).copy_(values)
@@ -466,6 +285,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         state = super().__getstate__()
         state["_compress_state_dict"] = self._compress_state_dict
         state["_check_numerics"] = self._check_numerics
+        state["_policy"] = self._policy
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -476,136 +296,10 @@ class FlashOptimizer(torch.optim.Optimizer):
             if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
                 self._store.remember_dtype(param)
 
-    # Inspection
-
-    @torch.no_grad()
-    def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer."""
-        state = self.state.get(p, {})
-        slots = _states.slots_in(self.kind, state)
-        local = _parameters.local(p)
-        values = _states.decode(self.kind, state, slots, local)
-        return {slot: _parameters.wrap(local, value, local.whole, slot) for slot, value in zip(slots, values)}
-
-    @torch.no_grad()
-    def reset_corrections(self, params: Iterable[Tensor] | None = None) -> None:
-        """Sets corrections to zero: the weights are then the 16-bit parameters, exactly, as they are now.
-
-        A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from
-        outside, so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is
-        meant to last (a checkpoint loaded into the model, a re-initialized layer), call this after it.
-
-        Args:
-            params: the parameters whose corrections are meant; None: all.
-
-        Raises:
-            ValueError: one is in no group of this optimizer; nothing has changed then.
-        """
-        self._store.follow(self.param_groups)
-        chosen = self._store.params if params is None else list(params)
-        for param in chosen:
-            self._store.index(param, self.param_groups)
-        for param in chosen:
-            correction = self.state.get(param, {}).get(_states.CORRECTION)
-            if correction is not None:
-                _parameters.plain(correction).zero_()
-                self._store.remember_dtype(param)
-
-    def get_fp32_model_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
-        return weights.get_fp32_model_state_dict(model, self)
-
-    def set_fp32_model_state_dict(
-        self, model: nn.Module, fp32_state_dict: Mapping[str, Tensor], strict: bool = False
-    ) -> None:
-        """Loads fp32 weights into the model and into this optimizer's corrections."""
-        weights.set_fp32_model_state_dict(model, fp32_state_dict, self, strict=strict)
-
-    def _dtypes_of_corrections(self) -> dict[int, torch.dtype]:
-        """By id of a parameter, the dtype that it had when its correction was made, where that is known."""
-        self._store.follow(self.param_groups)
-        return {id(p): dtype for p, dtype in zip(self._store.params, self._store.dtypes) if dtype is not None}
-
-    def numerics_report(self) -> NumericsReport:
-        """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
-        return self._monitor.report()
-
-    def reset_numerics(self) -> None:
-        """Starts the counts of numerics_report() anew, those of captured CUDA graphs, too."""
-        self._monitor.reset()
-
-    def recompute_param_stats(self) -> None:
-        """Makes ``check_numerics=True`` measure the weights again at the next step."""
-        self._monitor.largest.clear()
-
-    def _state_with_correction(self, param: Tensor) -> dict[str, Any] | None:
-        """The state of a parameter that gets new weights, made if there is none; None where they have no correction."""
-        record = self._store.index(param, self.param_groups)
-        self._store.remember_dtype(param)
-        if self._store.form(record).master_weights not in _ops.CORRECTION_DTYPES:
-            self.state.get(param, {}).pop(_states.CORRECTION, None)
-            return None
-        return self._store.conforming_state(record, self.state)
-
-
-class _Scaling(NamedTuple):
-    """What a step's gradients are multiplied with, and whether it is skipped; tensors are read on the device."""
-
-    grad_scale: float = 1.0
-    divisor: Tensor | None = None
-    clip: Tensor | None = None
-    found_inf: Tensor | None = None
-
-    def has_no_tensors(self) -> bool:
-        return self.divisor is None and self.clip is None and self.found_inf is None
-
-    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """divisor, clip and found_inf on ``device``, as float32 of one element."""
-        moved = []
-        for tensor in (self.divisor, self.clip, self.found_inf):
-            if tensor is not None and (tensor.device != device or tensor.dtype != torch.float32):
-                # To the host it must have arrived before the step reads it.
-                tensor = tensor.to(device, torch.float32, non_blocking=device.type == "cuda")
-            moved.append(tensor)
-        return moved[0], moved[1], moved[2]
-
-
-def _is_zero(lr: Any) -> bool:
-    """Whether a learning rate is known to be 0; one on the device is not looked at."""
-    return float(lr) == 0.0 if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
-
 
 _seen_by_wrapper = (
     (profiler, "_is_profiler_enabled"),
     (torch_optimizer, "_global_optimizer_pre_hooks"),
     (torch_optimizer, "_global_optimizer_post_hooks"),
 )
-_options = (
-    *FORMAT_OPTIONS,
-    *("betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "maximize", "decouple_lr", "seed"),
-)
-_options_with_decay = (*_options, "decay_lr")
-
-
-def _format_of_options(options: list[Any]) -> list[Any]:
-    """What of a group's options decides how its parameters are stored."""
-    by_name = dict(zip(_options, options))
-    return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
-
-
-def _is_mutable(option: Any) -> bool:
-    """Whether an option can change without becoming another object."""
-    if isinstance(option, tuple):
-        return any(map(_is_mutable, option))
-    return isinstance(option, (Tensor, list))
-
-
-def _hyper_values(kind: str, group: Mapping[str, Any]) -> list[float]:
-    """A set of the operators' hypers, in their order (include/flashoptim/optimizer_info.h), the step still open."""
-    fields = dict(group, step=0.0, decay_lr=group["decay_lr"] if group.get("decouple_lr") else 0.0)
-    for number, beta in enumerate(group.get("betas", ()), 1):
-        fields[f"beta{number}"] = beta
-    return [float(fields[name]) for name in _ops.hyperparameter_names(kind)]
-
-
 __all__ = ["FORMAT_OPTIONS", "FlashOptimizer"]

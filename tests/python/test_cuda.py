@@ -227,7 +227,7 @@ def test_fused_clipping():
     before = [bits(p.grad) for p in b[0]]
     norm = b[1].clip_grad_norm_(1.0)
     assert abs(float(norm) - float(exact)) <= 1e-6 * float(exact)
-    coefficient = b[1]._clip.item()
+    coefficient = b[1]._stepper.clip.item()
     assert coefficient == pytest.approx(1.0 / (float(exact) + 1e-6), rel=1e-6)
     b[1].step()
     assert [bits(p.grad) for p in b[0]] == before
@@ -235,13 +235,13 @@ def test_fused_clipping():
         p.grad.mul_(torch.tensor(coefficient))
     a[1].step()
     assert_same_bits(a, b)
-    assert b[1]._clip is None
+    assert b[1]._stepper.clip is None
     # Below the limit nothing is scaled; zero_grad() forgets.
     copy_grads(a[0], b[0])
     b[1].clip_grad_norm_(1e6)
-    assert b[1]._clip.item() == 1.0
+    assert b[1]._stepper.clip.item() == 1.0
     b[1].zero_grad()
-    assert b[1]._clip is None
+    assert b[1]._stepper.clip is None
 
 
 def test_the_norm_is_the_same_every_time():

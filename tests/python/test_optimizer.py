@@ -476,7 +476,7 @@ def test_lost_updates_are_counted():
     def lost(**options):
         p = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
         optimizer = flashoptim_native.FlashSGD([p], lr=1e-6, check_numerics=True, **options)
-        optimizer._monitor.largest[id(p)] = 0.0  # the sample alone, without the check of lr
+        optimizer._stepper.monitor.largest[id(p)] = 0.0  # the sample alone, without the check of lr
         for _ in range(5):
             p.grad = torch.ones_like(p)
             optimizer.step()
