@@ -271,6 +271,8 @@ def check_parameter(param: Any, name: str) -> None:
     if param.dtype not in PARAMETER_DTYPES:
         allowed = ", ".join(map(str, PARAMETER_DTYPES))
         raise TypeError(f"{name} has dtype {param.dtype}; allowed are {allowed}")
+    if torch.nn.parameter.is_lazy(param):
+        return  # of no shape until the module's first batch
     if param.device.type != "meta" and not is_sharded(param) and overlaps(param):
         raise ValueError(
             f"{name} of shape {tuple(param.shape)} and stride {param.stride()} may refer to one element of memory "

@@ -15,7 +15,6 @@ from torch import Tensor
 from . import _checksums, _groups, _model_loads, _packing, _parameters, _states, _validate
 from ._groups import ParamGroup, Stored
 from ._ops import StateCodec
-from ._store import Store
 
 _CODEC_NAMES = {StateCodec.DEFAULT: "default", StateCodec.PAPER: "paper"}
 
@@ -43,6 +42,12 @@ def merged_groups(
         if old.get("amsgrad"):
             warnings.warn(
                 f"amsgrad=True of group {index} of the state dict is ignored: it is not supported", stacklevel=3
+            )
+        if old.get("decoupled_weight_decay") and kind == "adam":
+            warnings.warn(
+                f"decoupled_weight_decay=True of group {index} of the state dict is ignored: FlashAdam's decay is not "
+                "decoupled, FlashAdamW's is",
+                stacklevel=3,
             )
         for key, value in group.items():
             if key == "params":
@@ -160,24 +165,24 @@ def _device_of(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) ->
 
 def shown(
     kind: str,
-    result: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     state: Mapping[Any, Any],
-    store: Store,
+    dtype_of: Callable[[Tensor], torch.dtype],
     compress: bool,
 ) -> dict[str, Any]:
-    """What ``state_dict()`` gives, from torch's own, ``result``. ``compress``: states as they are stored, else fp32."""
+    """What ``state_dict()`` gives: parameters by number, states as they are stored (``compress``) or in fp32."""
     params = [param for group in groups for param in group["params"]]
-    if compress:
-        states = {key: _packing.packed(held) for key, held in result["state"].items()}
-    else:
-        number_of = dict(enumerate(params))
-        states = {
-            key: _packing.expanded(kind, held, number_of[key]) if key in number_of else held
-            for key, held in result["state"].items()
-        }
-    described = described_groups(kind, groups, result["param_groups"], state, store.dtype_of)
-    result = {**result, "state": states, "param_groups": described}
+    numbers = {id(param): number for number, param in reversed(list(enumerate(params)))}
+    states: dict[Any, Any] = {}
+    for param, held in state.items():
+        if not isinstance(param, Tensor):
+            states[param] = held
+        elif compress:
+            states[numbers[id(param)]] = _packing.packed(held)
+        else:
+            states[numbers[id(param)]] = _packing.expanded(kind, held, param)
+    packed = [{**group, "params": [numbers[id(param)] for param in group["params"]]} for group in groups]
+    result = {"state": states, "param_groups": described_groups(kind, groups, packed, state, dtype_of)}
     if compress:
         result[_checksums.KEY] = _checksums.of_states(states, len(params))
         result[_model_loads.KEY] = _model_loads.weights_of(params, state)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
-from ._parameters import is_sharded
+from . import _model_loads
+from ._buffers import needs_its_precision
+from ._parameters import is_sharded, plain
+from .weights import set_weights
 
 LayerSpec = str | nn.Module
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,6 +28,9 @@ def cast_model(
     selective: bool = True,
     full_precision_layers: Sequence[LayerSpec] | None = None,
     full_precision_recast_layers: Sequence[LayerSpec] | None = None,
+    *,
+    optimizer: Any = None,
+    cast_buffers: Sequence[str] | None = None,
 ) -> nn.Module:
     """Casts the floating-point parameters and buffers of ``model`` in place.
 
@@ -35,10 +41,22 @@ def cast_model(
         full_precision_layers: layers to keep in fp32, with everything inside them; their floating-point inputs are cast
             to fp32 and their outputs stay fp32. For the last layers of a model.
         full_precision_recast_layers: the same, but outputs are cast back to ``dtype``. For layers in the middle.
+        optimizer: the optimizer that holds the parameters, or a list of several: what a float32 parameter loses in 16
+            bits goes into its correction, so that training starts from the float32 weights. None: every optimizer that
+            is alive and holds some of them. An optimizer made after the cast starts from the rounded weights.
+        cast_buffers: patterns for full names of buffers to cast though the rule below would leave them alone.
 
     A layer is a module of the model or a pattern (``fnmatch``) for its full dotted name: ``"head"`` is ``model.head``
-    alone, ``"*.head"`` a head inside any other module. Parameters that several modules share stay shared; where one of
+    alone, ``"*.head"`` a head inside any other module. A pattern may also name parameters and buffers, which are kept
+    in fp32 then, without casts of what goes in and out. Parameters that several modules share stay shared; where one of
     those modules is kept in fp32, so is the parameter.
+
+    Buffers that hold positions, frequencies or schedules stay as they are: 16 bits would spoil them (a rotary
+    embedding's ``inv_freq`` is 0.7 radians off at position 4,096 in bfloat16). They are told by the last part of their
+    name (``EXACT_NAMES`` of _buffers.py: ``inv_freq``, ``position_bias``, ``alphas_cumprod``, ...) or by their values:
+    sequences of 8 numbers or more that rise or fall all the way, whole numbers of which ``dtype`` lacks some, and
+    numbers that would become infinite or 0. Where a model multiplies such a buffer with activations without casting it,
+    name it in ``cast_buffers``.
 
     A model may be cast before fully_shard (FSDP2) or tensor parallelism spreads it, or after; by FSDP2 before its first
     forward pass, at which that settles what it gathers.
@@ -48,14 +66,18 @@ def cast_model(
 
     Raises:
         RuntimeError: FSDP2 has run a forward pass.
+        ValueError: ``dtype`` is not allowed, or ``optimizer`` holds no parameter of the model.
+        TypeError: ``optimizer`` is not of this package, or layers are not in a list.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
     _check_not_gathered_yet(model)
-    kept = _matching(model, full_precision_layers, "full_precision_layers")
-    recast = _matching(model, full_precision_recast_layers, "full_precision_recast_layers")
+    owners = _owners(model, optimizer)
+    kept, kept_tensors = _matching(model, full_precision_layers, "full_precision_layers")
+    recast, recast_tensors = _matching(model, full_precision_recast_layers, "full_precision_recast_layers")
 
-    targets: dict[int, torch.dtype | None] = {}
+    targets: dict[int, torch.dtype | None] = _exact_buffers(model, dtype, cast_buffers)
+    targets.update((id(tensor), torch.float32) for tensor in (*kept_tensors, *recast_tensors))
     for module in (*kept, *recast):
         targets.update((id(tensor), torch.float32) for tensor in (*module.parameters(), *module.buffers()))
     if selective:
@@ -69,12 +91,16 @@ def cast_model(
         target = targets.get(id(tensor), dtype)
         if target is None or not tensor.is_floating_point() or tensor.dtype == target:
             continue
+        exact = plain(tensor).detach()
         if is_sharded(tensor):
             _cast_sharded(tensor, target)
-            continue
-        grad, tensor.grad = tensor.grad, None
-        tensor.data = _cast_once(tensor.data, target, cast_storage)
-        tensor.grad = None if grad is None else grad.to(target)
+        else:
+            grad, tensor.grad = tensor.grad, None
+            tensor.data = _cast_once(tensor.data, target, cast_storage)
+            tensor.grad = None if grad is None else grad.to(target)
+        if exact.dtype == torch.float32 and tensor.requires_grad and exact.device.type != "meta":
+            for owner in owners.get(id(tensor), ()):
+                set_weights(tensor, exact, owner)
 
     for module in dict.fromkeys((*kept, *recast)):
         if not getattr(module, _HOOK_MARK, False):
@@ -85,19 +111,68 @@ def cast_model(
     return model
 
 
-def _matching(model: nn.Module, specs: Sequence[LayerSpec] | None, argument: str) -> list[nn.Module]:
+def _owners(model: nn.Module, given: Any) -> dict[int, list[Any]]:
+    """By id of a parameter, the optimizers whose corrections take what a cast cuts off."""
+    chosen = None
+    if given is not None:
+        chosen = list(given) if isinstance(given, (list, tuple)) else [given]
+        for one in chosen:
+            if not hasattr(one, "_state_with_correction"):
+                raise TypeError(f"optimizer is a {type(one).__name__}; allowed are flashoptim's optimizers and None")
+    found: dict[int, list[Any]] = {}
+    holding = set()
+    for owner, param in _model_loads.owners(model):
+        if chosen is None or any(owner is one for one in chosen):
+            found.setdefault(id(param), []).append(owner)
+            holding.add(id(owner))
+    for one in chosen or ():
+        if id(one) not in holding:
+            raise ValueError(
+                f"optimizer ({type(one).__name__}) holds no parameter of the model; allowed is one that does"
+            )
+    return found
+
+
+def _exact_buffers(
+    model: nn.Module, dtype: torch.dtype, cast_buffers: Sequence[str] | None
+) -> dict[int, torch.dtype | None]:
+    """By id, buffers to leave as they are."""
+    if isinstance(cast_buffers, str):
+        raise TypeError(f"cast_buffers = {cast_buffers!r} is a str; allowed is a list of patterns")
+    named = dict(model.named_buffers(remove_duplicate=False))
+    cast = set()
+    for pattern in cast_buffers or ():
+        hits = [name for name in named if fnmatchcase(name, pattern)]
+        if not hits:
+            warnings.warn(f"cast_buffers: {pattern!r} matches no buffer of the model", stacklevel=3)
+        cast.update(hits)
+    return {
+        id(buffer): None
+        for name, buffer in named.items()
+        if name not in cast and needs_its_precision(name, buffer, dtype)
+    }
+
+
+def _matching(
+    model: nn.Module, specs: Sequence[LayerSpec] | None, argument: str
+) -> tuple[list[nn.Module], list[Tensor]]:
+    """Modules of the model that are named, and tensors."""
     if specs is None:
-        return []
+        return [], []
     if isinstance(specs, (str, nn.Module)):
         raise TypeError(f"{argument} = {specs!r} is a {type(specs).__name__}; allowed is a list of names and modules")
     found: dict[nn.Module, None] = {}
+    tensors: list[Tensor] = []
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for spec in specs:
         hits = list(_hits(model, spec))
-        if not hits:
+        own = [tensor for name, tensor in named if isinstance(spec, str) and fnmatchcase(name, spec)]
+        if not hits and not own:
             what = spec if isinstance(spec, str) else type(spec).__name__
-            warnings.warn(f"{argument}: {what!r} matches no module of the model", stacklevel=3)
+            warnings.warn(f"{argument}: {what!r} matches no module, parameter or buffer of the model", stacklevel=3)
         found.update(dict.fromkeys(hits))
-    return list(found)
+        tensors += own
+    return list(found), tensors
 
 
 def _hits(model: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:

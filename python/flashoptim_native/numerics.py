@@ -104,7 +104,7 @@ class NumericsMonitor:
 
     def stride(self, params: Iterable[Tensor]) -> int:
         """Which share of the groups is looked at: all of a small model, every 64th of another, others at every step."""
-        elements = sum(param.numel() for param in params)
+        elements = sum(param.numel() for param in params if not torch.nn.parameter.is_lazy(param))
         return 1 if elements <= _SMALL_MODEL else _STRIDE
 
     def table(self, key: Any, names: Callable[[], list[str]], device: torch.device) -> Tensor:

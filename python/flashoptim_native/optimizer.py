@@ -5,21 +5,24 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
+from typing_extensions import Unpack
 
-from . import _corrections, _model_loads, _parameters, _state_dict, _states, _validate, weights
+from . import _model_loads, _parameters, _state_dict, _states, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup
+from ._inspection import Inspection
+from ._policy import Policy
 from ._stepper import Stepper
-from .numerics import NumericsReport
+from .arguments import MoreArguments, check_torch_arguments, python_value
 
 
-class FlashOptimizer(torch.optim.Optimizer):
+class FlashOptimizer(Inspection):
     """Base of FlashAdamW, FlashAdam, FlashSGD, FlashSGDW and FlashLion.
 
     Args:
@@ -30,14 +33,25 @@ class FlashOptimizer(torch.optim.Optimizer):
         compress_state_dict: ``state_dict()`` holds states as they are stored (the default, and what makes a resumed run
             equal an uninterrupted one bit for bit); False: as fp32, which plain PyTorch optimizers can load.
         check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded
-            to nearest, and count lost updates (docs/python_api.md, "Numerics").
-        fused: accepted for compatibility; there is one implementation, and it is fused.
+            to nearest, and count lost updates (docs/python_api.md, "Numerics"). With the default codec's corrections
+            and with ``stochastic_rounding`` nothing is lost on average, and nothing is raised.
+        fused: None, True or False, as torch.optim has it: there is one implementation, and it is fused.
         capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may
             be a float32 tensor there, which a replay reads anew. Call step() once before the capture.
+        policy: ``{pattern: options}``: options of a group for the parameters whose full names match a pattern
+            (``fnmatch``); of several that match, the later one decides. Parameters must have names, as
+            ``model.named_parameters()`` gives them. A pattern that matches nothing is warned of.
+        more: ``amsgrad``, ``foreach``, ``differentiable`` and ``decoupled_weight_decay`` of torch.optim, at the values
+            that ask nothing; here and in groups.
+
+    Raises:
+        TypeError, ValueError: an argument or a parameter is of a wrong type, or has a value that is not allowed.
+            Arguments are checked before ``params`` is looked at.
     """
 
     #: Name of the update rule, as the operators know it.
     kind: str
+    _policy: Policy | None = None
     # torch.amp.GradScaler then leaves gradients as they are and hands over grad_scale and found_inf.
     _step_supports_amp_scaling = True
 
@@ -57,13 +71,13 @@ class FlashOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **more: Unpack[MoreArguments],
     ) -> None:
-        self._compress_state_dict = _validate.check_bool("compress_state_dict", compress_state_dict)
-        self._check_numerics = _validate.check_bool("check_numerics", check_numerics)
-        if fused is not None:
-            _validate.check_bool("fused", fused)
-        defaults = {
-            **defaults,
+        policy = more.pop("policy", None)
+        check_torch_arguments(type(self).__name__, self.kind, {"fused": fused, **more})
+        self._compress_state_dict = _validate.check_bool("compress_state_dict", python_value(compress_state_dict))
+        self._check_numerics = _validate.check_bool("check_numerics", python_value(check_numerics))
+        options = {
             "maximize": maximize,
             "seed": seed,
             "quantize": quantize,
@@ -71,10 +85,17 @@ class FlashOptimizer(torch.optim.Optimizer):
             "master_weight_bits": master_weight_bits,
             "min_quantized_numel": min_quantized_numel,
             "stochastic_rounding": stochastic_rounding,
-            "capturable": _validate.check_bool("capturable", capturable),
+            "capturable": _validate.check_bool("capturable", python_value(capturable)),
         }
+        defaults = {name: python_value(value) for name, value in {**defaults, **options}.items()}
+        # Before the parameters, of which a generator can be taken once, and whether or not a group says otherwise.
+        _validate.check_hyperparameters(defaults)
+        _validate.check_format(defaults)
+        self._policy = None if policy is None else Policy(policy, defaults)
         self._reset()
         super().__init__(params, defaults)
+        for pattern in () if self._policy is None else self._policy.patterns.keys() - self._policy.matched:
+            warnings.warn(f"policy: {pattern!r} matches no parameter", stacklevel=3)
         self._warn_of_lost_precision()
 
     def _reset(self) -> None:
@@ -123,10 +144,22 @@ class FlashOptimizer(torch.optim.Optimizer):
     # Groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first."""
-        super().add_param_group(param_group)
-        self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
+        """Adds a group, as torch.optim.Optimizer does, or with a policy one for each set of options that it makes.
+
+        Options and parameters are checked first.
+        """
+        count = len(self.param_groups)
         try:
+            for part in [param_group] if self._policy is None else self._policy.split(param_group):
+                self._add_one_group(part)
+        except Exception:
+            del self.param_groups[count:]
+            raise
+
+    def _add_one_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
             _validate.check_hyperparameters(group)
@@ -200,9 +233,16 @@ class FlashOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32."""
         _parameters.check_not_flattened(self.param_groups, sys._getframe(1).f_globals.get("__name__", ""))
-        return _state_dict.shown(
-            self.kind, super().state_dict(), self.param_groups, self.state, self._store, self._compress_state_dict
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result = _state_dict.shown(
+            self.kind, self.param_groups, self.state, self._store.dtype_of, self._compress_state_dict
         )
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, result)
+            if replaced is not None:
+                result = replaced
+        return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], verify: bool = True) -> None:
         """Loads what state_dict() gave: this optimizer's, its plain PyTorch counterpart's, or one with other formats.
@@ -238,6 +278,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         state = super().__getstate__()
         state["_compress_state_dict"] = self._compress_state_dict
         state["_check_numerics"] = self._check_numerics
+        state["_policy"] = self._policy
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -247,74 +288,6 @@ class FlashOptimizer(torch.optim.Optimizer):
         for param, held in self.state.items():
             if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
                 self._store.remember_dtype(param)
-
-    # Inspection
-
-    @torch.no_grad()
-    def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer."""
-        state = self.state.get(p, {})
-        slots = _states.slots_in(self.kind, state)
-        local = _parameters.local(p)
-        values = _states.decode(self.kind, state, slots, local)
-        return {slot: _parameters.wrap(local, value, local.whole, slot) for slot, value in zip(slots, values)}
-
-    @torch.no_grad()
-    def reset_corrections(self, params: Iterable[Tensor] | None = None) -> None:
-        """Sets corrections to zero: the weights are then the 16-bit parameters, exactly, as they are now.
-
-        A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from
-        outside, so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is
-        meant to last (a layer initialized anew, weights copied in), call this after it. ``load_state_dict()`` of the
-        model, or of a module in it, does so by itself, for parameters that get other values.
-
-        Args:
-            params: the parameters whose corrections are meant; None: all.
-
-        Raises:
-            ValueError: one is in no group of this optimizer; nothing has changed then.
-        """
-        chosen = [p for group in self.param_groups for p in group["params"]] if params is None else list(params)
-        _corrections.reset(self._store, self.param_groups, self.state, chosen)
-        self._stepper.loads.forget(chosen)
-
-    def get_fp32_model_state_dict(self, model: nn.Module, full_state_dict: bool = False) -> dict[str, Tensor]:
-        """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
-        return weights.get_fp32_model_state_dict(model, self, full_state_dict=full_state_dict)
-
-    def set_fp32_model_state_dict(
-        self,
-        model: nn.Module,
-        fp32_state_dict: Mapping[str, Tensor],
-        strict: bool = False,
-        broadcast_from_rank0: bool = False,
-    ) -> None:
-        """Loads fp32 weights into the model and into this optimizer's corrections."""
-        weights.set_fp32_model_state_dict(
-            model, fp32_state_dict, self, strict=strict, broadcast_from_rank0=broadcast_from_rank0
-        )
-
-    def _dtypes_of_corrections(self) -> dict[int, torch.dtype]:
-        """By id of a parameter, the dtype that it had when its correction was made, where that is known."""
-        return _corrections.dtypes(self._store, self.param_groups)
-
-    def numerics_report(self) -> NumericsReport:
-        """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
-        is_local = any(_parameters.is_sharded(p) for group in self.param_groups for p in group["params"])
-        return self._stepper.monitor.report(is_local)
-
-    def reset_numerics(self) -> None:
-        """Starts the counts of numerics_report() anew, those of captured CUDA graphs, too."""
-        self._stepper.monitor.reset()
-
-    def recompute_param_stats(self) -> None:
-        """Makes ``check_numerics=True`` measure the weights again at the next step."""
-        self._stepper.monitor.largest.clear()
-
-    def _state_with_correction(self, param: Tensor) -> dict[str, Any] | None:
-        """The state of a parameter that gets new weights, made if there is none; None where they have no correction."""
-        self._stepper.loads.forget([param])
-        return _corrections.state_for_new_weights(self._store, self.param_groups, self.state, param)
 
 
 _seen_by_wrapper = (

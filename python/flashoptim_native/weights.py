@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ def get_fp32_model_state_dict(
     """``model.state_dict()`` with every floating-point entry in fp32, corrections of the optimizers' states applied.
 
     Entries that are not floating-point stay as they are. The result shares no memory with the model. Parameters that
-    are DTensors give DTensors, spread as they are, which torch.distributed.checkpoint saves.
+    are DTensors give DTensors, spread as they are, which torch.distributed.checkpoint saves. Names are those of the
+    model without wrappers: torch.compile's ``_orig_mod.`` and DistributedDataParallel's ``module.`` are left out.
 
     Args:
         full_state_dict: gather the whole of every entry, on the host of rank 0; other ranks get an empty dict. All
@@ -86,7 +88,7 @@ def get_fp32_model_state_dict(
     Raises:
         TypeError: the model is wrapped in FullyShardedDataParallel (FSDP1).
     """
-    model = _unwrapped(model)
+    clean = _names_without_wrappers(model)
     states = _states_by_parameter(optimizers)
     dtypes = _dtypes_by_parameter(optimizers)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -107,7 +109,7 @@ def get_fp32_model_state_dict(
             if not _is_rank_0():
                 continue
             value = value.cpu()
-        result[key] = value
+        result[clean(key)] = value
     return result
 
 
@@ -118,7 +120,7 @@ def set_fp32_model_state_dict(
     *optimizers: torch.optim.Optimizer,
     strict: bool = False,
     broadcast_from_rank0: bool = False,
-) -> None:
+) -> IncompatibleKeys:
     """Loads fp32 weights into a model and into the corrections of the optimizers that step it.
 
     The inverse of :func:`get_fp32_model_state_dict`: parameters get the nearest values of their dtype, corrections the
@@ -126,20 +128,38 @@ def set_fp32_model_state_dict(
     sharded parameters, entries may be DTensors or whole tensors.
 
     Args:
+        state_dict: fp32 tensors by name; wrappers' ``_orig_mod.`` and ``module.`` in names do not matter.
         strict: also raise where ``state_dict`` lacks an entry of the model or holds one that the model lacks.
         broadcast_from_rank0: rank 0 alone has ``state_dict``, of whole tensors, which it sends to the others.
+
+    Returns:
+        ``missing_keys`` of the model that ``state_dict`` lacks and ``unexpected_keys`` that the model lacks. The latter
+        are also warned of: they were not loaded.
+
+    Raises:
+        KeyError: ``strict=True``, and there are such keys; or two entries have one name.
+        TypeError: an optimizer is none of this package, or the model is wrapped in FullyShardedDataParallel (FSDP1).
+        ValueError: an entry's shape is not the model's, or that of a parameter is not float32.
     """
     correcting: list[Any] = list(optimizers)
     for optimizer in correcting:
         if not hasattr(optimizer, "_state_with_correction"):
             raise TypeError(f"an optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
-    model = _unwrapped(model)
-    targets = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    clean = _names_without_wrappers(model)
+    held = model.state_dict(keep_vars=True).items()
+    targets = {clean(key): value for key, value in held if isinstance(value, Tensor)}
+    state_dict = _by_names_of(state_dict, targets)
     known = _described_by_rank_0(state_dict) if broadcast_from_rank0 else state_dict
-    if strict and targets.keys() != known.keys():
-        missing, unexpected = sorted(targets.keys() - known.keys()), sorted(known.keys() - targets.keys())
+    missing, unexpected = sorted(targets.keys() - known.keys()), sorted(known.keys() - targets.keys())
+    if strict and (missing or unexpected):
         raise KeyError(f"state_dict lacks {missing} and holds {unexpected}, which the model lacks")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if unexpected:
+        warnings.warn(
+            f"{len(unexpected)} of {len(known)} entries of state_dict are not loaded, as the model lacks them: "
+            f"{', '.join(unexpected[:4])}{', ...' if len(unexpected) > 4 else ''}",
+            stacklevel=3,
+        )
+    parameters = {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, target in targets.items():
         if key not in known:
             continue
@@ -154,19 +174,29 @@ def set_fp32_model_state_dict(
             continue
         value = _from_rank_0(state_dict.get(key), known[key], target) if broadcast_from_rank0 else state_dict[key]
         value = _parameters.part_for(value.detach(), target)
-        local = _parameters.plain(target).detach()
         optimizer = owners.get(id(target))
-        state = None if optimizer is None else optimizer._state_with_correction(target)
-        if state is None:
-            local.copy_(value)
-            continue
-        correction = _parameters.plain(state[CORRECTION])
-        weights = torch.empty_like(correction, dtype=torch.float32).copy_(value)
-        narrow = torch.empty_like(correction, dtype=target.dtype)
-        _ops.split_weights_(weights, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
-        local.copy_(narrow)
+        set_weights(target, value, optimizer)
     for optimizer in correcting:
         optimizer.recompute_param_stats()
+    return IncompatibleKeys(missing, unexpected)
+
+
+@torch.no_grad()
+def set_weights(target: Tensor, weights: Tensor, optimizer: Any) -> None:
+    """New values of a parameter or buffer, their rest into the correction that ``optimizer`` keeps (None: nowhere).
+
+    Of a sharded parameter, ``weights`` are this process's part.
+    """
+    local = _parameters.plain(target).detach()
+    state = None if optimizer is None else optimizer._state_with_correction(target)
+    if state is None:
+        local.copy_(weights)
+        return
+    correction = _parameters.plain(state[CORRECTION])
+    exact = torch.empty_like(correction, dtype=torch.float32).copy_(weights)
+    narrow = torch.empty_like(correction, dtype=target.dtype)
+    _ops.split_weights_(exact, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
+    local.copy_(narrow)
 
 
 def _is_rank_0() -> bool:
@@ -223,16 +253,63 @@ def _with_correction(name: str, param: Tensor, correction: Tensor, belongs_to: t
     return _parameters.wrap(_parameters.local(param), weights, tuple(param.shape), f"parameter {name!r}")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+class IncompatibleKeys(NamedTuple):
+    """What did not fit when weights were loaded, as ``torch.nn.Module.load_state_dict()`` gives it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def _names_without_wrappers(model: nn.Module) -> Callable[[str], str]:
+    """From a name in ``model.state_dict()`` to the one that it has without wrappers, wherever in the model they are.
+
+    Raises:
+        TypeError: the model is wrapped in FullyShardedDataParallel (FSDP1).
+    """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise TypeError(
             "the model is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters are pieces of several of "
             "the model's; allowed is FSDP2 (torch.distributed.fsdp.fully_shard)"
         )
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        wrapped: nn.Module = model.module
-        return wrapped
-    return model
+    wrapped = set()  # names of what wrappers hold
+    for name, module in model.named_modules(remove_duplicate=False):
+        inner = _wrapped_attribute(module)
+        if inner is not None:
+            wrapped.add(f"{name}.{inner}" if name else inner)
+
+    def clean(key: str) -> str:
+        if not wrapped:
+            return key
+        parts = key.split(".")
+        kept = (part for position, part in enumerate(parts, 1) if ".".join(parts[:position]) not in wrapped)
+        return ".".join(kept)
+
+    return clean
+
+
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    """Under which name a wrapper holds what it wraps; None: it is no wrapper."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    # By name: importing torch._dynamo takes seconds.
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod") else None
+
+
+def _by_names_of(state_dict: Mapping[str, Tensor], targets: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Entries under the names of ``targets``, where they have them but for wrappers."""
+    result: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = key
+        if name not in targets:
+            name = ".".join(part for part in key.split(".") if part != "_orig_mod")
+            while name not in targets and name.startswith("module."):
+                name = name.removeprefix("module.")
+            if name not in targets:
+                name = key
+        if name in result:
+            raise KeyError(f"state_dict holds {name!r} twice, once as {key!r}; allowed is one entry")
+        result[name] = value
+    return result
 
 
 def _check_narrow(name: str, tensor: Tensor) -> None:
