@@ -6,7 +6,7 @@ Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/p
 from __future__ import annotations
 
 from ._alias import install_as_flashoptim
-from ._ops import cpu_isa
+from ._ops import cpu_isa, tensor_access
 from ._parameters import describe_shard
 from .arguments import parse_optimizer_arguments
 from .casting import cast_model
@@ -54,4 +54,5 @@ __all__ = [
     "reconstruct_fp32_param",
     "remove_gradient_release",
     "set_fp32_model_state_dict",
+    "tensor_access",
 ]
