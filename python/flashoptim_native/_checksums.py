@@ -31,7 +31,7 @@ def of_state(state: Any) -> Tensor | None:
     """Over names, dtypes, shapes and bytes of everything in a state; None where there is nothing to be read here."""
     if not isinstance(state, Mapping) or not state:
         return None
-    tensors = [(key, value) for key, value in sorted(state.items(), key=str) if isinstance(value, Tensor)]
+    tensors = [(key, value) for key, value in sorted(state.items(), key=_name) if isinstance(value, Tensor)]
     if any(_parameters.is_sharded(value) or value.device.type == "meta" for _, value in tensors):
         return None
     device = next((value.device for _, value in tensors if value.device.type != "cpu"), torch.device("cpu"))
@@ -42,6 +42,10 @@ def of_state(state: Any) -> Tensor | None:
         total = total * 31 + _of_bytes(_bytes_of(value)).to(device)
     # Never 0, which says that there is none.
     return total | 1
+
+
+def _name(item: tuple[Any, Any]) -> str:
+    return str(item[0])  # of the key alone: a tensor's text copies it to the host
 
 
 def _bytes_of(value: Tensor) -> Tensor:
