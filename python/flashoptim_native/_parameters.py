@@ -226,6 +226,12 @@ def _check_type(tensor: Tensor, name: str) -> None:
     _PLAIN_TYPES.add(kind)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's own, or of a subclass whose memory is its own."""
+    kind = type(tensor)
+    return kind in _PLAIN_TYPES or kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether all elements are in the tensor's storage, which can be resized under it."""
     if tensor.numel() == 0:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _parameters, _validate
+from . import _parameters, _states, _validate
 from ._graph_capture import GraphCapture
 from ._hyperparameters import Hyperparameters
 from ._model_loads import WeightLoads
@@ -40,6 +40,13 @@ class Stepper:
         self._known_stride = (-1, 0)
 
     @outside_compile
+    def remember(self, groups: list[Any], state: State) -> None:
+        """Corrections in ``state`` belong to the parameters of ``groups`` as they are."""
+        self.store.follow(groups)
+        for param, held in state.items():
+            if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
+                self.store.remember_dtype(param)
+
     def step(
         self,
         groups: list[dict[str, Any]],

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 
-from . import _corrections, _model_loads, _parameters, _state_dict, _states, _validate, weights
+from . import (
+    _checksums,
+    _corrections,
+    _load_checks,
+    _model_loads,
+    _parameters,
+    _state_dict,
+    _states,
+    _validate,
+    weights,
+)
 from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._stepper import Stepper
 from .numerics import NumericsReport
@@ -79,10 +89,13 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         # Captured CUDA graphs go on writing to what they were captured with.
-        before: Stepper | None = vars(self).get("_stepper")
-        self._stepper = Stepper(self.kind, self._check_numerics, None if before is None else before.graphs)
+        self._stepper = self._new_stepper()
         self._store = self._stepper.store
         _model_loads.watch(self)
+
+    def _new_stepper(self) -> Stepper:
+        before: Stepper | None = vars(self).get("_stepper")
+        return Stepper(self.kind, self._check_numerics, None if before is None else before.graphs)
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
@@ -211,27 +224,48 @@ class FlashOptimizer(torch.optim.Optimizer):
         fit, and nothing of ``state_dict`` is shared.
 
         Args:
-            verify: compare states with the checksums that state_dict() gave, where there are any. False takes states
-                that were edited.
+            verify: compare states and groups with the checksums that state_dict() gave, where there are any. False
+                takes a dict that was edited, as long as it holds what an optimizer can write.
 
         Raises:
-            ValueError: something does not fit, or is not what was saved.
+            TypeError: ``state_dict`` or something in it is of another type than state_dict() gives; nothing has
+                changed then.
+            ValueError: something does not fit, is not what was saved, or is what no optimizer writes (NaN, infinite or
+                negative scales and variances, step counts from 2^53 on); nothing has changed then.
+            RuntimeError: a DTensor has another number of local pieces than one; nothing has changed then.
         """
         _validate.check_bool("verify", verify)
+        numbers = _load_checks.structure(state_dict)
+        vouched = _checksums.verify(state_dict, numbers) if verify else frozenset()
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
+            state_dict = state_dict if replaced is None else replaced
+            _load_checks.structure(state_dict)
+            vouched = frozenset()
         groups = _state_dict.merged_groups(self.kind, self.param_groups, state_dict["param_groups"])
-        loaded = _state_dict.converted_states(self.kind, groups, state_dict, verify)
-        self.__setstate__({"state": loaded.state, "param_groups": groups})
-        self._stepper.loads.expect(loaded.origins)
-        with torch.no_grad():
-            for param, values in loaded.params:
-                _parameters.plain(param).copy_(values)
+        self._take(_state_dict.converted_states(self.kind, groups, state_dict, vouched), groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    @torch.no_grad()
+    def _take(self, loaded: _state_dict.Loaded, groups: list[ParamGroup]) -> None:
+        """Makes what was loaded the optimizer's: all of it or, where an interrupt comes between, nothing."""
+        stepper = self._new_stepper()
+        stepper.remember(groups, loaded.state)
+        stepper.loads.expect(loaded.origins)
+        new = {"state": loaded.state, "param_groups": groups, "_stepper": stepper, "_store": stepper.store}
+        params = [(_parameters.plain(param), values) for param, values in loaded.params]
+        before = [(local, local.clone()) for local, _ in params]
+        try:
+            for local, values in params:
+                local.copy_(values)
+            vars(self).update(new)  # one call: no interrupt comes into it
+        except BaseException:
+            if self.state is not loaded.state:
+                for local, values in before:
+                    local.copy_(values)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -242,10 +276,7 @@ class FlashOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
-        self._store.follow(self.param_groups)
-        for param, held in self.state.items():
-            if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
-                self._store.remember_dtype(param)
+        self._stepper.remember(self.param_groups, self.state)
 
     # Inspection
 
