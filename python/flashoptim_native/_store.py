@@ -101,14 +101,15 @@ class Store:
                 _parameters.check_parameter(param, _parameters.name_of(groups, index, position))
                 params.append(param)
                 places.append((index, position))
+        self._lists, self._index = [], {}  # what an interrupt leaves half done is done anew
         self._groups = groups
-        self._lists = [list(group["params"]) for group in groups]
         self.dtypes = [belonged.get(id(param)) for param in params]
         self.params, self._places = params, places
-        self._index = {id(param): record for record, param in enumerate(params)}
         self.plans, self._plan_of = [], {}
         self._seen += 1
         _ops.store.reset(self._handle, params)
+        self._index = {id(param): record for record, param in enumerate(params)}
+        self._lists = [list(group["params"]) for group in groups]
 
     def index(self, param: Tensor, groups: list[dict[str, Any]]) -> int:
         """The record of a parameter, at a cost that does not depend on their number.
@@ -275,6 +276,11 @@ class Store:
         # The store writes behind autograd's back: a graph that saved a parameter must be told that it changed.
         torch.autograd.graph.increment_version(params)
 
+    def steps(self) -> int:
+        """How many calls have stepped."""
+        taken: int = _ops.store.steps(self._handle)
+        return taken
+
     def is_on_cuda(self) -> bool:
         """Whether any parameter is on a CUDA device."""
         if self._on_cuda is None or self._on_cuda[0] != self._seen:
@@ -313,11 +319,14 @@ class Store:
             self._unshare_counters(state, change)
 
     def _plan(self) -> None:
+        lists, index = self._lists, self._index
+        self._lists, self._index = [], {}  # plans that an interrupt keeps from being known here are made anew
         plans = _ops.store.plan(self._handle)
         if plans is not None:
             self.plans = plans
             self._plan_of = {record: number for number, plan in enumerate(plans) for record in plan}
             self._seen += 1
+        self._index, self._lists = index, lists
 
     @property
     def generation(self) -> int:

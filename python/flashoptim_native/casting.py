@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 
 LayerSpec = str | nn.Module
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_HOOK_MARK = "_flashoptim_cast_hooks"
 
 
 def cast_model(
@@ -38,8 +37,14 @@ def cast_model(
     alone, ``"*.head"`` a head inside any other module. Parameters that several modules share stay shared; where one of
     those modules is kept in fp32, so is the parameter.
 
+    Each tensor is cast with its gradient, or not at all; where an interrupt comes between, calling it again goes on.
+
     Returns:
         ``model``.
+
+    Raises:
+        TypeError: an argument is of another type than those above; nothing has changed then.
+        ValueError: ``dtype`` is none of the three; nothing has changed then.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
@@ -55,21 +60,23 @@ def cast_model(
                 own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
                 targets.update((id(tensor), None) for tensor in own if id(tensor) not in targets)
 
-    cast_storage: dict[Any, Tensor] = {}  # views of one storage stay views of one storage
+    # Views of one storage stay views of one storage, so they are cast together.
+    together: dict[Any, list[tuple[Tensor, torch.dtype]]] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         target = targets.get(id(tensor), dtype)
-        if target is None or not tensor.is_floating_point() or tensor.dtype == target:
-            continue
-        grad, tensor.grad = tensor.grad, None
-        tensor.data = _cast_once(tensor.data, target, cast_storage)
-        tensor.grad = None if grad is None else grad.to(target)
+        if target is not None and tensor.is_floating_point() and tensor.dtype != target:
+            has_memory = tensor.device.type != "meta" and tensor.numel() > 0
+            key = tensor.untyped_storage().data_ptr() if has_memory else f"{id(tensor)}"
+            together.setdefault((tensor.device, key), []).append((tensor, target))
+    for tensors in together.values():
+        _cast_together(tensors)
 
     for module in dict.fromkeys((*kept, *recast)):
-        if not getattr(module, _HOOK_MARK, False):
+        if _cast_inputs not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-            if module in recast:
-                module.register_forward_hook(_CastOutput(dtype))
-            setattr(module, _HOOK_MARK, True)
+        is_cast_back = any(isinstance(hook, _CastOutput) for hook in module._forward_hooks.values())
+        if module in recast and not is_cast_back:
+            module.register_forward_hook(_CastOutput(dtype))
     return model
 
 
@@ -92,6 +99,29 @@ def _hits(model: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         if (module is spec) if isinstance(spec, nn.Module) else fnmatchcase(name, spec):
             yield module
+
+
+def _cast_together(tensors: Sequence[tuple[Tensor, torch.dtype]]) -> None:
+    """Casts tensors that share memory, with their gradients: all or, where an interrupt comes between, none."""
+    done: dict[Any, Tensor] = {}
+    changes = [
+        (tensor, _cast_once(tensor.data, target, done), None if tensor.grad is None else tensor.grad.to(target))
+        for tensor, target in tensors
+    ]
+    before = [(tensor, tensor.data, tensor.grad) for tensor, _ in tensors]
+    try:
+        for change in changes:
+            _replace(*change)
+    except BaseException:
+        for change in before:
+            _replace(*change)
+        raise
+
+
+def _replace(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    tensor.grad = None
+    tensor.data = data
+    tensor.grad = grad
 
 
 def _cast_once(data: Tensor, dtype: torch.dtype, done: dict[Any, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ._parameters import name_of
+from ._store import Store
 from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
@@ -29,6 +30,15 @@ class _Watched(NamedTuple):
 
     param: Tensor
     hook: RemovableHandle | None
+
+
+class _Pending(NamedTuple):
+    """A release that is under way: where an interrupt comes into it, what is left to do can be told."""
+
+    param: Tensor
+    grad: Tensor
+    store: Store
+    steps: int  # of the store, before it
 
 
 class _ReleaseHook:
@@ -56,6 +66,7 @@ class _Release:
         self._watched = {id(param): _Watched(param, None) for param in left_to_step}
         self._accumulating = 0
         self._released: set[int] = set()  # since the last optimizer.step() or zero_grad()
+        self._pending: _Pending | None = None
         self._active = True
         self._lock = threading.RLock()  # backward() has a thread for every device
         try:
@@ -105,6 +116,7 @@ class _Release:
         if not self._active or self._accumulating or param.grad is None:
             return
         with self._lock:
+            self._settle()
             if id(param) in self._released:
                 raise RuntimeError(
                     f"the gradient of a parameter of shape {tuple(param.shape)} is complete a second time since "
@@ -114,9 +126,21 @@ class _Release:
                     "use_reentrant=False"
                 )
             if self._pre_step is None or self._wants_step(self._pre_step, param):
+                store = self._optimizer._store
+                self._pending = _Pending(param, param.grad, store, store.steps())
                 self._optimizer.step_param(param)
             param.grad = None
             self._released.add(id(param))
+            self._pending = None
+
+    def _settle(self) -> None:
+        """Ends a release that an interrupt has left between the step and the end of its gradient."""
+        pending = self._pending
+        if pending is not None and pending.store is self._optimizer._store and pending.store.steps() != pending.steps:
+            if pending.param.grad is pending.grad:
+                pending.param.grad = None
+            self._released.add(id(pending.param))
+        self._pending = None
 
     def _wants_step(self, pre_step: PreStep, param: Tensor) -> bool:
         answer = pre_step(param, self._group_of(param))
@@ -145,10 +169,12 @@ class _Release:
                 "gradient release (handle.remove())"
             )
         _check_not_distributed()
+        self._settle()
         self._watch_parameters()
         self._released.clear()
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
+        self._settle()
         type(self._optimizer).zero_grad(self._optimizer, set_to_none)
         self._released.clear()
 

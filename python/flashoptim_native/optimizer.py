@@ -137,9 +137,10 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first."""
-        super().add_param_group(param_group)
-        self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
+        before = len(self.param_groups)
         try:
+            super().add_param_group(param_group)
+            self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
             _validate.check_hyperparameters(group)
@@ -147,8 +148,8 @@ class FlashOptimizer(torch.optim.Optimizer):
             for position, param in enumerate(group["params"]):
                 name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
                 _parameters.check_parameter(param, name)
-        except Exception:
-            self.param_groups.pop()
+        except BaseException:
+            del self.param_groups[before:]
             raise
 
     # Steps
