@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ class Hyperparameters:
             groups[index] = group = ParamGroup.of(self._kind, group)
         options = [group.get(name) for name in (_OPTIONS_WITH_DECAY if "decay_lr" in group else _OPTIONS)]
         known, values, form = self._known[index]
-        if known is None or known != options:
+        if known is None or not _are_same(known, options):
             _validate.check_hyperparameters(group)
             _validate.check_format(group)
             values = _numbers(self._kind, group)
@@ -63,6 +64,7 @@ class Hyperparameters:
             if form is not None and form != now:
                 self._store.forget_group(index)
             self._known[index] = (None if any(map(_is_mutable, options)) else options, values, now)
+        _validate.check_bool("capturable", group["capturable"])
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.is_cuda and group["capturable"]:
             self.lrs[index] = _validate.check_lr_tensor(lr)
@@ -77,6 +79,15 @@ def _format_of(options: list[Any]) -> list[Any]:
     """What of a group's options decides how its parameters are stored."""
     by_name = dict(zip(_OPTIONS, options))
     return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name["momentum"])]
+
+
+def _are_same(known: list[Any], options: list[Any]) -> bool:
+    """Whether options are as they were, in type, too: 1 is no True."""
+    if all(map(operator.is_, known, options)):
+        return len(known) == len(options)
+    return len(known) == len(options) and all(
+        a is b or (type(a) is type(b) and not isinstance(a, Tensor) and a == b) for a, b in zip(known, options)
+    )
 
 
 def _is_mutable(option: Any) -> bool:

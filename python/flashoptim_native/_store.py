@@ -63,10 +63,11 @@ def is_capturing() -> bool:
 class Store:
     """The parameters of an optimizer, in the order of its groups. Threads take turns."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, lock: Any = None) -> None:
         self.kind = kind
         self._handle = _ops.store.new_store(kind)
-        self._lock = threading.RLock()
+        #: Whoever steps, loads or shows states holds it; one optimizer's stores have one.
+        self.lock: Any = threading.RLock() if lock is None else lock
         self._groups: list[dict[str, Any]] = []
         self._lists: list[list[Tensor]] = []
         self.params: list[Tensor] = []
@@ -84,7 +85,7 @@ class Store:
 
     def follow(self, groups: list[dict[str, Any]]) -> None:
         """Makes the parameters of ``groups`` the records, where they are not yet."""
-        with self._lock:
+        with self.lock:
             if len(groups) == len(self._lists):
                 same = _ops.store.same_objects
                 if all(same(group["params"], known) for group, known in zip(groups, self._lists)):
@@ -163,16 +164,16 @@ class Store:
 
     def forget_group(self, group: int) -> None:
         """The options of a group have changed: its parameters are described anew at their next step."""
-        with self._lock:
+        with self.lock:
             for record, (owner, _) in enumerate(self._places):
                 if owner == group:
                     _ops.store.forget(self._handle, record)
 
-    def remember_dtype(self, param: Tensor) -> None:
-        """The correction in a parameter's state belongs to weights of the dtype that the parameter has."""
+    def remember_dtype(self, param: Tensor, dtype: torch.dtype | None = None) -> None:
+        """The correction in a parameter's state belongs to weights of a dtype; None: of the one that it has."""
         record = self._index.get(id(param))
         if record is not None:
-            self.dtypes[record] = param.dtype
+            self.dtypes[record] = param.dtype if dtype is None else dtype
 
     # Steps
 
@@ -216,7 +217,7 @@ class Store:
 
     def _run(self, state: State, counts_on_device: bool, call: Callable[[Any], Any], is_step: bool = True) -> int:
         staged: Staged = {}
-        with self._lock, _Change(state, self._handle) as change:
+        with self.lock, _Change(state, self._handle) as change:
             for _ in range(_MOST_LOOKS):
                 done = call(staged or None)
                 if type(done) is int:
@@ -244,7 +245,7 @@ class Store:
         """One step of one parameter, which has a gradient."""
         param = self.params[record]
         staged: Staged = {}
-        with self._lock, _Change(state, self._handle) as change:
+        with self.lock, _Change(state, self._handle) as change:
             for _ in range(_MOST_LOOKS):
                 held = state.get(param)
                 if counts_on_device and isinstance(held, dict) and _is_host_count(held.get(STEP)):

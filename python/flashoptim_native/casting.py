@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
+from . import _validate
+
 LayerSpec = str | nn.Module
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,8 +48,11 @@ def cast_model(
         TypeError: an argument is of another type than those above; nothing has changed then.
         ValueError: ``dtype`` is none of the three; nothing has changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
+    _validate.check_bool("selective", selective)
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype = {dtype} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
+        raise ValueError(f"dtype = {dtype!r} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
     kept = _matching(model, full_precision_layers, "full_precision_layers")
     recast = _matching(model, full_precision_recast_layers, "full_precision_recast_layers")
 
@@ -83,10 +88,14 @@ def cast_model(
 def _matching(model: nn.Module, specs: Sequence[LayerSpec] | None, argument: str) -> list[nn.Module]:
     if specs is None:
         return []
-    if isinstance(specs, (str, nn.Module)):
+    if isinstance(specs, (str, nn.Module)) or not isinstance(specs, Iterable):
         raise TypeError(f"{argument} = {specs!r} is a {type(specs).__name__}; allowed is a list of names and modules")
     found: dict[nn.Module, None] = {}
-    for spec in specs:
+    for index, spec in enumerate(specs):
+        if not isinstance(spec, (str, nn.Module)):
+            raise TypeError(
+                f"{argument}[{index}] = {spec!r} is a {type(spec).__name__}; allowed are names, patterns and modules"
+            )
         hits = list(_hits(model, spec))
         if not hits:
             what = spec if isinstance(spec, str) else type(spec).__name__

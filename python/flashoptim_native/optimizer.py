@@ -94,8 +94,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         _model_loads.watch(self)
 
     def _new_stepper(self) -> Stepper:
-        before: Stepper | None = vars(self).get("_stepper")
-        return Stepper(self.kind, self._check_numerics, None if before is None else before.graphs)
+        return Stepper(self.kind, self._check_numerics, vars(self).get("_stepper"))
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
@@ -136,7 +135,13 @@ class FlashOptimizer(torch.optim.Optimizer):
     # Groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first."""
+        """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first.
+
+        Raises:
+            TypeError, ValueError: something in it is not allowed; it has not been added then.
+        """
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError(f"param_group lacks 'params'; it holds {', '.join(map(repr, param_group)) or 'nothing'}")
         before = len(self.param_groups)
         try:
             super().add_param_group(param_group)
@@ -166,10 +171,13 @@ class FlashOptimizer(torch.optim.Optimizer):
             NumericsError: ``check_numerics=True`` and the learning rate is too small; nothing has changed then.
         """
         loss = None
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure = {closure!r} is a {type(closure).__name__}; allowed are None and a function")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
+        with self._store.lock:
+            self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
         return loss
 
     @torch.no_grad()
@@ -179,10 +187,14 @@ class FlashOptimizer(torch.optim.Optimizer):
         Its cost does not depend on the number of the optimizer's parameters.
 
         Raises:
+            TypeError: ``p`` is no tensor.
             ValueError: ``p`` is in no group of this optimizer.
             RuntimeError, TypeError, NumericsError: as step(); nothing has changed then.
         """
-        self._stepper.step_param(p, self.param_groups, self.state, *self._left_by_scaler())
+        if not isinstance(p, Tensor):
+            raise TypeError(f"p is a {type(p).__name__}; allowed is a parameter of this optimizer")
+        with self._store.lock:
+            self._stepper.step_param(p, self.param_groups, self.state, *self._left_by_scaler())
 
     def _left_by_scaler(self) -> tuple[Tensor | float | None, Tensor | None]:
         """grad_scale and found_inf, which GradScaler sets for the time of a step."""
@@ -199,9 +211,12 @@ class FlashOptimizer(torch.optim.Optimizer):
         groups with and without momentum together) this is torch.nn.utils.clip_grad_norm_, which scales the gradients.
 
         Raises:
+            TypeError: ``max_norm`` is no number.
             ValueError: ``max_norm`` is not a finite number > 0.
+            RuntimeError: as step(); nothing has changed then.
         """
-        return self._stepper.clip_grad_norm(max_norm, self.param_groups, self.state)
+        with self._store.lock:
+            return self._stepper.clip_grad_norm(max_norm, self.param_groups, self.state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim.Optimizer.zero_grad."""
@@ -211,11 +226,32 @@ class FlashOptimizer(torch.optim.Optimizer):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32."""
+        """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32.
+
+        Arrays are the optimizer's own, not copies, so what is kept over a step is to be copied (copy.deepcopy()).
+
+        Raises:
+            ValueError: ``optimizer.state`` holds what is no parameter's of a group, or a state in no known format.
+            RuntimeError: FullyShardedDataParallel (FSDP1) asks for it.
+        """
         _parameters.check_not_flattened(self.param_groups, sys._getframe(1).f_globals.get("__name__", ""))
-        return _state_dict.shown(
-            self.kind, super().state_dict(), self.param_groups, self.state, self._store, self._compress_state_dict
-        )
+        with self._store.lock:
+            self._check_state_has_parameters()
+            return _state_dict.shown(
+                self.kind, super().state_dict(), self.param_groups, self.state, self._store, self._compress_state_dict
+            )
+
+    def _check_state_has_parameters(self) -> None:
+        owned = {id(param) for group in self.param_groups for param in group["params"]}
+        for key, held in self.state.items():
+            if id(key) not in owned:
+                what = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+                raise ValueError(
+                    f"optimizer.state holds an entry of {what}, which is in no group: nothing could load it; delete it "
+                    "(del optimizer.state[...]), or add the parameter to a group"
+                )
+            if not isinstance(held, Mapping):
+                raise ValueError(f"optimizer.state holds a {type(held).__name__} for a parameter; allowed is a dict")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], verify: bool = True) -> None:
         """Loads what state_dict() gave: this optimizer's, its plain PyTorch counterpart's, or one with other formats.
@@ -259,9 +295,10 @@ class FlashOptimizer(torch.optim.Optimizer):
         params = [(_parameters.plain(param), values) for param, values in loaded.params]
         before = [(local, local.clone()) for local, _ in params]
         try:
-            for local, values in params:
-                local.copy_(values)
-            vars(self).update(new)  # one call: no interrupt comes into it
+            with self._store.lock:
+                for local, values in params:
+                    local.copy_(values)
+                vars(self).update(new)  # one call: no interrupt comes into it
         except BaseException:
             if self.state is not loaded.state:
                 for local, values in before:
@@ -283,7 +320,15 @@ class FlashOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer."""
+        """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer.
+
+        Raises:
+            TypeError: ``p`` is no tensor.
+            ValueError: it is in no group of this optimizer, or its state is in no known format.
+        """
+        if not isinstance(p, Tensor):
+            raise TypeError(f"p is a {type(p).__name__}; allowed is a parameter of this optimizer")
+        self._store.index(p, self.param_groups)
         state = self.state.get(p, {})
         slots = _states.slots_in(self.kind, state)
         local = _parameters.local(p)
@@ -303,9 +348,15 @@ class FlashOptimizer(torch.optim.Optimizer):
             params: the parameters whose corrections are meant; None: all.
 
         Raises:
+            TypeError: ``params`` is no iterable of tensors.
             ValueError: one is in no group of this optimizer; nothing has changed then.
         """
+        if params is not None and (isinstance(params, Tensor) or not isinstance(params, Iterable)):
+            raise TypeError(f"params is a {type(params).__name__}; allowed are None and an iterable of parameters")
         chosen = [p for group in self.param_groups for p in group["params"]] if params is None else list(params)
+        for index, param in enumerate(chosen):
+            if not isinstance(param, Tensor):
+                raise TypeError(f"params[{index}] is a {type(param).__name__}; allowed are parameters")
         _corrections.reset(self._store, self.param_groups, self.state, chosen)
         self._stepper.loads.forget(chosen)
 

@@ -17,7 +17,7 @@ from helpers import CLASSES, set_grads
 from interrupts import At, Interrupt, places
 
 #: Of the short form: about so many places of each action.
-MOST = 10**9 if IS_LONG else 120
+MOST = 10**9 if IS_LONG else 30
 
 
 def chosen(count, most=MOST):
