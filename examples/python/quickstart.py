@@ -38,8 +38,9 @@ plain = make_model()
 adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3)
 plain_loss = train(plain, adamw, torch.float32)
 
-model = cast_model(make_model(), torch.bfloat16)
+model = make_model()
 optimizer = FlashAdamW(model.parameters(), lr=1e-3)
+cast_model(model, torch.bfloat16, optimizer=optimizer)
 loss = train(model, optimizer, torch.bfloat16)
 
 print(f"torch.optim.AdamW, fp32:    loss {plain_loss:.4f}, {bytes_per_parameter(plain, adamw):6.3f} bytes a parameter")

@@ -8,8 +8,9 @@ from flashoptim_native import FlashAdamW, cast_model
 
 def make(lr=1e-3):
     torch.manual_seed(0)
-    model = cast_model(nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 8)), torch.bfloat16)
+    model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 8))
     optimizer = FlashAdamW(model.parameters(), lr=lr)
+    cast_model(model, torch.bfloat16, optimizer=optimizer)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
     return model, optimizer, scheduler
 

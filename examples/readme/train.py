@@ -6,8 +6,8 @@ import flashoptim_native
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 1))
-flashoptim_native.cast_model(model, torch.bfloat16)
 optimizer = flashoptim_native.FlashAdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+flashoptim_native.cast_model(model, torch.bfloat16, optimizer=optimizer)  # keeps what bf16 has no bits for
 
 x = torch.randn(256, 64, dtype=torch.bfloat16)
 y = x[:, :8].sum(1, keepdim=True)

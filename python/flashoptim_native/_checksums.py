@@ -152,6 +152,12 @@ def of_state_dict(state_dict: Mapping[str, Any], count: int) -> Tensor:
     return torch.cat([head, of_states(state_dict["state"], count)])
 
 
+def renew(state_dict: Any) -> None:
+    """Sums up a state dict anew, which a hook may have changed; nothing where it is none of ours any more."""
+    if isinstance(state_dict, dict) and all(key in state_dict for key in (KEY, "state", "param_groups")):
+        state_dict[KEY] = of_state_dict(state_dict, sum(len(group["params"]) for group in state_dict["param_groups"]))
+
+
 def verify(state_dict: Mapping[str, Any], numbers: Sequence[Any]) -> frozenset[Any]:
     """The parameters, by number in the dict, whose states are as they were saved.
 

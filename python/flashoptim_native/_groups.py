@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import TORCH_ARGUMENTS, check_not_the_optimizers, check_torch_argument, python_value
+
 FORMAT_VERSION = 2
 PREFIX = "flashoptim_native."
 #: Options of a group that say how weights and states are stored; a checkpoint does not change them.
@@ -36,35 +38,43 @@ def _library_version() -> str:
 
 
 class ParamGroup(dict[str, Any]):
-    """A parameter group whose ``PACKED_OPTIONS`` lie in one dict under one key, and are read and set by their own
-    names.
+    """A parameter group whose ``PACKED_OPTIONS`` lie in one dict under one key, read and set by their own names.
 
     torch's checkpoint functions want every key of a live group in the file. Under one key, whose name carries optimizer
-    and
-    format, a new option breaks no old checkpoint, and a checkpoint of another optimizer is refused.
+    and format, a new option breaks no old checkpoint, and a checkpoint of another optimizer is refused. For the same
+    reason torch.optim's arguments that ask nothing are taken and not kept. NumPy's numbers are kept as Python's.
     """
 
     @classmethod
     def of(cls, kind: str, group: Mapping[str, Any]) -> ParamGroup:
-        """``group`` with its options packed."""
+        """``group`` with its options packed.
+
+        Raises:
+            ValueError: it has an option that a group cannot have, or a value of torch.optim's that is not there.
+        """
         key = description_key(kind)
         held = group.get(key)
         options = dict(held) if isinstance(held, Mapping) else {}
-        options |= {name: group[name] for name in PACKED_OPTIONS if name in group}
+        options |= {name: python_value(group[name]) for name in PACKED_OPTIONS if name in group}
         packed = cls()
         for name, value in group.items():
-            if name not in PACKED_OPTIONS and name != key:
-                dict.__setitem__(packed, name, value)
+            check_not_the_optimizers(name)
+            if name in TORCH_ARGUMENTS:
+                check_torch_argument(kind, name, value)
+            elif name not in PACKED_OPTIONS and name != key:
+                dict.__setitem__(packed, name, python_value(value))
         dict.__setitem__(packed, key, {name: options[name] for name in PACKED_OPTIONS if name in options})
         return packed
 
-    @property
-    def options(self) -> dict[str, Any]:
+    def _description(self) -> tuple[str, dict[str, Any]]:
         for key, value in self.items():
             if isinstance(key, str) and key.startswith(PREFIX):
-                found: dict[str, Any] = value
-                return found
-        return {}
+                return key, value
+        return "", {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self._description()[1]
 
     def __missing__(self, key: str) -> Any:
         if key in PACKED_OPTIONS:
@@ -75,10 +85,14 @@ class ParamGroup(dict[str, Any]):
         return dict.__contains__(self, key) or (key in PACKED_OPTIONS and key in self.options)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key in PACKED_OPTIONS:
-            self.options[key] = value
+        check_not_the_optimizers(key)
+        if key in TORCH_ARGUMENTS:
+            kind = self._description()[0].removeprefix(PREFIX).rpartition(".")[0]
+            check_torch_argument(kind, key, value)
+        elif key in PACKED_OPTIONS:
+            self.options[key] = python_value(value)
         else:
-            dict.__setitem__(self, key, value)
+            dict.__setitem__(self, key, python_value(value))
 
     def get(self, key: str, default: Any = None) -> Any:
         try:
@@ -89,7 +103,7 @@ class ParamGroup(dict[str, Any]):
     def setdefault(self, key: str, default: Any = None) -> Any:
         if key not in self:
             self[key] = default
-        return self[key]
+        return self.get(key, default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         for key, value in dict(*args, **kwargs).items():

@@ -124,6 +124,20 @@ def watch(optimizer: Any) -> None:
             nn.Module.load_state_dict = _watched(nn.Module.load_state_dict)  # type: ignore[method-assign]
 
 
+def owners(module: nn.Module) -> list[tuple[Any, Tensor]]:
+    """Every optimizer that is alive and holds parameters of a module, with each of them."""
+    with _lock:
+        optimizers = list(_optimizers)
+    params = {id(param) for param in module.parameters()}
+    return [
+        (optimizer, param)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if id(param) in params
+    ]
+
+
 def _watched(original: Any) -> Any:
     @functools.wraps(original)
     def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -144,15 +158,11 @@ def _watched(original: Any) -> Any:
 
 def _owned(module: nn.Module) -> list[tuple[Any, Tensor, Tensor]]:
     """Parameters of a module that have a correction, with the optimizers that keep it."""
-    with _lock:
-        optimizers = list(_optimizers)
-    params = {id(param) for param in module.parameters()}
     found = []
-    for optimizer in optimizers:
-        for param in (p for group in optimizer.param_groups for p in group["params"] if id(p) in params):
-            correction = _corrections.of(optimizer.state, param)
-            if correction is not None:
-                found.append((optimizer, param, correction))
+    for optimizer, param in owners(module):
+        correction = _corrections.of(optimizer.state, param)
+        if correction is not None:
+            found.append((optimizer, param, correction))
     return found
 
 
@@ -169,4 +179,4 @@ def _settle(owned: Sequence[tuple[Any, Tensor, Tensor]], before: Sequence[int]) 
         optimizer.recompute_param_stats()
 
 
-__all__ = ["KEY", "WeightLoads", "checksums", "origins_of", "watch", "weights_of"]
+__all__ = ["KEY", "WeightLoads", "checksums", "origins_of", "owners", "watch", "weights_of"]

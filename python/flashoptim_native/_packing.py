@@ -26,14 +26,11 @@ _TWO_BYTES = (torch.int16, torch.uint16, torch.float16)
 
 def packed(state: Mapping[str, Any]) -> dict[str, Any]:
     """What ``state_dict()`` shows of one state: no array is copied."""
-    order = next(
-        (
-            _states.order_of(value)
-            for key, value in state.items()
-            if isinstance(value, Tensor) and (key == CORRECTION or key.endswith(CODES) or key in _states.ALL_SLOTS)
-        ),
-        None,
+    is_array = (key == CORRECTION or key.endswith(CODES) or key in _states.ALL_SLOTS for key in state)
+    array = next(
+        (value for value, is_one in zip(state.values(), is_array) if is_one and isinstance(value, Tensor)), None
     )
+    order = None if array is None else _states.order_of(array)
     result: dict[str, Any] = {}
     for key, value in state.items():
         if key == STEP:
@@ -45,8 +42,8 @@ def packed(state: Mapping[str, Any]) -> dict[str, Any]:
         elif key == STORAGE_ORDER:
             continue
         result[key] = value
-    if order is not None:
-        result[STORAGE_ORDER] = torch.tensor(order, dtype=torch.int64)
+    if order is not None and array is not None:
+        result[STORAGE_ORDER] = torch.tensor(order, dtype=torch.int64, device=array.device)
     return result
 
 
@@ -138,7 +135,7 @@ def unpacked(
                     )
                 if _states.order_of(state[key]) is None:  # as state_dict() shows it, not as optimizer.state has it
                     state[key] = state[key].permute([order.index(d) for d in range(len(order))])
-    if is_whole and param.place is not None and arrays:
+    if is_whole and param.offsets is not None and arrays:
         return _cut(kind, state, param, form, name)
     return state
 

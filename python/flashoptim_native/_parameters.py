@@ -37,6 +37,56 @@ class Local(NamedTuple):
         return len(_ops.scale_sizes(self.whole)) - 1
 
 
+#: What describe_shard() leaves at a tensor: sizes of the whole, and its place there.
+_DESCRIPTION = "_flashoptim_shard"
+
+
+def describe_shard(tensor: Tensor, whole_shape: Sequence[int], first_element: int) -> Tensor:
+    """Says that a 1-D tensor is a stretch of a parameter that is spread over processes: a piece of a flat buffer.
+
+    It is then stepped to the bits that these elements have in the whole: same formats, groups and rounding. For
+    frameworks that shard by slices of flat buffers; DTensors (FSDP2, tensor parallelism) say it themselves. States are
+    this stretch's own plain tensors, and so are those of ``state_dict()``.
+
+    Args:
+        tensor: contiguous, of one dimension; also one without elements.
+        whole_shape: the parameter's shape.
+        first_element: which element of the whole, counted row by row, is the first here.
+
+    Returns:
+        ``tensor``.
+
+    Raises:
+        TypeError, ValueError: it is none of that; a stretch that cuts a group of 32 elements that share a scale is
+            refused at its first step, with the remedy.
+    """
+    if not isinstance(tensor, Tensor) or is_sharded(tensor):
+        raise TypeError(f"tensor is a {type(tensor).__name__}; allowed is a plain torch.Tensor")
+    if tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"tensor has shape {tuple(tensor.shape)} and stride {tensor.stride()}; allowed is one contiguous dimension"
+        )
+    whole = tuple(int(size) for size in whole_shape)
+    if any(size < 0 for size in whole):
+        raise ValueError(f"whole_shape = {whole} is not allowed; allowed are sizes >= 0")
+    first, last = int(first_element), int(first_element) + tensor.numel()
+    if first < 0 or last > math.prod(whole):
+        raise ValueError(
+            f"first_element = {first} with {tensor.numel()} elements is not allowed; allowed is a stretch within the "
+            f"{math.prod(whole)} elements of whole_shape = {whole}"
+        )
+    leading = len(_ops.scale_sizes(whole)) - 1
+    rows, row = math.prod(whole[:leading]), math.prod(whole[leading:])
+    setattr(tensor, _DESCRIPTION, (whole, (first, 0, 0, rows, row, 0)))
+    return tensor
+
+
+def whole_shape(param: Tensor) -> tuple[int, ...]:
+    """The sizes of the whole that a parameter is, or is a part of."""
+    described = getattr(param, _DESCRIPTION, None) if not is_sharded(param) else None
+    return tuple(param.shape) if described is None else described[0]
+
+
 _wrapped: list[type] = []
 
 
@@ -66,7 +116,8 @@ def local(param: Tensor) -> Local:
         RuntimeError: a shard is no box, or one that a step cannot tell the whole's elements of.
     """
     if not is_sharded(param):
-        return Local(param, tuple(param.shape))
+        described = getattr(param, _DESCRIPTION, None)
+        return Local(param, tuple(param.shape)) if described is None else Local(param, *described)
     tensor, whole = plain(param), tuple(param.shape)
     chunks = param.__create_chunk_list__()  # type: ignore[attr-defined]
     spec = param._spec  # type: ignore[attr-defined]
@@ -82,7 +133,10 @@ def local(param: Tensor) -> Local:
 
 def check_cut(param: Local, name: str) -> None:
     """Raises ValueError where a shard is cut inside a group of 32 elements, which 8-bit states share a scale of."""
-    if param.place is None or param.offsets is None or param.tensor.numel() == 0:
+    if param.place is None or param.tensor.numel() == 0:
+        return
+    if param.offsets is None:
+        _check_stretch(param, param.place, name)
         return
     leading, sizes = param.leading, tuple(param.tensor.shape)
     inner = math.prod(param.whole[leading + 1 :])
@@ -91,13 +145,25 @@ def check_cut(param: Local, name: str) -> None:
     ends_well = end == row or end % GROUP == 0
     if sizes[leading + 1 :] == param.whole[leading + 1 :] and begin % GROUP == 0 and ends_well:
         return
+    how = "" if param.spec is None else f" by {param.spec.placements}"
     raise ValueError(
-        f"{name} of shape {param.whole} is cut by {param.spec.placements} so that this rank has {sizes} from "
-        f"{param.offsets} on: inside a group of {GROUP} elements along dimensions "
-        f"{list(range(leading, len(sizes)))}, which share "
-        f"a scale. Allowed are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; "
-        f"otherwise "
-        'give this parameter a group with "quantize": False'
+        f"{name} of shape {param.whole} is cut{how} so that this rank has {sizes} from {param.offsets} on: inside a "
+        f"group of {GROUP} elements along dimensions {list(range(leading, len(sizes)))}, which share a scale. Allowed "
+        f"are cuts before dimension {leading}, or at multiples of {GROUP} elements of a row; otherwise give this "
+        'parameter a group with "quantize": False'
+    )
+
+
+def _check_stretch(param: Local, place: Sequence[int], name: str) -> None:
+    first, rows, row = place[0], place[3], place[4]
+    end = first + param.tensor.numel()
+    ends_well = end % GROUP == 0 or end == rows * row
+    if first % GROUP == 0 and ends_well and (row % GROUP == 0 or rows == 1):
+        return
+    raise ValueError(
+        f"{name} is elements {first} to {end} of a parameter of shape {param.whole}, whose rows have {row}: allowed "
+        f"for 8-bit states are rows of a multiple of {GROUP} elements, and cuts at such multiples; otherwise give this "
+        'parameter a group with "quantize": False'
     )
 
 
@@ -133,12 +199,46 @@ def wrap(param: Local, tensor: Tensor, whole: Sequence[int], name: str) -> Tenso
     return DTensor(tensor, DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]
 
 
+def gathered(value: Tensor) -> Tensor:
+    """The whole of a tensor; all processes of a DTensor's mesh call this."""
+    if not is_sharded(value):
+        return value
+    spec, local = value._spec, plain(value)  # type: ignore[attr-defined]
+    if local.device.type != spec.mesh.device_type:  # offloaded: collectives take it where the mesh is
+        described = Local(local.to(spec.mesh.device_type), tuple(value.shape), spec=spec)
+        value = wrap(described, described.tensor, described.whole, "a tensor")
+    whole: Tensor = value.full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
+def part_for(value: Tensor, target: Tensor) -> Tensor:
+    """What of a tensor of a target's whole shape, a DTensor or whole, the target's local tensor holds."""
+    if not is_sharded(target):
+        return gathered(value)
+    spec = target._spec  # type: ignore[attr-defined]
+    if is_sharded(value):
+        held = value._spec  # type: ignore[attr-defined]
+        if held.mesh == spec.mesh and held.placements == spec.placements:
+            return plain(value)
+        value = gathered(value)
+    described = local(target)
+    assert described.offsets is not None
+    return value[tuple(slice(o, o + n) for o, n in zip(described.offsets, described.tensor.shape))]
+
+
+def is_placed_otherwise(param: Tensor, grad: Tensor) -> bool:
+    """Whether a DTensor's gradient has other placements than it, be they the same on a mesh of one process."""
+    if not is_sharded(grad):
+        return False
+    return bool(grad._spec.placements != param._spec.placements)  # type: ignore[attr-defined]
+
+
 def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     """The plain gradient of a parameter, redistributed where it is placed otherwise: all processes do this together."""
     if not is_sharded(grad):
         return grad
-    ours, theirs = param._spec, grad._spec  # type: ignore[attr-defined]
-    if theirs.placements != ours.placements:
+    if is_placed_otherwise(param, grad):
+        ours = param._spec  # type: ignore[attr-defined]
         grad = grad.redistribute(ours.mesh, ours.placements)  # type: ignore[attr-defined]
     found = plain(grad)
     if hasattr(found, "wait"):  # a collective that is under way
@@ -171,6 +271,8 @@ def check_parameter(param: Any, name: str) -> None:
     if param.dtype not in PARAMETER_DTYPES:
         allowed = ", ".join(map(str, PARAMETER_DTYPES))
         raise TypeError(f"{name} has dtype {param.dtype}; allowed are {allowed}")
+    if torch.nn.parameter.is_lazy(param):
+        return  # of no shape until the module's first batch
     if param.device.type != "meta" and not is_sharded(param) and overlaps(param):
         raise ValueError(
             f"{name} of shape {tuple(param.shape)} and stride {param.stride()} may refer to one element of memory "
@@ -270,23 +372,6 @@ def check_not_flattened(groups: Sequence[Mapping[str, Any]], caller: str) -> Non
                 "number of "
                 "processes, and each rank's own optimizer.state_dict()"
             )
-
-
-def are_zero(grads: Sequence[Tensor]) -> bool:
-    """Whether all gradients are zero, in every process of the meshes of those that are DTensors."""
-    here = all(not bool(plain(grad).count_nonzero()) for grad in grads if grad.layout == torch.strided)
-    # In the order of groups, which all processes share.
-    meshes = list(dict.fromkeys(grad._spec.mesh for grad in grads if is_sharded(grad)))  # type: ignore[attr-defined]
-    if not meshes:
-        return here
-    import torch.distributed as dist
-
-    for mesh in meshes:
-        flag = torch.tensor([0 if here else 1], dtype=torch.int32, device=mesh.device_type)
-        for dimension in range(mesh.ndim):
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
-        here = not bool(flag.item())
-    return here
 
 
 def name_of(groups: Sequence[Mapping[str, Any]], group: int, position: int) -> str:

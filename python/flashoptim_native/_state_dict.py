@@ -14,7 +14,6 @@ from torch import Tensor
 from . import _checksums, _groups, _load_checks, _model_loads, _packing, _parameters, _states, _validate
 from ._groups import ParamGroup, Stored
 from ._ops import StateCodec
-from ._store import Store
 
 _CODEC_NAMES = {StateCodec.DEFAULT: "default", StateCodec.PAPER: "paper"}
 
@@ -44,6 +43,12 @@ def merged_groups(
         if old.get("amsgrad"):
             warnings.warn(
                 f"amsgrad=True of group {index} of the state dict is ignored: it is not supported", stacklevel=3
+            )
+        if old.get("decoupled_weight_decay") and kind == "adam":
+            warnings.warn(
+                f"decoupled_weight_decay=True of group {index} of the state dict is ignored: FlashAdam's decay is not "
+                "decoupled, FlashAdamW's is",
+                stacklevel=3,
             )
         for key, value in group.items():
             if key == "params":
@@ -133,8 +138,12 @@ def described_groups(
     kind: str, groups: Sequence[Mapping[str, Any]], packed: Sequence[Mapping[str, Any]], state: Mapping[Any, Any],
     dtype_of: Callable[[Tensor], torch.dtype],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Groups as ``state_dict()`` shows them: their options as a tensor that says how states are stored."""
+    """Groups as ``state_dict()`` shows them: their options as a tensor that says how states are stored.
+
+    It lies where the states do: torch's ``set_optimizer_state_dict(full_state_dict=True)`` wants one device for all.
+    """
     result = []
+    device = _device_of(groups, state)
     for group, shown in zip(groups, packed):
         stored = []
         for param in group["params"]:
@@ -149,30 +158,37 @@ def described_groups(
             )
         key = _groups.description_key(kind)
         options = {name: group[name] for name in _groups.PACKED_OPTIONS}
-        result.append({**shown, key: _groups.describe(kind, options, stored)})
+        result.append({**shown, key: _groups.describe(kind, options, stored).to(device)})
     return result
+
+
+def _device_of(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> torch.device:
+    """Where the first parameter with a state has its arrays; without any, the first parameter."""
+    params = [param for group in groups for param in group["params"]]
+    first = next((param for param in params if state.get(param)), params[0] if params else None)
+    return torch.device("cpu") if first is None else _parameters.plain(first).device
 
 
 def shown(
     kind: str,
-    result: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     state: Mapping[Any, Any],
-    store: Store,
+    dtype_of: Callable[[Tensor], torch.dtype],
     compress: bool,
 ) -> dict[str, Any]:
-    """What ``state_dict()`` gives, from torch's own, ``result``. ``compress``: states as they are stored, else fp32."""
+    """What ``state_dict()`` gives: parameters by number, states as they are stored (``compress``) or in fp32."""
     params = [param for group in groups for param in group["params"]]
-    if compress:
-        states = {key: _packing.packed(held) for key, held in result["state"].items()}
-    else:
-        number_of = dict(enumerate(params))
-        states = {
-            key: _packing.expanded(kind, held, number_of[key]) if key in number_of else held
-            for key, held in result["state"].items()
-        }
-    described = described_groups(kind, groups, result["param_groups"], state, store.dtype_of)
-    result = {**result, "state": states, "param_groups": described}
+    numbers = {id(param): number for number, param in reversed(list(enumerate(params)))}
+    states: dict[Any, Any] = {}
+    for param, held in state.items():
+        if not isinstance(param, Tensor):
+            states[param] = held
+        elif compress:
+            states[numbers[id(param)]] = _packing.packed(held)
+        else:
+            states[numbers[id(param)]] = _packing.expanded(kind, held, param)
+    packed = [{**group, "params": [numbers[id(param)] for param in group["params"]]} for group in groups]
+    result = {"state": states, "param_groups": described_groups(kind, groups, packed, state, dtype_of)}
     if compress:
         result[_model_loads.KEY] = _model_loads.weights_of(params, state)
     result[_checksums.KEY] = _checksums.of_state_dict(result, len(params))

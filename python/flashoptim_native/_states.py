@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _ops
 from ._ops import CorrectionFate, Fit, MasterWeights, StateCodec
-from ._parameters import Local, check_cut, has_memory, has_momentum, is_sharded, plain, wrap
+from ._parameters import Local, check_cut, has_memory, has_momentum, is_sharded, plain, whole_shape, wrap
 
 CODES = "_codes"
 SCALE = "_scale"
@@ -44,7 +44,7 @@ def format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
     """What a parameter group's options mean for one parameter."""
     master_weights, codec = _ops.format_of(
         _ops.DTYPES[param.dtype],
-        tuple(param.shape),  # of a DTensor: the whole's
+        whole_shape(param),
         group["quantize"],
         _CODECS[group["state_codec"]],
         group["master_weight_bits"] or 0,
@@ -342,9 +342,10 @@ def whole_number(value: Any, name: str) -> int:
     """
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.numel() != 1 or value.device.type == "meta" or not has_memory(value):
+            held = f"a storage of {value.untyped_storage().nbytes()} bytes" if value.layout == torch.strided else "none"
             raise ValueError(
-                f"state 'step' of {name} is a tensor of shape {tuple(value.shape)} and layout {value.layout} on "
-                f"{value.device}; allowed is one integer >= 0, with memory"
+                f"state 'step' of {name} has layout {value.layout}, shape {tuple(value.shape)}, device {value.device} "
+                f"and {held}; allowed is one integer >= 0"
             )
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _parameters, _states, _validate
+from . import _collectives, _parameters, _states, _validate
 from ._graph_capture import GraphCapture
 from ._hyperparameters import Hyperparameters
 from ._model_loads import WeightLoads
@@ -69,6 +69,7 @@ class Stepper:
             return
         store = self.store
         store.follow(groups)
+        found_inf = _found_anywhere(store.params, found_inf)
         scaling = Scaling.of(grad_scale, found_inf, self.clip, store.is_on_cuda())
         if scaling is None:  # the gradients overflowed: nothing changes
             self.clip = None
@@ -110,7 +111,7 @@ class Stepper:
         hypers = self.hyperparameters.read_group(groups, index)
         if param.grad is None:
             return
-        scaling = Scaling.of(grad_scale, found_inf, self.clip, store.is_on_cuda())
+        scaling = Scaling.of(grad_scale, _found_anywhere([param], found_inf), self.clip, store.is_on_cuda())
         if scaling is None:
             return
         if self._check_numerics:
@@ -140,20 +141,46 @@ class Stepper:
             raise ValueError("max_norm = 0.0 is not allowed; allowed is a finite number > 0")
         self.hyperparameters.read(groups)
         self.store.follow(groups)
+        params = [p for group in groups for p in group["params"] if p.grad is not None]
         kinds = {
             (p.device, _parameters.has_momentum(group))
             for group in groups
             for p in group["params"]
             if p.grad is not None
         }
-        if len(kinds) != 1 or next(iter(kinds))[0].type != "cuda":
-            return torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], max_norm)
-        result = torch.zeros(4, device=next(iter(kinds))[0])
+        is_fused = len(kinds) == 1 and next(iter(kinds))[0].type == "cuda"
+        if any(map(_parameters.is_sharded, params)):
+            return self._clip_sharded(max_norm, params, state, is_fused)
+        if not is_fused:
+            return torch.nn.utils.clip_grad_norm_(params, max_norm)
+        result = self._norm_of_plan(max_norm, params, state)
+        self.clip = result[3]
+        return result[2]
+
+    def _norm_of_plan(self, max_norm: float, params: Sequence[Tensor], state: State) -> Tensor:
+        """The sum of squares (as a double) of what this process holds of gradients, their norm and its coefficient."""
+        result = torch.zeros(4, device=params[0].device)
         self.store.gradient_norm(state, 1.0, max_norm, result)
         if is_capturing():
             self.graphs.keep(result)
-        self.clip = result[3]
-        return result[2]
+        return result
+
+    def _clip_sharded(self, max_norm: float, params: Sequence[Tensor], state: State, is_fused: bool) -> Tensor:
+        """The same for parameters that are spread over processes, which all call this."""
+        cuts = list(dict.fromkeys(map(_collectives.parts_of, params)))
+        if is_fused and len(cuts) == 1:
+            sums = {cuts[0]: self._norm_of_plan(max_norm, params, state)[:2].view(torch.float64)[0]}
+        else:
+            sums = _collectives.sums_of_squares(params)
+        norm = _collectives.total_norm(sums)
+        coefficient = _collectives.clip_coefficient(norm, max_norm)
+        if {p.device for p in params} == {norm.device} and norm.device.type == "cuda":
+            if is_capturing():
+                self.graphs.keep(coefficient)
+            self.clip = coefficient
+        else:
+            _collectives.scale_gradients(params, coefficient)
+        return norm
 
     def _only_makes_states(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether this step is torch's way of making states: the first, at lr 0, of gradients that are all zero.
@@ -165,7 +192,7 @@ class Stepper:
         if state or any(not _is_zero(group["lr"]) for group in groups):
             return False
         params = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not params or not _parameters.are_zero([p.grad for p in params]):
+        if not params or not _collectives.are_zero(params):
             return False
         self.store.follow(groups)
         self.store.make_states(state, params)
@@ -222,6 +249,13 @@ class Stepper:
             lr = self.hyperparameters.lrs[group]
             value = hypers[group][0] if lr is None else float(lr)
             self.monitor.check_learning_rate(self.kind, param, store.name(record), store.form(record), value)
+
+
+def _found_anywhere(params: Sequence[Tensor], found_inf: Tensor | None) -> Tensor | None:
+    """What GradScaler found, in any of the processes that parameters are spread over: they step together or not."""
+    if found_inf is None:
+        return None
+    return _collectives.largest_over(_collectives.meshes_of(params), found_inf)
 
 
 def _is_zero(lr: Any) -> bool:

@@ -386,7 +386,7 @@ class Store:
             found = _parameters.local_gradient(param, param.grad)
             if not _lies(found, order) or found.is_neg():
                 grad = _copy_in(found, order)
-            elif _parameters.is_sharded(param) and found is not _parameters.plain(param.grad):
+            elif _parameters.is_placed_otherwise(param, param.grad) or found is not _parameters.plain(param.grad):
                 grad = found
         staged.pop(record, None)
         if weights is not None or grad is not None:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
-from . import _validate
+from . import _model_loads, _validate
+from ._buffers import needs_its_precision
+from ._parameters import is_sharded, plain
+from .weights import set_weights
 
 LayerSpec = str | nn.Module
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,6 +27,9 @@ def cast_model(
     selective: bool = True,
     full_precision_layers: Sequence[LayerSpec] | None = None,
     full_precision_recast_layers: Sequence[LayerSpec] | None = None,
+    *,
+    optimizer: Any = None,
+    cast_buffers: Sequence[str] | None = None,
 ) -> nn.Module:
     """Casts the floating-point parameters and buffers of ``model`` in place.
 
@@ -34,29 +40,49 @@ def cast_model(
         full_precision_layers: layers to keep in fp32, with everything inside them; their floating-point inputs are cast
             to fp32 and their outputs stay fp32. For the last layers of a model.
         full_precision_recast_layers: the same, but outputs are cast back to ``dtype``. For layers in the middle.
+        optimizer: the optimizer that holds the parameters, or a list of several: what a float32 parameter loses in 16
+            bits goes into its correction, so that training starts from the float32 weights. None: every optimizer that
+            is alive and holds some of them. An optimizer made after the cast starts from the rounded weights.
+        cast_buffers: patterns for full names of buffers to cast though the rule below would leave them alone.
 
     A layer is a module of the model or a pattern (``fnmatch``) for its full dotted name: ``"head"`` is ``model.head``
-    alone, ``"*.head"`` a head inside any other module. Parameters that several modules share stay shared; where one of
+    alone, ``"*.head"`` a head inside any other module. A pattern may also name parameters and buffers, which are kept
+    in fp32 then, without casts of what goes in and out. Parameters that several modules share stay shared; where one of
     those modules is kept in fp32, so is the parameter.
 
-    Each tensor is cast with its gradient, or not at all; where an interrupt comes between, calling it again goes on.
+    Buffers that hold positions, frequencies or schedules stay as they are: 16 bits would spoil them (a rotary
+    embedding's ``inv_freq`` is 0.7 radians off at position 4,096 in bfloat16). They are told by the last part of their
+    name (``EXACT_NAMES`` of _buffers.py: ``inv_freq``, ``position_bias``, ``alphas_cumprod``, ...) or by their values:
+    sequences of 8 numbers or more that rise or fall all the way, whole numbers of which ``dtype`` lacks some, and
+    numbers that would become infinite or 0. Where a model multiplies such a buffer with activations without casting it,
+    name it in ``cast_buffers``.
+
+    A model may be cast before fully_shard (FSDP2) or tensor parallelism spreads it, or after; by FSDP2 before its first
+    forward pass, at which that settles what it gathers.
+
+    Each tensor is cast with its gradient, or not at all where an interrupt comes between.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: an argument is of another type than those above; nothing has changed then.
-        ValueError: ``dtype`` is none of the three; nothing has changed then.
+        RuntimeError: FSDP2 has run a forward pass.
+        ValueError: ``dtype`` is not allowed, or ``optimizer`` holds no parameter of the model.
+        TypeError: ``optimizer`` is not of this package, layers are not in a list, or another argument is of a wrong
+            type. Nothing has changed where one of these is raised.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
     _validate.check_bool("selective", selective)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype!r} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
-    kept = _matching(model, full_precision_layers, "full_precision_layers")
-    recast = _matching(model, full_precision_recast_layers, "full_precision_recast_layers")
+    _check_not_gathered_yet(model)
+    owners = _owners(model, optimizer)
+    kept, kept_tensors = _matching(model, full_precision_layers, "full_precision_layers")
+    recast, recast_tensors = _matching(model, full_precision_recast_layers, "full_precision_recast_layers")
 
-    targets: dict[int, torch.dtype | None] = {}
+    targets: dict[int, torch.dtype | None] = _exact_buffers(model, dtype, cast_buffers)
+    targets.update((id(tensor), torch.float32) for tensor in (*kept_tensors, *recast_tensors))
     for module in (*kept, *recast):
         targets.update((id(tensor), torch.float32) for tensor in (*module.parameters(), *module.buffers()))
     if selective:
@@ -65,16 +91,19 @@ def cast_model(
                 own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
                 targets.update((id(tensor), None) for tensor in own if id(tensor) not in targets)
 
-    # Views of one storage stay views of one storage, so they are cast together.
-    together: dict[Any, list[tuple[Tensor, torch.dtype]]] = {}
+    cast_storage: dict[Any, Tensor] = {}  # views of one storage stay views of one storage
     for tensor in (*model.parameters(), *model.buffers()):
         target = targets.get(id(tensor), dtype)
-        if target is not None and tensor.is_floating_point() and tensor.dtype != target:
-            has_memory = tensor.device.type != "meta" and tensor.numel() > 0
-            key = tensor.untyped_storage().data_ptr() if has_memory else f"{id(tensor)}"
-            together.setdefault((tensor.device, key), []).append((tensor, target))
-    for tensors in together.values():
-        _cast_together(tensors)
+        if target is None or not tensor.is_floating_point() or tensor.dtype == target:
+            continue
+        exact = plain(tensor).detach()
+        if is_sharded(tensor):
+            _cast_sharded(tensor, target)
+        else:
+            _cast_plain(tensor, target, cast_storage)
+        if exact.dtype == torch.float32 and tensor.requires_grad and exact.device.type != "meta":
+            for owner in owners.get(id(tensor), ()):
+                set_weights(tensor, exact, owner)
 
     for module in dict.fromkeys((*kept, *recast)):
         if _cast_inputs not in module._forward_pre_hooks.values():
@@ -85,23 +114,76 @@ def cast_model(
     return model
 
 
-def _matching(model: nn.Module, specs: Sequence[LayerSpec] | None, argument: str) -> list[nn.Module]:
+def _owners(model: nn.Module, given: Any) -> dict[int, list[Any]]:
+    """By id of a parameter, the optimizers whose corrections take what a cast cuts off."""
+    chosen = None
+    if given is not None:
+        chosen = list(given) if isinstance(given, (list, tuple)) else [given]
+        for one in chosen:
+            if not hasattr(one, "_state_with_correction"):
+                raise TypeError(f"optimizer is a {type(one).__name__}; allowed are flashoptim's optimizers and None")
+    found: dict[int, list[Any]] = {}
+    holding = set()
+    for owner, param in _model_loads.owners(model):
+        if chosen is None or any(owner is one for one in chosen):
+            found.setdefault(id(param), []).append(owner)
+            holding.add(id(owner))
+    for one in chosen or ():
+        if id(one) not in holding:
+            raise ValueError(
+                f"optimizer ({type(one).__name__}) holds no parameter of the model; allowed is one that does"
+            )
+    return found
+
+
+def _exact_buffers(
+    model: nn.Module, dtype: torch.dtype, cast_buffers: Sequence[str] | None
+) -> dict[int, torch.dtype | None]:
+    """By id, buffers to leave as they are."""
+    if isinstance(cast_buffers, str) or not isinstance(cast_buffers, (Iterable, type(None))):
+        raise TypeError(
+            f"cast_buffers = {cast_buffers!r} is a {type(cast_buffers).__name__}; allowed is a list of patterns"
+        )
+    named = dict(model.named_buffers(remove_duplicate=False))
+    cast = set()
+    for index, pattern in enumerate(cast_buffers or ()):
+        if not isinstance(pattern, str):
+            raise TypeError(f"cast_buffers[{index}] = {pattern!r} is a {type(pattern).__name__}; allowed are patterns")
+        hits = [name for name in named if fnmatchcase(name, pattern)]
+        if not hits:
+            warnings.warn(f"cast_buffers: {pattern!r} matches no buffer of the model", stacklevel=3)
+        cast.update(hits)
+    return {
+        id(buffer): None
+        for name, buffer in named.items()
+        if name not in cast and needs_its_precision(name, buffer, dtype)
+    }
+
+
+def _matching(
+    model: nn.Module, specs: Sequence[LayerSpec] | None, argument: str
+) -> tuple[list[nn.Module], list[Tensor]]:
+    """Modules of the model that are named, and tensors."""
     if specs is None:
-        return []
+        return [], []
     if isinstance(specs, (str, nn.Module)) or not isinstance(specs, Iterable):
         raise TypeError(f"{argument} = {specs!r} is a {type(specs).__name__}; allowed is a list of names and modules")
     found: dict[nn.Module, None] = {}
+    tensors: list[Tensor] = []
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for index, spec in enumerate(specs):
         if not isinstance(spec, (str, nn.Module)):
             raise TypeError(
                 f"{argument}[{index}] = {spec!r} is a {type(spec).__name__}; allowed are names, patterns and modules"
             )
         hits = list(_hits(model, spec))
-        if not hits:
+        own = [tensor for name, tensor in named if isinstance(spec, str) and fnmatchcase(name, spec)]
+        if not hits and not own:
             what = spec if isinstance(spec, str) else type(spec).__name__
-            warnings.warn(f"{argument}: {what!r} matches no module of the model", stacklevel=3)
+            warnings.warn(f"{argument}: {what!r} matches no module, parameter or buffer of the model", stacklevel=3)
         found.update(dict.fromkeys(hits))
-    return list(found)
+        tensors += own
+    return list(found), tensors
 
 
 def _hits(model: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
@@ -110,20 +192,15 @@ def _hits(model: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
             yield module
 
 
-def _cast_together(tensors: Sequence[tuple[Tensor, torch.dtype]]) -> None:
-    """Casts tensors that share memory, with their gradients: all or, where an interrupt comes between, none."""
-    done: dict[Any, Tensor] = {}
-    changes = [
-        (tensor, _cast_once(tensor.data, target, done), None if tensor.grad is None else tensor.grad.to(target))
-        for tensor, target in tensors
-    ]
-    before = [(tensor, tensor.data, tensor.grad) for tensor, _ in tensors]
+def _cast_plain(tensor: Tensor, dtype: torch.dtype, done: dict[Any, Tensor]) -> None:
+    """A tensor with its gradient or, where an interrupt comes between, neither."""
+    before = tensor.data, tensor.grad
+    grad = None if tensor.grad is None else tensor.grad.to(dtype)
+    data = _cast_once(tensor.data, dtype, done)
     try:
-        for change in changes:
-            _replace(*change)
+        _replace(tensor, data, grad)
     except BaseException:
-        for change in before:
-            _replace(*change)
+        _replace(tensor, *before)
         raise
 
 
@@ -131,6 +208,30 @@ def _replace(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     tensor.grad = None
     tensor.data = data
     tensor.grad = grad
+
+
+def _check_not_gathered_yet(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+        if getattr(state, "_is_root", None) is not None:
+            raise RuntimeError(
+                f"module {name!r} is sharded by fully_shard and has run a forward pass, which settles the dtype that "
+                "it gathers; allowed is cast_model() before the first one, or before fully_shard"
+            )
+
+
+def _cast_sharded(tensor: Tensor, dtype: torch.dtype) -> None:
+    """A DTensor in another dtype, the same object: its ``data`` cannot be set, since its memory is another tensor's."""
+    cast: Tensor = tensor.detach().to(dtype)
+    if isinstance(tensor, nn.Parameter):
+        cast = nn.Parameter(cast, requires_grad=tensor.requires_grad)
+    for name, value in vars(tensor).items():
+        if name not in vars(cast):
+            setattr(cast, name, value)
+    if tensor.grad is not None:
+        cast.grad = tensor.grad.to(dtype)
+        tensor.grad = None
+    torch.utils.swap_tensors(tensor, cast)  # type: ignore[no-untyped-call]
 
 
 def _cast_once(data: Tensor, dtype: torch.dtype, done: dict[Any, Tensor]) -> Tensor:

@@ -6,23 +6,28 @@ Hooks of the parameters do it, during backward(); the step is ``optimizer.step_p
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._parameters import name_of
+from ._parameters import is_sharded, name_of, plain
+from ._release_clipping import GradientClip, gradient_clip
 from ._store import Store
 from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
+ClipName = Literal["two_pass", "previous", "parameter"]
 
 # The optimizer keeps its _Release under this name. Copies and pickles of it have none.
 _ATTRIBUTE = "_gradient_release"
+#: Methods of an optimizer that release takes the place of.
+_REPLACED = ("add_param_group", "zero_grad", "clip_grad_norm_")
 
 
 class _Watched(NamedTuple):
@@ -60,13 +65,22 @@ class _ReleaseHook:
 class _Release:
     """Gradient release of one optimizer, which holds it; it does not hold the optimizer, so that both die at once."""
 
-    def __init__(self, optimizer: FlashOptimizer, left_to_step: Iterable[Tensor], pre_step: PreStep | None) -> None:
+    def __init__(
+        self,
+        optimizer: FlashOptimizer,
+        left_to_step: Iterable[Tensor],
+        pre_step: PreStep | None,
+        clip: GradientClip | None,
+    ) -> None:
         self._optimizer_ref = weakref.ref(optimizer)
         self._pre_step = pre_step
+        self.clip = clip
         self._watched = {id(param): _Watched(param, None) for param in left_to_step}
         self._accumulating = 0
         self._released: set[int] = set()  # since the last optimizer.step() or zero_grad()
         self._pending: _Pending | None = None
+        self._loop_calls = False  # whether the loop calls either of them
+        self._steps_by_backward = 0  # steps that only the next backward() has told the end of
         self._active = True
         self._lock = threading.RLock()  # backward() has a thread for every device
         try:
@@ -76,9 +90,8 @@ class _Release:
             raise
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
         # Not kept here as well: methods of self in self would be a cycle.
-        vars(optimizer).update(
-            {"add_param_group": self._add_param_group, "zero_grad": self._zero_grad, _ATTRIBUTE: self}
-        )
+        places = (self._add_param_group, self._zero_grad, self._clip_grad_norm)
+        vars(optimizer).update({**dict(zip(_REPLACED, places)), _ATTRIBUTE: self})
 
     @property
     def active(self) -> bool:
@@ -98,7 +111,7 @@ class _Release:
         self._unwatch_all()
         self._step_hook.remove()
         attributes = vars(self._optimizer)
-        for name in ("add_param_group", "zero_grad", _ATTRIBUTE):
+        for name in (*_REPLACED, _ATTRIBUTE):
             value = attributes.get(name)
             if value is self or getattr(value, "__self__", None) is self:  # nobody has put another in its place
                 del attributes[name]
@@ -117,18 +130,17 @@ class _Release:
             return
         with self._lock:
             self._settle()
+            _wait_for_offloaded(param)
+            if self.clip is not None and self.clip.is_measuring:
+                self.clip.measure(param)
+                param.grad = None
+                return
             if id(param) in self._released:
-                raise RuntimeError(
-                    f"the gradient of a parameter of shape {tuple(param.shape)} is complete a second time since "
-                    "optimizer.step() or zero_grad() was called, and the first one has been applied already. Gradient "
-                    "release allows one backward() a step: run all but the last inside `with handle.accumulate():`, "
-                    "call optimizer.step() after each, and checkpoint blocks that share parameters with "
-                    "use_reentrant=False"
-                )
+                self._begin_next_step(param)
             if self._pre_step is None or self._wants_step(self._pre_step, param):
                 store = self._optimizer._store
                 self._pending = _Pending(param, param.grad, store, store.steps())
-                self._optimizer.step_param(param)
+                self._step(param)
             param.grad = None
             self._released.add(id(param))
             self._pending = None
@@ -141,6 +153,72 @@ class _Release:
                 pending.param.grad = None
             self._released.add(id(pending.param))
         self._pending = None
+
+    def _step(self, param: Tensor) -> None:
+        optimizer = self._optimizer
+        if self.clip is None:
+            optimizer.step_param(param)
+            return
+        coefficient, found_inf = self.clip.factor(param)
+        optimizer._stepper.clip = coefficient
+        optimizer._stepper.step_param(param, optimizer.param_groups, optimizer.state, None, found_inf)
+
+    def _begin_next_step(self, param: Tensor) -> None:
+        """A gradient is complete again: the next step of a loop that calls neither step() nor zero_grad(), or an error.
+
+        It is that where the loop has called neither so far, and every gradient of the step before has come: in a
+        backward() that reaches a parameter twice, or adds to gradients, some of them are yet to come.
+        """
+        trained = {key for key, one in self._watched.items() if one.hook is not None and one.param.requires_grad}
+        if self._loop_calls or not trained <= self._released or _is_checkpoint_running():
+            raise RuntimeError(
+                "gradient release allows one backward() a step. Call optimizer.step() after each; run all but the last "
+                "of those whose gradients are to be added inside `with handle.accumulate():`; and checkpoint blocks "
+                f"that share parameters with use_reentrant=False. The gradient of a parameter of shape "
+                f"{tuple(param.shape)} is complete a second time since optimizer.step() or zero_grad() was called, and "
+                "the first one has been applied already"
+            )
+        self._steps_by_backward += 1
+        self._finish()
+
+    def _finish(self) -> None:
+        """All gradients of a step have been applied."""
+        if self.clip is not None and self._released:
+            self.clip.finish(self.params())
+        self._released.clear()
+
+    def params(self) -> list[Tensor]:
+        """The optimizer's parameters, in the order of its groups."""
+        return [param for group in self._optimizer.param_groups for param in group["params"]]
+
+    @contextlib.contextmanager
+    def measure_norm(self) -> Iterator[None]:
+        clip = self.clip
+        if clip is None or clip.way != "two_pass":
+            way = None if clip is None else clip.way
+            raise RuntimeError(f'measure_norm() with clip = {way!r}; allowed with clip="two_pass"')
+        if not self._active or self._accumulating or clip.is_measuring:
+            raise RuntimeError(
+                "measure_norm() inside accumulate() or itself, or after remove(); allowed is one at a time, while "
+                "gradients are released"
+            )
+        if any(param.grad is not None for param in self.params()):
+            raise RuntimeError(
+                "measure_norm() while there are gradients, to which backward() would add twice (those of accumulate() "
+                'have no place beside clip="two_pass"); call optimizer.zero_grad() first'
+            )
+        self._finish()
+        clip.begin_measuring()
+        try:
+            yield
+            with torch.no_grad():
+                for param in self.params():
+                    if param.grad is not None:  # left to optimizer.step()
+                        clip.measure(param)
+                        param.grad = None
+                clip.end_measuring(self._optimizer, self.params())
+        finally:
+            clip.is_measuring = False
 
     def _wants_step(self, pre_step: PreStep, param: Tensor) -> bool:
         answer = pre_step(param, self._group_of(param))
@@ -157,34 +235,65 @@ class _Release:
                 return group
         raise ValueError(f"a parameter of shape {tuple(param.shape)} is in no group of this optimizer")
 
+    @torch.no_grad()
+    def _clip_grad_norm(self, max_norm: float) -> Tensor:
+        """In the place of the optimizer's."""
+        if self.clip is None:
+            raise RuntimeError(
+                f"clip_grad_norm_({max_norm}) while gradients are released would clip nothing: their norm is known "
+                'when all have been applied. Allowed is enable_gradient_release(..., clip="two_pass" (exact, by two '
+                f'backward passes), "previous" or "parameter", max_norm={max_norm})'
+            )
+        if max_norm != self.clip.max_norm:
+            raise ValueError(
+                f"max_norm = {max_norm} is not allowed while gradients are released; allowed is what "
+                f"enable_gradient_release() was given, {self.clip.max_norm}, by which they have been clipped already"
+            )
+        return self.clip.norm_now(self.params())
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if getattr(optimizer, "found_inf", None) is not None:
+        is_scaled = self.clip is not None and self.clip.scaler is not None
+        if getattr(optimizer, "found_inf", None) is not None and not is_scaled:
             # GradScaler.step() has set them, and will not come to removing them.
             for name in ("found_inf", "grad_scale"):
                 if name in vars(optimizer):
                     delattr(optimizer, name)
             raise RuntimeError(
                 "GradScaler.step() was called while gradient release is enabled: the gradients were applied during "
-                "backward(), without division by the scale. Train in bfloat16 without a GradScaler, or without "
-                "gradient release (handle.remove())"
+                "backward(), without division by the scale. Train in bfloat16 without a GradScaler, or give it to "
+                'enable_gradient_release(grad_scaler=, clip="two_pass"), or end gradient release (handle.remove())'
             )
-        _check_not_distributed()
+        for watched in self._watched.values() if _processes() > 1 else ():
+            if watched.hook is not None:
+                _check_reduced(watched.param, "a released parameter")
+        if self._steps_by_backward and not self._loop_calls:
+            self._loop_calls = True
+            raise RuntimeError(
+                f"{self._steps_by_backward + 1} backward() passes came before the first optimizer.step(), and each has "
+                "been a step of its own already. To add their gradients, run all but the last inside `with "
+                "handle.accumulate():`. From here on one backward() a step is allowed"
+            )
+        self._loop_calls = True
         self._settle()
         self._watch_parameters()
-        self._released.clear()
+        if self.clip is not None:
+            vars(optimizer)["_stepper"].clip = self.clip.factor_of_step().coefficient
+        self._finish()
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         self._settle()
         type(self._optimizer).zero_grad(self._optimizer, set_to_none)
-        self._released.clear()
+        self._loop_calls = True
+        self._finish()
 
     def _add_param_group(self, param_group: dict[str, Any]) -> None:
         optimizer = self._optimizer
+        count = len(optimizer.param_groups)
         type(optimizer).add_param_group(optimizer, param_group)
         try:
             self._watch_parameters()
         except BaseException:
-            optimizer.param_groups.pop()
+            del optimizer.param_groups[count:]
             raise
 
     def _watch_parameters(self) -> None:
@@ -236,6 +345,28 @@ class GradientReleaseHandle:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """With ``clip=``, the norm of all gradients of the last step, before clipping and unscaled; None: no step yet.
+
+        A float32 tensor of no dimensions. With "two_pass" it is there once measure_norm() ends, otherwise once the step
+        does.
+        """
+        clip = self._release.clip
+        return None if clip is None else clip.norm
+
+    def measure_norm(self) -> contextlib.AbstractContextManager[None]:
+        """A context, for ``clip="two_pass"``, in which backward() frees gradients after adding them to the norm.
+
+            with handle.measure_norm():
+                loss.backward(retain_graph=True)
+            loss.backward()  # steps, by gradients that are clipped
+
+        Raises:
+            RuntimeError: ``clip`` is another, there are gradients already, or no gradient came.
+        """
+        return self._release.measure_norm()
+
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """A context in which backward() keeps gradients and adds to them: for every micro-batch but the last.
 
@@ -251,29 +382,41 @@ def enable_gradient_release(
     *,
     grad_scaler: torch.amp.GradScaler | None = None,
     pre_step: PreStep | None = None,
+    clip: ClipName | None = None,
+    max_norm: float | None = None,
+    norm_decay: float = 0.0,
 ) -> GradientReleaseHandle:
     """Steps every parameter during backward(), as soon as its gradient is complete, and frees the gradient at once.
 
     So one ``p.grad`` is alive at a time, where there would be one for every parameter. ``optimizer.step()`` and
     ``zero_grad()`` stay in the training loop: they find nothing to do, and step() returns its closure's loss. For one
-    process; see docs/python_api.md, "Gradient release".
+    process, or for parameters that fully_shard (FSDP2) or tensor parallelism spreads over several, whose gradients are
+    reduced when they are complete; see docs/python_api.md, "Gradient release".
 
     Args:
         model_or_params: a module, a parameter, or parameters (as tensors or pairs of name and tensor). All trainable
             ones must be the optimizer's. Other parameters of the optimizer are left to ``optimizer.step()``, except
             those of groups added later, which are released too.
         optimizer: a Flash optimizer.
-        grad_scaler: None, or one that is disabled: loss scaling does not go with gradient release.
+        grad_scaler: None, or one that is disabled; with ``clip="two_pass"`` the GradScaler of the loop.
         pre_step: called as ``pre_step(param, group)`` before each step; it may change ``param.grad``, for instance clip
-            it by the parameter's own norm. Where it returns False, the gradient is freed without a step.
+            it by value. Where it returns False, the gradient is freed without a step.
+        clip: None, or how gradients are clipped to a norm of ``max_norm``, by ``min(1, max_norm / (norm + 1e-6))``:
+            "two_pass": by the norm of all, exactly: see GradientReleaseHandle.measure_norm().
+            "previous": by the norm of all in the steps before this one; in the first, each by its own norm.
+            "parameter": each by its own norm.
+        max_norm: a finite number > 0.
+        norm_decay: with ``clip="previous"``, how slowly its norm follows: 0 is the norm of the last step alone, 0.9
+            means a tenth of the last one and nine tenths of what it was; 0 <= norm_decay < 1.
 
     Raises:
-        TypeError: an argument is of a wrong type, the model is wrapped in DistributedDataParallel or
-            FullyShardedDataParallel, or a parameter is a DTensor.
-        ValueError: a trainable parameter is in no group of the optimizer, or there is none at all.
-        NotImplementedError: ``grad_scaler`` is enabled.
+        TypeError: an argument is of a wrong type, or the model is wrapped in DistributedDataParallel or
+            FullyShardedDataParallel.
+        ValueError: a trainable parameter is in no group of the optimizer, or there is none at all; ``clip``,
+            ``max_norm`` or ``norm_decay`` has a value that is not allowed, or goes without another.
+        NotImplementedError: ``grad_scaler`` is enabled, and ``clip`` is not "two_pass".
         RuntimeError: gradient release is enabled already, for this optimizer or for one of the parameters by another;
-            or torch.distributed runs more than one process.
+            or torch.distributed runs more than one process, and a parameter is a plain tensor.
     """
     if not isinstance(optimizer, FlashOptimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
@@ -281,9 +424,10 @@ def enable_gradient_release(
         raise TypeError(
             f"pre_step = {pre_step!r} is not callable; allowed are None and a function of a parameter and its group"
         )
-    _check_grad_scaler(grad_scaler)
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(f"grad_scaler is a {type(grad_scaler).__name__}; allowed are None and a torch.amp.GradScaler")
+    clipping = gradient_clip(clip, max_norm, norm_decay, grad_scaler)
     named = _named_parameters(model_or_params)
-    _check_not_distributed()
     if getattr(optimizer, _ATTRIBUTE, None) is not None:
         raise RuntimeError("gradient release is enabled for this optimizer already; end it first: handle.remove()")
     owned = {id(param): param for group in optimizer.param_groups for param in group["params"]}
@@ -299,7 +443,38 @@ def enable_gradient_release(
     if not chosen:
         raise ValueError("model_or_params holds no parameter of the optimizer: there is nothing to release")
     left_to_step = [param for key, param in owned.items() if key not in chosen]
-    return GradientReleaseHandle(optimizer, _Release(optimizer, left_to_step, pre_step))
+    return GradientReleaseHandle(optimizer, _Release(optimizer, left_to_step, pre_step, clipping))
+
+
+def prepare_for_gradient_release(
+    model: nn.Module, optimizer: FlashOptimizer, ignore_existing_hooks: bool = False
+) -> None:
+    """enable_gradient_release() under the name that other libraries have; remove_gradient_release() ends it.
+
+    Args:
+        ignore_existing_hooks: False: raise where a parameter has a post-accumulate-grad hook already.
+
+    Raises:
+        ValueError: a parameter has such a hook.
+        Whatever enable_gradient_release() raises.
+    """
+    if not ignore_existing_hooks:
+        for name, param in model.named_parameters():
+            if getattr(param, "_post_accumulate_grad_hooks", None):
+                raise ValueError(
+                    f"parameter {name!r} has a post-accumulate-grad hook already, which sees its gradient before it is "
+                    "released; allowed are parameters without, or ignore_existing_hooks=True"
+                )
+    enable_gradient_release(model, optimizer)
+
+
+def remove_gradient_release(model: nn.Module) -> None:
+    """Ends gradient release of every optimizer that releases gradients of ``model``; does nothing where none does."""
+    for param in model.parameters():
+        for hook in list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
+            release = hook.owner() if isinstance(hook, _ReleaseHook) else None
+            if release is not None:
+                release.remove()
 
 
 def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:
@@ -308,8 +483,9 @@ def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:
         wrapper = _distributed_wrapper(model_or_params)
         if wrapper is not None:
             raise TypeError(
-                f"the model is wrapped in {wrapper}, which reduces gradients after backward() has released them; "
-                "allowed is a model in one process, or training without gradient release"
+                f"the model is wrapped in {wrapper}, which keeps all gradients in buffers of its own and reduces them "
+                "after backward() has released them; allowed are a model in one process and FSDP2 "
+                "(torch.distributed.fsdp.fully_shard)"
             )
         return [(f"parameter {name!r}", param) for name, param in model_or_params.named_parameters()]
     if isinstance(model_or_params, Tensor):
@@ -340,31 +516,43 @@ def _distributed_wrapper(model: nn.Module) -> str | None:
     return None
 
 
-def _check_grad_scaler(grad_scaler: Any) -> None:
-    if grad_scaler is None:
-        return
-    if not isinstance(grad_scaler, torch.amp.GradScaler):
-        raise TypeError(f"grad_scaler is a {type(grad_scaler).__name__}; allowed are None and a torch.amp.GradScaler")
-    if grad_scaler.is_enabled():
-        raise NotImplementedError(
-            "grad_scaler is enabled: whether to skip a step is known when all gradients are, and then they have been "
-            "released. Allowed are None and a disabled GradScaler; train in bfloat16, which needs no loss scaling"
-        )
+def _is_checkpoint_running() -> bool:
+    """Whether this is called from a backward() inside another one's, that of a re-entrant checkpoint."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("checkpoint.py") and frame.f_code.co_name == "backward":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
-def _check_not_distributed() -> None:
+def _processes() -> int:
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _check_reduced(param: Tensor, name: str) -> None:
+    """Raises RuntimeError for a plain parameter of several processes, whose gradient nobody has reduced yet."""
+    if not is_sharded(param) and _processes() > 1:
         raise RuntimeError(
-            f"torch.distributed runs {distributed.get_world_size()} processes, and each would step by its own "
-            "gradients before they are reduced; gradient release is allowed in one process. Train without it "
-            "(handle.remove())"
+            f"torch.distributed runs {_processes()} processes, and {name} of shape {tuple(param.shape)} is a plain "
+            "tensor, which each would step by its own gradient before it is reduced; allowed are one process, and "
+            "parameters that are spread over processes by FSDP2 (torch.distributed.fsdp.fully_shard) or tensor "
+            "parallelism. Leave plain ones to optimizer.step(): enable_gradient_release(parameters, optimizer) takes a "
+            "list"
         )
+
+
+def _wait_for_offloaded(param: Tensor) -> None:
+    """Waits for a gradient that FSDP2 copies to the host, which torch 2.11 does not before it calls hooks."""
+    if not is_sharded(param) or plain(param).device.type != "cpu":
+        return
+    if param._spec.mesh.device_type == "cuda":  # type: ignore[attr-defined]
+        torch.cuda.current_stream().synchronize()
 
 
 def _check_parameter(param: Tensor, name: str) -> None:
-    if hasattr(param, "device_mesh"):
-        raise TypeError(f"{name} is a DTensor; gradient release is allowed with plain tensors, in one process")
+    _check_reduced(param, name)
     for hook in (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values():
         if isinstance(hook, _ReleaseHook) and hook.owner() is not None:
             raise RuntimeError(
@@ -385,4 +573,9 @@ def _register_hook(param: Tensor, hook: _ReleaseHook) -> RemovableHandle:
             param.requires_grad_(False)
 
 
-__all__ = ["GradientReleaseHandle", "enable_gradient_release"]
+__all__ = [
+    "GradientReleaseHandle",
+    "enable_gradient_release",
+    "prepare_for_gradient_release",
+    "remove_gradient_release",
+]

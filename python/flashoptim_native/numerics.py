@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _collectives
 from ._ops import MasterWeights
 from ._states import Format
 
@@ -51,6 +52,8 @@ class NumericsReport:
     largest_update_ratio: float = 0.0
     #: The same for every parameter that was looked at, by name.
     parameters: dict[str, ParameterNumerics] = field(default_factory=dict)
+    #: Whether these are counts of this process's shards alone: parameters are DTensors, and nothing is reduced.
+    is_local: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class NumericsMonitor:
 
     def stride(self, params: Iterable[Tensor]) -> int:
         """Which share of the groups is looked at: all of a small model, every 64th of another, others at every step."""
-        elements = sum(param.numel() for param in params)
+        elements = sum(param.numel() for param in params if not torch.nn.parameter.is_lazy(param))
         return 1 if elements <= _SMALL_MODEL else _STRIDE
 
     def table(self, key: Any, names: Callable[[], list[str]], device: torch.device) -> Tensor:
@@ -144,7 +147,7 @@ class NumericsMonitor:
                 largest = max(ratio, old.largest_update_ratio)
                 found[name] = ParameterNumerics(examined, nonfinite, lost, floored, saturated, largest)
 
-    def report(self) -> NumericsReport:
+    def report(self, is_local: bool = False) -> NumericsReport:
         count = sum(int(counter.item()) for counter in self.nonfinite.values())
         parameters = self._parameters()
         each = parameters.values()
@@ -156,6 +159,7 @@ class NumericsMonitor:
             sum(one.saturated_codes for one in each),
             max((one.largest_update_ratio for one in each), default=0.0),
             parameters,
+            is_local,
         )
 
     def check_learning_rate(self, kind: str, param: Tensor, name: str, form: Format, lr: float) -> None:
@@ -164,7 +168,7 @@ class NumericsMonitor:
             return
         largest = self.largest.get(id(param))
         if largest is None:
-            largest = self.largest[id(param)] = largest_magnitude(param)
+            largest = self.largest[id(param)] = _collectives.largest_magnitude(param)
         if largest == 0.0 or not math.isfinite(largest):
             return
         needed = smallest_certain_step(largest, param.dtype, form.master_weights)
@@ -180,13 +184,6 @@ class NumericsMonitor:
                 "check_numerics=False. Weights are measured at the first step, after load_state_dict() and by "
                 "recompute_param_stats()"
             )
-
-
-def largest_magnitude(param: Tensor) -> float:
-    if param.numel() == 0:
-        return 0.0
-    smallest, largest = torch.aminmax(param.detach())
-    return max(abs(float(smallest)), abs(float(largest)))
 
 
 __all__ = ["NumericsError", "NumericsMonitor", "NumericsReport", "ParameterNumerics", "smallest_certain_step"]

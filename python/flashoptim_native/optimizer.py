@@ -5,31 +5,24 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
+from typing_extensions import Unpack
 
-from . import (
-    _checksums,
-    _corrections,
-    _load_checks,
-    _model_loads,
-    _parameters,
-    _state_dict,
-    _states,
-    _validate,
-    weights,
-)
+from . import _checksums, _load_checks, _model_loads, _parameters, _state_dict, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup
+from ._inspection import Inspection
+from ._policy import Policy
 from ._stepper import Stepper
-from .numerics import NumericsReport
+from .arguments import MoreArguments, check_torch_arguments, python_value
 
 
-class FlashOptimizer(torch.optim.Optimizer):
+class FlashOptimizer(Inspection):
     """Base of FlashAdamW, FlashAdam, FlashSGD, FlashSGDW and FlashLion.
 
     Args:
@@ -40,14 +33,25 @@ class FlashOptimizer(torch.optim.Optimizer):
         compress_state_dict: ``state_dict()`` holds states as they are stored (the default, and what makes a resumed run
             equal an uninterrupted one bit for bit); False: as fp32, which plain PyTorch optimizers can load.
         check_numerics: raise :class:`NumericsError` where the learning rate is too small for weights that are rounded
-            to nearest, and count lost updates (docs/python_api.md, "Numerics").
-        fused: accepted for compatibility; there is one implementation, and it is fused.
+            to nearest, and count lost updates (docs/python_api.md, "Numerics"). With the default codec's corrections
+            and with ``stochastic_rounding`` nothing is lost on average, and nothing is raised.
+        fused: None, True or False, as torch.optim has it: there is one implementation, and it is fused.
         capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may
             be a float32 tensor there, which a replay reads anew. Call step() once before the capture.
+        policy: ``{pattern: options}``: options of a group for the parameters whose full names match a pattern
+            (``fnmatch``); of several that match, the later one decides. Parameters must have names, as
+            ``model.named_parameters()`` gives them. A pattern that matches nothing is warned of.
+        more: ``amsgrad``, ``foreach``, ``differentiable`` and ``decoupled_weight_decay`` of torch.optim, at the values
+            that ask nothing; here and in groups.
+
+    Raises:
+        TypeError, ValueError: an argument or a parameter is of a wrong type, or has a value that is not allowed.
+            Arguments are checked before ``params`` is looked at.
     """
 
     #: Name of the update rule, as the operators know it.
     kind: str
+    _policy: Policy | None = None
     # torch.amp.GradScaler then leaves gradients as they are and hands over grad_scale and found_inf.
     _step_supports_amp_scaling = True
 
@@ -67,13 +71,13 @@ class FlashOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **more: Unpack[MoreArguments],
     ) -> None:
-        self._compress_state_dict = _validate.check_bool("compress_state_dict", compress_state_dict)
-        self._check_numerics = _validate.check_bool("check_numerics", check_numerics)
-        if fused is not None:
-            _validate.check_bool("fused", fused)
-        defaults = {
-            **defaults,
+        policy = more.pop("policy", None)
+        check_torch_arguments(type(self).__name__, self.kind, {"fused": fused, **more})
+        self._compress_state_dict = _validate.check_bool("compress_state_dict", python_value(compress_state_dict))
+        self._check_numerics = _validate.check_bool("check_numerics", python_value(check_numerics))
+        options = {
             "maximize": maximize,
             "seed": seed,
             "quantize": quantize,
@@ -81,10 +85,17 @@ class FlashOptimizer(torch.optim.Optimizer):
             "master_weight_bits": master_weight_bits,
             "min_quantized_numel": min_quantized_numel,
             "stochastic_rounding": stochastic_rounding,
-            "capturable": _validate.check_bool("capturable", capturable),
+            "capturable": _validate.check_bool("capturable", python_value(capturable)),
         }
+        defaults = {name: python_value(value) for name, value in {**defaults, **options}.items()}
+        # Before the parameters, of which a generator can be taken once, and whether or not a group says otherwise.
+        _validate.check_hyperparameters(defaults)
+        _validate.check_format(defaults)
+        self._policy = None if policy is None else Policy(policy, defaults)
         self._reset()
         super().__init__(params, defaults)
+        for pattern in () if self._policy is None else self._policy.patterns.keys() - self._policy.matched:
+            warnings.warn(f"policy: {pattern!r} matches no parameter", stacklevel=3)
         self._warn_of_lost_precision()
 
     def _reset(self) -> None:
@@ -135,14 +146,23 @@ class FlashOptimizer(torch.optim.Optimizer):
     # Groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch.optim.Optimizer does; its options and parameters are checked first.
+        """Adds a group, as torch.optim.Optimizer does, or with a policy one for each set of options that it makes.
 
         Raises:
-            TypeError, ValueError: something in it is not allowed; it has not been added then.
+            TypeError, ValueError: something in it is not allowed; nothing has been added then.
         """
         if isinstance(param_group, dict) and "params" not in param_group:
             raise ValueError(f"param_group lacks 'params'; it holds {', '.join(map(repr, param_group)) or 'nothing'}")
-        before = len(self.param_groups)
+        count = len(self.param_groups)
+        try:
+            for part in [param_group] if self._policy is None else self._policy.split(param_group):
+                self._add_one_group(part)
+        except BaseException:
+            del self.param_groups[count:]
+            raise
+
+    def _add_one_group(self, param_group: dict[str, Any]) -> None:
+        count = len(self.param_groups)
         try:
             super().add_param_group(param_group)
             self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
@@ -154,7 +174,7 @@ class FlashOptimizer(torch.optim.Optimizer):
                 name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
                 _parameters.check_parameter(param, name)
         except BaseException:
-            del self.param_groups[before:]
+            del self.param_groups[count:]
             raise
 
     # Steps
@@ -209,6 +229,7 @@ class FlashOptimizer(torch.optim.Optimizer):
         the next step() multiplies by ``min(1, max_norm / (norm + 1e-6))`` as it reads them: nothing is written, and the
         host does not wait. zero_grad() forgets it. Elsewhere (gradients on the CPU or on several devices, or SGD's
         groups with and without momentum together) this is torch.nn.utils.clip_grad_norm_, which scales the gradients.
+        Of DTensors it is the norm of the whole gradients, replicas counted once, as a plain tensor: all processes call.
 
         Raises:
             TypeError: ``max_norm`` is no number.
@@ -235,11 +256,20 @@ class FlashOptimizer(torch.optim.Optimizer):
             RuntimeError: FullyShardedDataParallel (FSDP1) asks for it.
         """
         _parameters.check_not_flattened(self.param_groups, sys._getframe(1).f_globals.get("__name__", ""))
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
         with self._store.lock:
             self._check_state_has_parameters()
-            return _state_dict.shown(
-                self.kind, super().state_dict(), self.param_groups, self.state, self._store, self._compress_state_dict
+            result = _state_dict.shown(
+                self.kind, self.param_groups, self.state, self._store.dtype_of, self._compress_state_dict
             )
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, result)
+            if replaced is not None:
+                result = replaced
+        if self._optimizer_state_dict_post_hooks:
+            _checksums.renew(result)
+        return result
 
     def _check_state_has_parameters(self) -> None:
         owned = {id(param) for group in self.param_groups for param in group["params"]}
@@ -309,87 +339,13 @@ class FlashOptimizer(torch.optim.Optimizer):
         state = super().__getstate__()
         state["_compress_state_dict"] = self._compress_state_dict
         state["_check_numerics"] = self._check_numerics
+        state["_policy"] = self._policy
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
         self._stepper.remember(self.param_groups, self.state)
-
-    # Inspection
-
-    @torch.no_grad()
-    def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer.
-
-        Raises:
-            TypeError: ``p`` is no tensor.
-            ValueError: it is in no group of this optimizer, or its state is in no known format.
-        """
-        if not isinstance(p, Tensor):
-            raise TypeError(f"p is a {type(p).__name__}; allowed is a parameter of this optimizer")
-        self._store.index(p, self.param_groups)
-        state = self.state.get(p, {})
-        slots = _states.slots_in(self.kind, state)
-        local = _parameters.local(p)
-        values = _states.decode(self.kind, state, slots, local)
-        return {slot: _parameters.wrap(local, value, local.whole, slot) for slot, value in zip(slots, values)}
-
-    @torch.no_grad()
-    def reset_corrections(self, params: Iterable[Tensor] | None = None) -> None:
-        """Sets corrections to zero: the weights are then the 16-bit parameters, exactly, as they are now.
-
-        A correction is what a weight has beyond its 16-bit parameter. It stays when the parameter is changed from
-        outside, so that a swap of weights in and out (averages, SAM) comes back to the same bits. Where the change is
-        meant to last (a layer initialized anew, weights copied in), call this after it. ``load_state_dict()`` of the
-        model, or of a module in it, does so by itself, for parameters that get other values.
-
-        Args:
-            params: the parameters whose corrections are meant; None: all.
-
-        Raises:
-            TypeError: ``params`` is no iterable of tensors.
-            ValueError: one is in no group of this optimizer; nothing has changed then.
-        """
-        if params is not None and (isinstance(params, Tensor) or not isinstance(params, Iterable)):
-            raise TypeError(f"params is a {type(params).__name__}; allowed are None and an iterable of parameters")
-        chosen = [p for group in self.param_groups for p in group["params"]] if params is None else list(params)
-        for index, param in enumerate(chosen):
-            if not isinstance(param, Tensor):
-                raise TypeError(f"params[{index}] is a {type(param).__name__}; allowed are parameters")
-        _corrections.reset(self._store, self.param_groups, self.state, chosen)
-        self._stepper.loads.forget(chosen)
-
-    def get_fp32_model_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """``model.state_dict()`` in fp32, with the corrections that this optimizer keeps."""
-        return weights.get_fp32_model_state_dict(model, self)
-
-    def set_fp32_model_state_dict(
-        self, model: nn.Module, fp32_state_dict: Mapping[str, Tensor], strict: bool = False
-    ) -> None:
-        """Loads fp32 weights into the model and into this optimizer's corrections."""
-        weights.set_fp32_model_state_dict(model, fp32_state_dict, self, strict=strict)
-
-    def _dtypes_of_corrections(self) -> dict[int, torch.dtype]:
-        """By id of a parameter, the dtype that it had when its correction was made, where that is known."""
-        return _corrections.dtypes(self._store, self.param_groups)
-
-    def numerics_report(self) -> NumericsReport:
-        """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
-        return self._stepper.monitor.report()
-
-    def reset_numerics(self) -> None:
-        """Starts the counts of numerics_report() anew, those of captured CUDA graphs, too."""
-        self._stepper.monitor.reset()
-
-    def recompute_param_stats(self) -> None:
-        """Makes ``check_numerics=True`` measure the weights again at the next step."""
-        self._stepper.monitor.largest.clear()
-
-    def _state_with_correction(self, param: Tensor) -> dict[str, Any] | None:
-        """The state of a parameter that gets new weights, made if there is none; None where they have no correction."""
-        self._stepper.loads.forget([param])
-        return _corrections.state_for_new_weights(self._store, self.param_groups, self.state, param)
 
 
 _seen_by_wrapper = (

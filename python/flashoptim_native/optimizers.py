@@ -6,6 +6,7 @@ ones are this package's own:
     seed: seed of the unbiased rounding, 0 <= seed < 2**53.
     maximize: maximize the objective instead of minimizing it.
     capturable: see FlashOptimizer.
+    amsgrad, foreach, differentiable, decoupled_weight_decay: torch.optim's, at the values that ask nothing.
     stochastic_rounding: with master_weight_bits=None, round 16-bit weights without bias instead of to nearest.
 
 and common to all:
@@ -20,7 +21,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import Tensor
+from typing_extensions import Unpack
 
+from .arguments import MoreArguments
 from .casting import cast_model
 from .numerics import NumericsError
 from .optimizer import FlashOptimizer
@@ -59,6 +62,7 @@ class FlashAdamW(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
         super().__init__(
@@ -75,6 +79,7 @@ class FlashAdamW(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
+            **more,
         )
 
 
@@ -102,6 +107,7 @@ class FlashAdam(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
@@ -118,6 +124,7 @@ class FlashAdam(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
+            **more,
         )
 
 
@@ -149,6 +156,7 @@ class FlashSGD(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -171,6 +179,7 @@ class FlashSGD(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
+            **more,
         )
 
 
@@ -204,6 +213,7 @@ class FlashSGDW(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -227,6 +237,7 @@ class FlashSGDW(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
+            **more,
         )
 
 
@@ -258,6 +269,7 @@ class FlashLion(FlashOptimizer):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
         super().__init__(
@@ -274,6 +286,7 @@ class FlashLion(FlashOptimizer):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             capturable=capturable,
+            **more,
         )
 
 

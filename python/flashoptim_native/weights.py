@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,13 @@ def reconstruct_fp32_param(param: Tensor, error_bits: Tensor) -> Tensor:
     if error_bits.dtype not in _MASTER_OF_DTYPE:
         raise ValueError(f"error_bits has dtype {error_bits.dtype}; allowed are torch.int8 and torch.int16")
     _check_same_shape("error_bits", error_bits, "param's", param)
-    weights: Tensor = _ops.merge_weights(
+    if _parameters.is_sharded(param):
+        weights = reconstruct_fp32_param(_parameters.plain(param), _parameters.plain(error_bits))
+        return _parameters.wrap(_parameters.local(param), weights, tuple(param.shape), "param")
+    merged: Tensor = _ops.merge_weights(
         param.detach().contiguous(), error_bits.contiguous(), int(_MASTER_OF_DTYPE[error_bits.dtype])
     )
-    return weights
+    return merged
 
 
 @torch.no_grad()
@@ -77,78 +81,154 @@ def compute_ecc_bits(fp32_param: Tensor, narrow_param: Tensor, master_bytewidth:
 
 
 @torch.no_grad()
-def get_fp32_model_state_dict(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Tensor]:
+def get_fp32_model_state_dict(
+    model: nn.Module, *optimizers: torch.optim.Optimizer, full_state_dict: bool = False
+) -> dict[str, Tensor]:
     """``model.state_dict()`` with every floating-point entry in fp32, corrections of the optimizers' states applied.
 
-    Entries that are not floating-point stay as they are. The result shares no memory with the model.
+    Entries that are not floating-point stay as they are. The result shares no memory with the model. Parameters that
+    are DTensors give DTensors, spread as they are, which torch.distributed.checkpoint saves. Names are those of the
+    model without wrappers: torch.compile's ``_orig_mod.`` and DistributedDataParallel's ``module.`` are left out.
+
+    Args:
+        full_state_dict: gather the whole of every entry, on the host of rank 0; other ranks get an empty dict. All
+            processes call this.
 
     Raises:
-        TypeError: ``model`` is no module, or an optimizer is none.
-        ValueError: a correction does not go with its parameter.
+        TypeError: the model is wrapped in FullyShardedDataParallel (FSDP1).
     """
     _check_model(model)
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"an optimizer is a {type(optimizer).__name__}; allowed are torch.optim.Optimizers")
-    model = _unwrapped(model)
+    _validate.check_bool("full_state_dict", full_state_dict)
+    clean = _names_without_wrappers(model)
     states = _states_by_parameter(optimizers)
     dtypes = _dtypes_by_parameter(optimizers)
-    result = {
-        key: value.detach().to(torch.float32, copy=True) if value.is_floating_point() else value.detach().clone()
-        for key, value in model.state_dict().items()
-        if isinstance(value, Tensor)
-    }
-    for name, param in model.named_parameters(remove_duplicate=False):
-        state = states.get(id(param))
-        if name in result and state is not None and CORRECTION in state:
-            result[name] = _with_correction(name, param, state[CORRECTION], dtypes.get(id(param), param.dtype))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    result: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            continue
+        state = states.get(id(parameters[key])) if key in parameters else None
+        if state is not None and CORRECTION in state:
+            param = parameters[key]
+            value = _with_correction(key, param, state[CORRECTION], dtypes.get(id(param), param.dtype))
+        elif value.is_floating_point():
+            value = value.detach().to(torch.float32, copy=True)
+        else:
+            value = value.detach().clone()
+        if full_state_dict:
+            value = _parameters.gathered(value)
+            if not _is_rank_0():
+                continue
+            value = value.cpu()
+        result[clean(key)] = value
     return result
 
 
 @torch.no_grad()
 def set_fp32_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], *optimizers: torch.optim.Optimizer, strict: bool = False
-) -> None:
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *optimizers: torch.optim.Optimizer,
+    strict: bool = False,
+    broadcast_from_rank0: bool = False,
+) -> IncompatibleKeys:
     """Loads fp32 weights into a model and into the corrections of the optimizers that step it.
 
     The inverse of :func:`get_fp32_model_state_dict`: parameters get the nearest values of their dtype, corrections the
-    rest. An optimizer that has taken no step gets its states made for it. Everything is checked, for all optimizers,
-    before anything changes. An interrupt leaves every entry loaded or as it was; calling it again goes on.
+    rest. An optimizer that has taken no step gets its states made for it. Nothing changes if an entry does not fit. Of
+    sharded parameters, entries may be DTensors or whole tensors.
 
     Args:
+        state_dict: fp32 tensors by name; wrappers' ``_orig_mod.`` and ``module.`` in names do not matter.
         strict: also raise where ``state_dict`` lacks an entry of the model or holds one that the model lacks.
+        broadcast_from_rank0: rank 0 alone has ``state_dict``, of whole tensors, which it sends to the others.
+
+    Returns:
+        ``missing_keys`` of the model that ``state_dict`` lacks and ``unexpected_keys`` that the model lacks. The latter
+        are also warned of: they were not loaded.
 
     Raises:
-        TypeError: an argument or an entry is of a wrong type; nothing has changed then.
-        ValueError: an entry does not fit (shape, dtype, no memory), or is missing or left over with ``strict=True``, or
-            a state of an optimizer is in no known format; nothing has changed then.
-        RuntimeError: a parameter cannot be stepped by its optimizer; nothing has changed then.
+        TypeError: an argument or an entry is of a wrong type, an optimizer is none of this package, or the model is
+            wrapped in FullyShardedDataParallel (FSDP1).
+        ValueError: an entry's shape is not the model's, a parameter's is not float32 or has no memory; ``strict=True``,
+            and there are such keys; two entries have one name; a state of an optimizer is in no known format.
+        RuntimeError: a parameter cannot be stepped by its optimizer.
+        Nothing has changed then, in any of the optimizers. An interrupt leaves every entry loaded or as it was.
     """
     correcting: list[Any] = list(optimizers)
     _check_optimizers(correcting)
     _validate.check_bool("strict", strict)
+    _validate.check_bool("broadcast_from_rank0", broadcast_from_rank0)
     _check_model(model)
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict is a {type(state_dict).__name__}; allowed is a dict of names and tensors")
-    model = _unwrapped(model)
-    targets = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    if strict and targets.keys() != state_dict.keys():
-        missing = sorted(targets.keys() - state_dict.keys())
-        unexpected = sorted(map(str, state_dict.keys() - targets.keys()))
-        raise ValueError(f"state_dict lacks {missing} and holds {unexpected}, which the model lacks; allowed with "
-                         "strict=True are the model's own entries")  # fmt: skip
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets = {key: target for key, target in targets.items() if key in state_dict}
+    clean = _names_without_wrappers(model)
+    held = model.state_dict(keep_vars=True).items()
+    targets = {clean(key): value for key, value in held if isinstance(value, Tensor)}
+    state_dict = _by_names_of(state_dict, targets)
+    known = _described_by_rank_0(state_dict) if broadcast_from_rank0 else state_dict
+    missing, unexpected = sorted(targets.keys() - known.keys()), sorted(known.keys() - targets.keys())
+    if strict and (missing or unexpected):
+        raise ValueError(
+            f"state_dict lacks {missing} and holds {unexpected}, which the model lacks; allowed with strict=True are "
+            "the model's own names"
+        )
+    if unexpected:
+        warnings.warn(
+            f"{len(unexpected)} of {len(known)} entries of state_dict are not loaded, as the model lacks them: "
+            f"{', '.join(unexpected[:4])}{', ...' if len(unexpected) > 4 else ''}",
+            stacklevel=3,
+        )
+    parameters = {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, target in targets.items():
-        _check_entry(key, state_dict[key], target, key in parameters)
+        if key not in known:
+            continue
+        _check_entry(key, known[key], target, key in parameters, broadcast_from_rank0)
+
     owners = {id(p): optimizer for optimizer in correcting for group in optimizer.param_groups for p in group["params"]}
-    owned = {id(target): (owners[id(target)], target) for target in targets.values() if id(target) in owners}
+    owned = {id(p): (owners[id(p)], p) for key, p in targets.items() if key in known and id(p) in owners}
     states = _states_for_new_weights(list(owned.values()))
     for key, target in targets.items():
-        state = states.get(id(target))
-        _set_weights(target.detach(), state_dict[key].detach(), None if state is None else state[CORRECTION])
+        if key not in known:
+            continue
+        value = _from_rank_0(state_dict.get(key), known[key], target) if broadcast_from_rank0 else state_dict[key]
+        value = _parameters.part_for(value.detach(), target)
+        _set_local(target, value, states.get(id(target)))
     for optimizer in correcting:
         optimizer.recompute_param_stats()
+    return IncompatibleKeys(missing, unexpected)
+
+
+@torch.no_grad()
+def set_weights(target: Tensor, weights: Tensor, optimizer: Any) -> None:
+    """New values of a parameter or buffer, their rest into the correction that ``optimizer`` keeps (None: nowhere).
+
+    Of a sharded parameter, ``weights`` are this process's part.
+    """
+    _set_local(target, weights, None if optimizer is None else optimizer._state_with_correction(target))
+
+
+def _set_local(target: Tensor, weights: Tensor, state: Mapping[str, Any] | None) -> None:
+    """Parameter and correction or, where an interrupt comes between, neither."""
+    local = _parameters.plain(target).detach()
+    if state is None:
+        local.copy_(weights)
+        return
+    correction = _parameters.plain(state[CORRECTION])
+    exact = torch.empty_like(correction, dtype=torch.float32).copy_(weights)
+    narrow, rest = torch.empty_like(correction, dtype=target.dtype), torch.empty_like(correction)
+    _ops.split_weights_(exact, narrow, rest, int(_MASTER_OF_DTYPE[correction.dtype]))
+    before = local.clone(), correction.clone()
+    try:
+        local.copy_(narrow)
+        correction.copy_(rest)
+    except BaseException:
+        local.copy_(before[0])
+        correction.copy_(before[1])
+        raise
 
 
 def _check_optimizers(optimizers: Sequence[Any]) -> None:
@@ -162,9 +242,12 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
 
 
-def _check_entry(key: str, value: Any, target: Tensor, is_parameter: bool) -> None:
+def _check_entry(key: str, value: Any, target: Tensor, is_parameter: bool, is_described: bool) -> None:
     name = f"state_dict[{key!r}]"
-    _check_tensor(name, value)
+    if isinstance(value, Tensor) and value.device.type == "meta" and is_described:
+        pass  # rank 0's, of which the others know as much
+    else:
+        _check_tensor(name, value)
     _check_same_shape(name, value, "the model's", target)
     if is_parameter and value.dtype != torch.float32:
         raise ValueError(f"{name} has dtype {value.dtype}; allowed for a parameter is torch.float32")
@@ -172,8 +255,6 @@ def _check_entry(key: str, value: Any, target: Tensor, is_parameter: bool) -> No
         raise ValueError(f"{name} has dtype {value.dtype}; allowed is a real one, as the model's {target.dtype}")
     if target.device.type == "meta":
         raise ValueError(f"the model's {key!r} is on device meta, and has no values; allowed is a device with memory")
-    if _parameters.is_sharded(value) and not _parameters.is_sharded(target):
-        raise ValueError(f"{name} is a DTensor; allowed for a plain tensor of the model is a plain tensor")
 
 
 def _states_for_new_weights(owned: Sequence[tuple[Any, Tensor]]) -> dict[int, dict[str, Any] | None]:
@@ -202,24 +283,31 @@ def _states_for_new_weights(owned: Sequence[tuple[Any, Tensor]]) -> dict[int, di
     return states
 
 
-def _set_weights(target: Tensor, value: Tensor, correction: Tensor | None) -> None:
-    """Both or, where an interrupt comes between, neither."""
-    value = value.to(target.device)
-    if correction is None:
-        target.copy_(value)
-        return
-    weights = torch.empty_like(correction, dtype=torch.float32).copy_(value)
-    narrow = torch.empty_like(correction, dtype=target.dtype)
-    rest = torch.empty_like(correction)
-    _ops.split_weights_(weights, narrow, rest, int(_MASTER_OF_DTYPE[correction.dtype]))
-    before = target.clone(), correction.clone()
-    try:
-        target.copy_(narrow)
-        correction.copy_(rest)
-    except BaseException:
-        target.copy_(before[0])
-        correction.copy_(before[1])
-        raise
+def _is_rank_0() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _described_by_rank_0(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries of rank 0's dict without memory: what all processes check before any of them changes something."""
+    import torch.distributed as dist
+
+    said: list[Any] = [{key: (tuple(value.shape), value.dtype) for key, value in state_dict.items()}]
+    dist.broadcast_object_list(said, src=0)
+    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in said[0].items()}
+
+
+def _from_rank_0(value: Tensor | None, described: Tensor, target: Tensor) -> Tensor:
+    """One whole entry of rank 0's dict."""
+    import torch.distributed as dist
+
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else _parameters.plain(target).device
+    if not _is_rank_0() or value is None:
+        held = torch.empty(described.shape, dtype=described.dtype, device=device)
+    else:
+        held = _parameters.plain(value).detach().to(device).contiguous()
+    dist.broadcast(held, src=0)
+    return held
 
 
 def _states_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[int, dict[str, Any]]:
@@ -237,20 +325,75 @@ def _dtypes_by_parameter(optimizers: tuple[torch.optim.Optimizer, ...]) -> dict[
 
 def _with_correction(name: str, param: Tensor, correction: Tensor, belongs_to: torch.dtype) -> Tensor:
     """The fp32 weights of a parameter whose correction was made for a dtype: those that the next step goes on from."""
+    local, held = _parameters.plain(param).detach(), _parameters.plain(correction)
+    before = local.to(belongs_to)
     if belongs_to == param.dtype:
-        return reconstruct_fp32_param(param, correction)
-    before = param.detach().to(belongs_to)
-    if param.dtype == torch.bfloat16 or not torch.equal(before.to(param.dtype), param):
+        weights = reconstruct_fp32_param(local, held)
+    elif param.dtype == torch.bfloat16 or not torch.equal(before.to(param.dtype), local):
         warn_of_correction(CorrectionFate.LOST, f"parameter {name!r}", param.dtype, belongs_to)
-        return param.detach().float()
-    return reconstruct_fp32_param(before, correction)
+        weights = local.float()
+    else:
+        weights = reconstruct_fp32_param(before, held)
+    return _parameters.wrap(_parameters.local(param), weights, tuple(param.shape), f"parameter {name!r}")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        wrapped: nn.Module = model.module
-        return wrapped
-    return model
+class IncompatibleKeys(NamedTuple):
+    """What did not fit when weights were loaded, as ``torch.nn.Module.load_state_dict()`` gives it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def _names_without_wrappers(model: nn.Module) -> Callable[[str], str]:
+    """From a name in ``model.state_dict()`` to the one that it has without wrappers, wherever in the model they are.
+
+    Raises:
+        TypeError: the model is wrapped in FullyShardedDataParallel (FSDP1).
+    """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise TypeError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters are pieces of several of "
+            "the model's; allowed is FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
+    wrapped = set()  # names of what wrappers hold
+    for name, module in model.named_modules(remove_duplicate=False):
+        inner = _wrapped_attribute(module)
+        if inner is not None:
+            wrapped.add(f"{name}.{inner}" if name else inner)
+
+    def clean(key: str) -> str:
+        if not wrapped:
+            return key
+        parts = key.split(".")
+        kept = (part for position, part in enumerate(parts, 1) if ".".join(parts[:position]) not in wrapped)
+        return ".".join(kept)
+
+    return clean
+
+
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    """Under which name a wrapper holds what it wraps; None: it is no wrapper."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    # By name: importing torch._dynamo takes seconds.
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod") else None
+
+
+def _by_names_of(state_dict: Mapping[str, Tensor], targets: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Entries under the names of ``targets``, where they have them but for wrappers."""
+    result: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = key
+        if name not in targets:
+            name = ".".join(part for part in key.split(".") if part != "_orig_mod")
+            while name not in targets and name.startswith("module."):
+                name = name.removeprefix("module.")
+            if name not in targets:
+                name = key
+        if name in result:
+            raise ValueError(f"state_dict holds {name!r} twice, once as {key!r}; allowed is one entry")
+        result[name] = value
+    return result
 
 
 def _check_narrow(name: str, tensor: Tensor) -> None:

@@ -6,8 +6,8 @@
 #include "flashoptim/core/place.h"
 #include "flashoptim/cuda.h"
 #include "src/cpu/kernels.h"
+#include "src/cuda/hot_formats.h"
 #include "src/cuda/tuning.h"
-#include "src/place.h"
 
 namespace flashoptim::cuda {
 
@@ -170,54 +170,24 @@ struct ConvertArguments {
 /// device, and launches nothing. Returns cudaError_t as int.
 using StepLaunch = int (*)(const StepArguments& arguments, void* stream);
 
-/// The step kernels of a rule.
+/// The step kernels of a rule: kernel i < kHotKernels is that of kHotFormats[i].
 enum StepKernel : int {
-  // src/cuda/hot_unit-inl.cuh: default codec, gradients of the parameter's type.
-  kHotBFloat16Correction8,
-  kHotBFloat16Correction16,
-  kHotFloat16Correction8,
-  kHotBFloat16,
-  kHotBFloat16Stochastic,
-  kHotBFloat16Correction8Runs,  ///< the first of them for shards in runs
-  kHotKernels,
-  // One format each, gradients of the parameter's type.
-  kDefaultBFloat16Correction8 = kHotKernels,  ///< for groups of fewer than 32 elements, which the hot ones leave
-  kPaperBFloat16,
-  kPaperBFloat16Nearest8,
-  // Any types and master weights: one for each codec.
+  kHotKernels = kHotFormatCount,
+  /// bf16 with 24 bits and its gradients, default codec, rows or runs that end in short groups.
+  kShortGroups = kHotKernels,
+  /// Any types and master weights: one for each codec.
   kAnyTypes,
   kStepKernels = kAnyTypes + cpu::kCodecs,
 };
 
 inline StepKernel step_kernel_of(const ParameterTensors& t, int states, const TensorGroups& groups) {
-  const auto any = static_cast<StepKernel>(kAnyTypes + static_cast<int>(t.state_codec));
-  if (states == 0 || t.gradient_dtype != t.parameter_dtype) return any;
-  const bool is_default = t.state_codec == StateCodec::kDefault, is_paper = t.state_codec == StateCodec::kPaper;
-  const bool has_short_groups = groups.in_pieces || (t.layout.rows > 1 && t.layout.row_size % kGroupSize != 0);
-  if (t.parameter_dtype == DType::kFloat16) {
-    const bool is_hot = is_default && !has_short_groups && t.master_weights == MasterWeights::kCorrection8;
-    return is_hot ? kHotFloat16Correction8 : any;
-  }
-  if (t.parameter_dtype != DType::kBFloat16) return any;
-  switch (t.master_weights) {
-    case MasterWeights::kNone:
-      return is_paper ? kPaperBFloat16 : is_default && !has_short_groups ? kHotBFloat16 : any;
-    case MasterWeights::kNoneStochastic:
-      return is_default && !has_short_groups ? kHotBFloat16Stochastic : any;
-    case MasterWeights::kCorrection8: {
-      if (!is_default) return any;
-      const bool full_runs = groups.in_pieces && groups.pieces.lane == 0 && groups.pieces.run % kGroupSize == 0;
-      if (full_runs) return kHotBFloat16Correction8Runs;
-      return has_short_groups ? kDefaultBFloat16Correction8 : kHotBFloat16Correction8;
-    }
-    case MasterWeights::kCorrection16:
-      return is_default && !has_short_groups ? kHotBFloat16Correction16 : any;
-    case MasterWeights::kCorrection8Nearest:
-      return is_paper ? kPaperBFloat16Nearest8 : any;
-    case MasterWeights::kCorrection16Nearest:
-      return any;
-  }
-  return any;
+  const int hot = hot_format_of(t, states, groups);
+  if (hot >= 0) return static_cast<StepKernel>(hot);
+  const bool is_known = states > 0 && t.state_codec == StateCodec::kDefault &&
+                        t.master_weights == MasterWeights::kCorrection8 && t.parameter_dtype == DType::kBFloat16 &&
+                        t.gradient_dtype == DType::kBFloat16;
+  if (is_known) return kShortGroups;
+  return static_cast<StepKernel>(kAnyTypes + static_cast<int>(t.state_codec));
 }
 
 struct StepLaunches {

@@ -1,5 +1,5 @@
-// The hot path's memory: what the tiles of a tensor share, a tile in stored form on its way, words of 16 elements,
-// tables. hot_unit-inl.cuh says what the hot path is.
+// The hot path's memory: what the tiles of a tensor share, a tile in stored form on its way, words of 16 elements.
+// hot_unit-inl.cuh says what the hot path is.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -25,12 +25,8 @@ struct VarianceBounds<Rule, true> {
   static __device__ __forceinline__ bool hold(const typename Rule::Hyper& h) { return Rule::variance_bounds(h); }
 };
 
-/// Whether a tensor's groups follow each other in the whole, or are those of runs (core/place.h), none of them short.
-enum class HotGroups { kInOneStretch, kInRuns };
-
-/// Bits of a correction; 0: none.
-template <MasterWeights kMaster>
-inline constexpr int kHotBits = core::has_correction(kMaster) ? core::correction_bits(kMaster) : 0;
+template <DType kDType>
+using NarrowOf = std::conditional_t<kDType == DType::kBFloat16, core::BFloat16, core::Float16>;
 
 __device__ __forceinline__ const TensorEntry& entry_of(const StepArguments& args, int32_t tensor) {
   return args.tensors != nullptr ? args.tensors[tensor] : args.inline_tensor;
@@ -40,11 +36,14 @@ __device__ __forceinline__ const PreparedHyper* hyper_of(const StepArguments& ar
   return (args.hypers != nullptr ? args.hypers : args.inline_hypers) + t.hyper_index;
 }
 
+/// inverse_root_scale(x) = (kTop - (x >> 1)) & mask = ~((x - 2 kTop - 2) >> 1) & mask: what x is shifted by.
+inline constexpr uint32_t kRootShift = 0u - 2u * ((255u << 23) - (127u << 22));
+
 /// What the tiles of one tensor share, in shared memory: registers are for elements. Addresses are those of a segment
 /// of 2^kSegmentBits groups, so that offsets have 32 bits.
-template <core::Rule Rule>
+template <core::Rule Rule, class Format>
 struct alignas(16) HotContext {
-  using Slots = core::SlotCodecs<Rule, StateCodec::kDefault>;
+  using Slots = core::SlotCodecs<Rule, Format::kCodec>;
   unsigned char* parameter;
   const unsigned char* gradient;
   unsigned char* correction;
@@ -54,15 +53,16 @@ struct alignas(16) HotContext {
   PreparedHyper prepared;
   /// Starts of the dither's streams, but for the group's hash.
   uint32_t phase[Rule::kSlotCount], phase_weight;
+  /// Constants from memory: what the compiler knows it adds apart from the rest, or moves to registers again and again.
+  uint32_t root_shift, minus_largest;  ///< kRootShift, FixedCorrection's
   uint32_t full;  ///< groups before this one are full and lie at 32 times their number, on addresses for vectors
   bool active;
   /// kInRuns alone, which has no first_index: the segment's first group, and what runs are.
   int64_t first_group, groups_per_run, stride, first_element;
 
   /// First element of a group of the segment in the whole: core::PlacedGroups::piece, where all groups are full.
-  template <HotGroups kGroups>
   __device__ __forceinline__ uint64_t index_of(uint32_t group) const {
-    if constexpr (kGroups == HotGroups::kInOneStretch) {
+    if constexpr (Format::kGroups == HotGroups::kInOneStretch) {
       return first_index + static_cast<uint64_t>(group) * static_cast<uint32_t>(kGroupSize);
     } else {
       const int64_t in_tensor = first_group + group;
@@ -75,7 +75,6 @@ struct alignas(16) HotContext {
   }
 
   /// Every thread of the warp calls it.
-  template <MasterWeights kMaster, HotGroups kGroups>
   __device__ __forceinline__ void open(const StepArguments& args, int32_t tensor, uint32_t segment, int thread) {
     const TensorEntry& t = entry_of(args, tensor);
     const PreparedHyper* hyper = hyper_of(args, t);
@@ -86,14 +85,14 @@ struct alignas(16) HotContext {
     if (thread == 0) {
       const int64_t segment_group = static_cast<int64_t>(segment) << kSegmentBits;
       const int64_t first = segment_group * kGroupSize;
-      parameter = static_cast<unsigned char*>(t.parameter) + first * 2;
-      gradient = static_cast<const unsigned char*>(t.gradient) + first * 2;
-      correction = static_cast<unsigned char*>(t.correction) + first * (kHotBits<kMaster> / 8);
+      parameter = static_cast<unsigned char*>(t.parameter) + first * Format::kParameterBytes;
+      gradient = static_cast<const unsigned char*>(t.gradient) + first * Format::kGradientBytes;
+      correction = static_cast<unsigned char*>(t.correction) + first * Format::kCorrectionBytes;
       for (int k = 0; k < Rule::kSlotCount; ++k) {
         states[k] = static_cast<unsigned char*>(t.states[k]) + first;
         scales[k] = t.scales[k] + segment_group;
       }
-      if constexpr (kGroups == HotGroups::kInOneStretch) {
+      if constexpr (Format::kGroups == HotGroups::kInOneStretch) {
         first_index = static_cast<uint64_t>(t.first_element + first);
       } else {
         first_group = segment_group;
@@ -106,6 +105,8 @@ struct alignas(16) HotContext {
         constexpr int k = decltype(index)::value;
         phase[k] = core::dither_group_start<Slots::stream(k), float>(key, 0u);
       });
+      root_shift = kRootShift;
+      minus_largest = Format::kCorrectionBytes == 1 ? 0x81u : 0x8001u;
       phase_weight = core::dither_group_start<core::DitherStream::kWeight, float>(key, 0u);
       active = t.gradient != nullptr && !hyper->skip;
       const int64_t left = t.numel / kGroupSize - segment_group;
@@ -119,25 +120,15 @@ struct alignas(16) HotContext {
 
   /// Whether the hot path may take a tile.
   __device__ __forceinline__ bool takes(uint32_t first, int count) const {
-    return count >= kWarpGroups && first + kWarpGroups <= full;
+    return (count >= kWarpGroups) & (first + kWarpGroups <= full);  // && would make branches
   }
 };
 
-/// 16 codes, corrections or halves of them.
+/// 16 codes, corrections, parameters or gradients.
 template <int kWords>
 struct HotWords {
   uint32_t w[kWords];
 };
-
-/// Without the hint that the other kernels' stores have: with it, 268 M take 0.8 % longer.
-template <int kWords>
-__device__ __forceinline__ void hot_store(unsigned char* p, const HotWords<kWords>& words) {
-#pragma unroll
-  for (int j = 0; j < kWords / 4; ++j) {
-    reinterpret_cast<uint4*>(p)[j] =
-        make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]);
-  }
-}
 
 /// 2^exponent as a factor: a product and a sum are one instruction, but the compiler would make a shift and a sum of
 /// them.
@@ -151,17 +142,15 @@ __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t sel
   return __byte_perm(a, b, selector);
 }
 
-/// min(max(a, 0), largest) of signed numbers.
-__device__ __forceinline__ uint32_t clamp_from_zero(uint32_t a, uint32_t largest) {
-  return static_cast<uint32_t>(__vimin_s32_relu(static_cast<int>(a), static_cast<int>(largest)));
-}
-
-/// The top bytes of 16 words.
-__device__ __forceinline__ HotWords<4> pack_top_bytes(const uint32_t (&t)[kHotUnit]) {
+/// Bytes of 16 words, the lowest being 0.
+template <uint32_t kByte>
+__device__ __forceinline__ HotWords<4> pack_bytes(const uint32_t (&t)[kHotUnit]) {
+  constexpr uint32_t kOfBoth = kByte | (kByte + 4u) << 4;
   HotWords<4> out;
 #pragma unroll
   for (int j = 0; j < kHotUnit / 4; ++j) {
-    out.w[j] = permute(permute(t[4 * j], t[4 * j + 1], 0x0073u), permute(t[4 * j + 2], t[4 * j + 3], 0x0073u), 0x5410u);
+    const uint32_t low = permute(t[4 * j], t[4 * j + 1], kOfBoth);
+    out.w[j] = permute(low, permute(t[4 * j + 2], t[4 * j + 3], kOfBoth), 0x5410u);
   }
   return out;
 }
@@ -178,80 +167,6 @@ __device__ __forceinline__ HotWords<8> pack_top_halves(const uint32_t (&t)[kHotU
 __device__ __forceinline__ uint32_t byte_of(const HotWords<4>& words, int i) {
   return permute(words.w[i / 4], 0u, 0x4440u + i % 4);
 }
-
-/// table[byte i of 16]; `table` is an address in shared memory. The dot product picks the byte, scales it and adds.
-/// (The asm does not say that it reads memory: it stays behind the table's filling because the words are loaded behind
-/// it.)
-__device__ __forceinline__ float look_up(uint32_t table, const HotWords<4>& words, int i) {
-  const uint32_t address = __dp4a(words.w[i / 4], 4u << (8 * (i % 4)), table);
-  float value;
-  asm("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
-  return value;
-}
-
-/// What codes stand for, by core's formulas, in shared memory: a look-up is 2 instructions for 4 to 7.
-template <core::Rule Rule, class Narrow, MasterWeights kMaster>
-struct HotTables {
-  static constexpr int kBits = kHotBits<kMaster>;
-  using Slots = core::SlotCodecs<Rule, StateCodec::kDefault>;
-
-  /// Of slot k: one, or one for each K where groups choose it.
-  static FLASHOPTIM_HD constexpr int tables_of(int k) { return Rule::kSlots[k].mantissa_bits == 0 ? 4 : 1; }
-  /// Signed slots of one codec share their tables: the first such slot's.
-  static FLASHOPTIM_HD constexpr int owner(int k) {
-    for (int other = 0; other < k; ++other) {
-      if (Slots::is_signed(other) && Rule::kSlots[other].mantissa_bits == Rule::kSlots[k].mantissa_bits) return other;
-    }
-    return k;
-  }
-  /// Tables of the slots before slot `end`.
-  static FLASHOPTIM_HD constexpr int tables_before(int end) {
-    int tables = 0;
-    for (int k = 0; k < end; ++k) tables += Slots::is_signed(k) && owner(k) == k ? tables_of(k) : 0;
-    return tables;
-  }
-  template <int k>
-  static constexpr int kFirstTable = tables_before(owner(k));
-  static constexpr int kTables = tables_before(Rule::kSlotCount);
-
-  float fraction[kBits == 8 ? 256 : 1];             ///< (c / N) * (half an ULP of 1), by the correction's byte
-  float magnitude[kTables > 0 ? kTables : 1][256];  ///< x / G with its sign, by table and code
-
-  /// Every thread of the block calls it, and waits for the others.
-  __device__ __forceinline__ void fill() {
-    for (uint32_t i = threadIdx.x; i < 256u; i += kHotThreads) {
-      const uint32_t code = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(i)));
-      if constexpr (kBits == 8) {
-        fraction[i] = core::correction_fraction<8>(core::int_to_float(code)) * core::half_ulp_of_unit_scale<Narrow>();
-      }
-      Slots::for_each([&](auto index) {
-        constexpr int k = decltype(index)::value;
-        if constexpr (Slots::is_signed(k)) {
-          using MuLaw = typename Slots::template Of<k>::MuLaw;
-#pragma unroll
-          for (uint32_t choice = 0; choice < tables_of(k); ++choice) {
-            if constexpr (tables_of(k) > 1) {
-              magnitude[kFirstTable<k> + choice][i] =
-                  MuLaw::template decode<float>(code, MuLaw::template group<float>(choice));
-            } else {
-              magnitude[kFirstTable<k>][i] = MuLaw::template decode<float>(code);
-            }
-          }
-        }
-      });
-    }
-    __syncthreads();
-  }
-  __device__ __forceinline__ uint32_t fractions() const {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(fraction));
-  }
-  /// Of slot k, by the choice in a group's header.
-  template <int k>
-  __device__ __forceinline__ uint32_t magnitudes(uint32_t choice) const {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(magnitude[kFirstTable<k>])) +
-           choice * static_cast<uint32_t>(sizeof magnitude[0]);
-  }
-};
 
 /// 16 bytes from device to shared memory, in the background where the hardware can. (A hint to fetch 128 or 256 bytes
 /// to L2 changes nothing, or costs 0.3 %.)
@@ -281,78 +196,96 @@ struct HotHeaders {
   uint32_t of[Rule::kSlotCount] = {};
 };
 
-/// Where the q-th 16 bytes of a tile stand, if a thread takes two in a row: so that neither way of access has
+/// Where the q-th 16 bytes of a tile stand, if a thread takes kQuads in a row: so that neither way of access has
 /// conflicts.
-__device__ __forceinline__ int place(int q) { return q ^ (q >> 3 & 1); }
+template <int kQuads>
+__device__ __forceinline__ int place(int q) {
+  static_assert(kQuads == 1 || kQuads == 2 || kQuads == 4);
+  return q ^ (q >> 3 & (kQuads - 1));
+}
+
+/// 32 kQuads quads to shared memory, from the warp's first one.
+template <int kQuads>
+__device__ __forceinline__ void fetch_quads(uint4* to, const unsigned char* from, int thread) {
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) copy_16(&to[place<kQuads>(32 * j + thread)], from + 512 * j);
+}
+
+/// A thread's quads of them.
+template <int kQuads>
+__device__ __forceinline__ HotWords<4 * kQuads> take_quads(const uint4* from, int thread) {
+  HotWords<4 * kQuads> out;
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j) {
+    const uint4 v = from[place<kQuads>(kQuads * thread + j)];
+    out.w[4 * j] = v.x;
+    out.w[4 * j + 1] = v.y;
+    out.w[4 * j + 2] = v.z;
+    out.w[4 * j + 3] = v.w;
+  }
+  return out;
+}
+
+/// Stores a thread's quads, `p` being the warp's first: several so that the warp writes whole sectors, through the
+/// stage that they came from. (Without the hint that the other kernels' stores have: with it, 268 M take 0.8 % longer.)
+template <int kWords>
+__device__ __forceinline__ void store_quads(unsigned char* p, const HotWords<kWords>& words, uint4* through,
+                                            int thread) {
+  constexpr int kQuads = kWords / 4;
+  uint4* const quads = reinterpret_cast<uint4*>(p);
+  const auto quad = [&words](int j) {
+    return make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]);
+  };
+  if constexpr (kQuads == 1) {
+    quads[thread] = quad(0);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) through[place<kQuads>(kQuads * thread + j)] = quad(j);
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) quads[32 * j + thread] = through[place<kQuads>(32 * j + thread)];
+  }
+}
 
 /// The stored form of a warp's tile, on its way while the warp computes the tile before. (Loads into registers would be
 /// moved down to their uses by the compiler, which waits three times for memory.)
-template <core::Rule Rule, MasterWeights kMaster>
+template <core::Rule Rule, class Format>
 struct HotStage {
-  static constexpr int kCorrectionQuads = kHotBits<kMaster> / 8;
-  uint4 parameter[64];
-  uint4 gradient[64];
+  /// Quads of a thread: 16 elements.
+  static constexpr int kParameterQuads = Format::kParameterBytes, kGradientQuads = Format::kGradientBytes;
+  static constexpr int kCorrectionQuads = Format::kCorrectionBytes;
+  uint4 parameter[32 * kParameterQuads];
+  uint4 gradient[32 * kGradientQuads];
   uint4 correction[kCorrectionQuads > 0 ? 32 * kCorrectionQuads : 1];
   uint4 states[Rule::kSlotCount][32];
 
-  __device__ __forceinline__ HotHeaders<Rule> fetch(const HotContext<Rule>& context, uint32_t first_group, int thread) {
+  __device__ __forceinline__ HotHeaders<Rule> fetch(const HotContext<Rule, Format>& context, uint32_t first_group,
+                                                    int thread) {
     __syncwarp();  // all have read what stood here
-    const uint32_t first = first_group * static_cast<uint32_t>(kGroupSize) + static_cast<uint32_t>(thread) * 8u;
-    const uint32_t first_code = first_group * static_cast<uint32_t>(kGroupSize) + static_cast<uint32_t>(thread) * 16u;
-    const unsigned char* p = context.parameter + static_cast<uint64_t>(first) * 2u;
-    const unsigned char* g = context.gradient + static_cast<uint64_t>(first) * 2u;
+    const uint32_t first = first_group * static_cast<uint32_t>(kGroupSize);
+    const auto at = [first, thread](const unsigned char* base, uint32_t bytes) {
+      return base + static_cast<uint64_t>(first) * bytes + thread * 16;
+    };
+    // All addresses before the first copy: the compiler sets three empty instructions between a look into shared memory
+    // and a copy behind it.
+    const unsigned char* const p = at(context.parameter, Format::kParameterBytes);
+    const unsigned char* const g = at(context.gradient, Format::kGradientBytes);
+    const unsigned char* const c = kCorrectionQuads > 0 ? at(context.correction, Format::kCorrectionBytes) : nullptr;
+    const unsigned char* s[Rule::kSlotCount];
     HotHeaders<Rule> headers;
     const uint32_t group = first_group + static_cast<uint32_t>(thread / kHotThreadsPerGroup);
 #pragma unroll
     for (int k = 0; k < Rule::kSlotCount; ++k) {
+      s[k] = at(context.states[k], 1);
       headers.of[k] = __ldcs(context.scales[k] + group);
-      copy_16(&states[k][thread], context.states[k] + first_code);
     }
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      copy_16(&parameter[place(32 * j + thread)], p + 512 * j);
-      copy_16(&gradient[place(32 * j + thread)], g + 512 * j);
-    }
-    if constexpr (kCorrectionQuads == 1) {
-      copy_16(&correction[thread], context.correction + first_code);
-    } else if constexpr (kCorrectionQuads == 2) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        copy_16(&correction[place(32 * j + thread)], context.correction + static_cast<uint64_t>(first) * 2u + 512 * j);
-      }
-    }
+    for (int k = 0; k < Rule::kSlotCount; ++k) fetch_quads<1>(states[k], s[k], thread);
+    fetch_quads<kParameterQuads>(parameter, p, thread);
+    fetch_quads<kGradientQuads>(gradient, g, thread);
+    if constexpr (kCorrectionQuads > 0) fetch_quads<kCorrectionQuads>(correction, c, thread);
     return headers;
   }
-
-  /// A thread's one or two of them.
-  template <int kQuads>
-  static __device__ __forceinline__ HotWords<4 * kQuads> take(const uint4* from, int thread) {
-    HotWords<4 * kQuads> out;
-#pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      const uint4 v = from[kQuads == 1 ? thread : place(2 * thread + j)];
-      out.w[4 * j] = v.x;
-      out.w[4 * j + 1] = v.y;
-      out.w[4 * j + 2] = v.z;
-      out.w[4 * j + 3] = v.w;
-    }
-    return out;
-  }
 };
-
-/// Stores two quads a thread so that the warp writes whole sectors: through the stage that they came from.
-__device__ __forceinline__ void store_pairs(unsigned char* p, const HotWords<8>& words, uint4* through, int thread) {
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const uint4 quad = make_uint4(words.w[4 * j], words.w[4 * j + 1], words.w[4 * j + 2], words.w[4 * j + 3]);
-    through[place(2 * thread + j)] = quad;
-  }
-  __syncwarp();
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const int q = 32 * j + thread;
-    reinterpret_cast<uint4*>(p)[q] = through[place(q)];
-  }
-}
 
 }  // namespace flashoptim::cuda

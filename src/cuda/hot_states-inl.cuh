@@ -1,12 +1,33 @@
-// The hot path's states: 16 elements of every slot, in the default codec. hot_unit-inl.cuh says what the hot path is.
+// The hot path's states: 16 elements of every slot. hot_unit-inl.cuh says what the hot path is. Here those of the
+// default codec; hot_paper-inl.cuh has the paper's.
+//
+//   struct SomeStates {
+//     HotWords<4> codes[kSlotCount];  uint32_t header[kSlotCount];   // as stored
+//     float value[kSlotCount][16];    // what is stored, once it is decoded; the new states; what is coded of them
+//     bool decode(tables);            // false where this way does not hold
+//     void note<Lane>(int i, HotFindings&);   // after element i: what headers are made of, what is not for the hot
+//     path bool in_range<Lane>();          // after all: whether encode() gives core's bits void encode(starts); //
+//     starts(SlotIndex): the slots' dither
+//   };
 #pragma once
 
-#include "src/cuda/hot_memory-inl.cuh"
+#include "src/cuda/hot_tables-inl.cuh"
 
 namespace flashoptim::cuda {
 
 /// Whether a word of codes has a byte 0.
 __device__ __forceinline__ bool has_zero_byte(uint32_t w) { return ((w - 0x01010101u) & ~w & 0x80808080u) != 0u; }
+
+/// What was found in a thread's elements.
+struct HotFindings {
+  bool ok = true;
+  bool has_zeros = false;
+  float poison = 0.0f;  ///< NaN once something is not finite
+};
+
+/// Whether a rule says that update() divides every slot that is relative to a variance, which has then looked at it.
+template <core::Rule Rule>
+inline constexpr bool kDividesRelative = requires { requires Rule::kDividesRelative; };
 
 /// What headers are made of, over a thread's 16 values of a slot, and what shows that they are none for the hot path.
 struct HotExtremes {
@@ -25,10 +46,11 @@ struct HotExtremes {
   }
 };
 
-/// States of 16 elements: `value` is what is stored once it is decoded, then the new states, then what is coded of
-/// them.
+template <core::Rule Rule, StateCodec kCodec, bool kZeros>
+struct HotStates;
+
 template <core::Rule Rule, bool kZeros>
-struct HotStates {
+struct HotStates<Rule, StateCodec::kDefault, kZeros> {
   using Slots = core::SlotCodecs<Rule, StateCodec::kDefault>;
   template <int k>
   using Slot = typename Slots::template Of<k>;
@@ -37,6 +59,7 @@ struct HotStates {
   HotWords<4> codes[Rule::kSlotCount];
   uint32_t header[Rule::kSlotCount];
   float value[Rule::kSlotCount][kHotUnit];
+  HotExtremes extremes[Rule::kSlotCount];
 
   /// Codec::decode; without kZeros false where a variance is 0.
   template <class Tables>
@@ -59,19 +82,63 @@ struct HotStates {
     return ok;
   }
 
-  /// Codec::encode of all slots, for variances that are positive and normal, |m| of relative slots of at least 2^-80
-  /// and 2^-96 <= |m| <= 2^40 where groups choose K; or, with kZeros, zeros, and finite m. `extremes` are over this
-  /// thread's values, `starts(SlotIndex)` gives the slots' dither.
+  template <class Lane>
+  __device__ __forceinline__ void note(int i, HotFindings& found) {
+    Slots::for_each([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      const float(&x)[kHotUnit] = value[k];
+      HotExtremes& of = extremes[k];
+      if constexpr (!Slots::is_signed(k)) {
+        if (i % 2 == 1) of.template add_pair<kZeros>(x[i - 1], x[i]);
+        if constexpr (kZeros) {
+          of.smallest_minus_one = core::unsigned_min(of.smallest_minus_one, core::to_bits(x[i]) - 1u);
+          found.has_zeros |= x[i] == 0.0f;
+        }
+      } else if constexpr (!Slots::is_relative(k)) {
+        found.poison = __fmaf_rn(x[i], 0.0f, found.poison);
+        if constexpr (Slot<k>::kUsesSmallest) {
+          of.largest_value = fmaxf(of.largest_value, fabsf(x[i]));
+          const bool is_zero = kZeros && x[i] == 0.0f;
+          found.has_zeros |= is_zero;
+          of.smallest_value = is_zero ? of.smallest_value : fminf(of.smallest_value, fabsf(x[i]));
+        }
+      } else if constexpr (!kZeros && !kDividesRelative<Rule>) {
+        found.ok &= fabsf(x[i]) >= 0x1p-80f;
+      }
+    });
+  }
+
+  /// Variances positive and normal, |m| of relative slots of at least 2^-80 and 2^-96 <= |m| <= 2^40 where groups
+  /// choose K; or, with kZeros, zeros, and finite m.
+  template <class Lane>
+  __device__ __forceinline__ bool in_range() {
+    bool ok = true;
+    Slots::for_each([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      HotExtremes& of = extremes[k];
+      if constexpr (!Slots::is_signed(k)) {
+        if constexpr (!kZeros) of.smallest_minus_one = of.smallest - 1u;
+        constexpr uint32_t kSmallest = Lane::kKnowsRadicands ? kSmallestRadicand : 0x00800000u;
+        ok = ok && of.smallest_minus_one >= kSmallest - 1u && of.largest <= VarianceBounds<Rule>::kLargest;
+      } else if constexpr (Slot<k>::kUsesSmallest) {
+        ok = ok && of.smallest_value >= 0x1p-96f && of.largest_value <= 0x1p40f;
+      }
+    });
+    return ok;
+  }
+
+  /// Codec::encode of all slots.
   template <class Starts>
-  __device__ __forceinline__ void encode(const HotExtremes (&extremes)[Rule::kSlotCount], const Starts& starts) {
+  __device__ __forceinline__ void encode(const Starts& starts, uint32_t root_shift) {
     Slots::for_each([&](auto index) {
       constexpr int k = decltype(index)::value;
       const uint32_t start = starts(index);
+      const HotExtremes& of = extremes[k];
       if constexpr (!Slots::is_signed(k)) {
-        encode_unsigned<k>(group_int_max<kHotThreadsPerGroup>(extremes[k].largest),
-                           group_unsigned_min<kHotThreadsPerGroup>(extremes[k].smallest_minus_one), start);
+        encode_unsigned<k>(group_int_max<kHotThreadsPerGroup>(of.largest),
+                           group_unsigned_min<kHotThreadsPerGroup>(of.smallest_minus_one), start, root_shift);
       } else if constexpr (Slot<k>::kUsesSmallest) {
-        encode_chosen<k>(extremes[k].largest_value, extremes[k].smallest_value, start);
+        encode_chosen<k>(of.largest_value, of.smallest_value, start);
       } else {
         encode_signed<k>(start);
       }
@@ -96,7 +163,7 @@ struct HotStates {
       ok &= of.base + 255u * of.factor < 0x80000000u;
     } else {
       of.scale = Slot<k>::template decoding<float>(header[k]).factor;
-      of.table = tables.template magnitudes<k>(Slot<k>::kUsesSmallest ? header[k] & 3u : 0u);
+      of.table = tables.template of<k>(Slot<k>::kUsesSmallest ? header[k] & 3u : 0u);
       // (x / G * G) 2^n as x / G * (G 2^n), whose exponent is a sum: exact for G >= 2^-50, where all products are
       // normal and the sum stays in its field.
       constexpr bool kAddsExponents = Slots::is_relative(k) && !kZeros;
@@ -136,24 +203,22 @@ struct HotStates {
 
   /// The patterns are over the whole group. Leaves what is relative to the stored variance in its slot.
   template <int k>
-  __device__ __forceinline__ void encode_unsigned(uint32_t largest, uint32_t smallest_minus_one,
-                                                  uint32_t dither_start) {
+  __device__ __forceinline__ void encode_unsigned(uint32_t largest, uint32_t smallest_minus_one, uint32_t dither_start,
+                                                  uint32_t root_shift) {
     constexpr auto kStream = Slots::stream(k);
-    // inverse_root_scale(x) = (kTop - (x >> 1)) & mask = ~((x - 2 kTop - 2) >> 1) & mask, and depends on the exponent
-    // alone, which the stored value shares with the sum before it is cut.
-    constexpr uint32_t kTop = (255u << 23) - 1u - (127u << 22);
+    // inverse_root_scale() depends on the exponent alone, which the stored value shares with the sum before it is cut.
     // Where m is no zero, its exponent is added to: the complement's top byte is then that of the factor less 127.
-    constexpr uint32_t kShifted = 0u - 2u * (kTop + 1u) + (kZeros ? 0u : 127u << 24);
+    const uint32_t shifted = root_shift + (kZeros ? 0u : 127u << 24);
     header[k] = Slot<k>::template header<float>(largest, smallest_minus_one);
     const auto window = Slot<k>::template encoding<float>(header[k], largest);
     const uint32_t factor = power_of_two(24u - window.shift);
-    const uint32_t offset = 0u - (window.base_minus_one << 24) - kShifted * factor;
+    const uint32_t offset = 0u - (window.base_minus_one << 24) - (shifted << (24u - window.shift));
     const uint32_t right = 32u - window.shift;
     uint32_t top[kHotUnit];
 #pragma unroll
     for (int i = 0; i < kHotUnit; ++i) {
       uint32_t sum =
-          core::to_bits(value[k][i]) + (core::GroupDither::word<kStream>(dither_start, i) >> right) + kShifted;
+          core::to_bits(value[k][i]) + (core::GroupDither::word<kStream>(dither_start, i) >> right) + shifted;
       asm("" : "+r"(sum));  // the compiler would take it apart: ~(a + b) as c - a and a mask, 2 instructions more
       top[i] = sum * factor + offset;
       const bool is_zero = kZeros && value[k][i] == 0.0f;
@@ -163,7 +228,7 @@ struct HotStates {
         if constexpr (Slots::base_of(other) == k) make_relative(value[other][i], sum, is_zero);
       });
     }
-    codes[k] = pack_top_bytes(top);
+    codes[k] = pack_bytes<3>(top);
   }
 
   static __device__ __forceinline__ void make_relative(float& m, uint32_t sum, bool is_zero) {
@@ -196,7 +261,7 @@ struct HotStates {
       if constexpr (kZeros) code = m == 0.0f ? 0u : code;
       top[i] = (core::to_bits(m) & 0x80000000u) | code;
     }
-    codes[k] = pack_top_bytes(top);
+    codes[k] = pack_bytes<3>(top);
   }
 
   template <int k>
@@ -209,6 +274,21 @@ struct HotStates {
     const uint32_t most = group_int_max<kHotThreadsPerGroup>(core::to_bits(largest));
     header[k] = Slot<k>::template header<float>(most, most);
     const float inverse = Slot<k>::template encoding<float>(header[k], most).factor;
+    if constexpr (MuLaw::kShift == 17) {
+      // The 7 bits of a code are then the upper ones of a byte of the sum, and signs of another: 3 instructions for
+      // both and 4 words each instead of 7.
+      uint32_t sum[kHotUnit], m[kHotUnit];
+#pragma unroll
+      for (int i = 0; i < kHotUnit; ++i) {
+        m[i] = core::to_bits(value[k][i]);
+        sum[i] = core::to_bits(fabsf(value[k][i]) * inverse + 2.0f) +
+                 (core::GroupDither::word<kStream>(dither_start, i) >> (32 - MuLaw::kShift));
+      }
+      const HotWords<4> magnitudes = pack_bytes<2>(sum), signs = pack_bytes<3>(m);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) codes[k].w[j] = ((magnitudes.w[j] >> 1) & 0x7f7f7f7fu) | (signs.w[j] & 0x80808080u);
+      return;
+    }
     // (bits(y) + (word >> 32 - shift)) >> shift in the top byte, where the bits of 2.0 are shifted out; the dither's
     // other digits cannot carry.
     constexpr uint32_t kFactor = 1u << (24 - MuLaw::kShift);
@@ -221,7 +301,7 @@ struct HotStates {
       const uint32_t code = core::to_bits(y) * kFactor + (core::GroupDither::word<kStream>(dither_start, i) >> 8);
       top[i] = (core::to_bits(m) & 0x80000000u) | code;  // a code is at most 127
     }
-    codes[k] = pack_top_bytes(top);
+    codes[k] = pack_bytes<3>(top);
   }
 };
 

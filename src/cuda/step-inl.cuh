@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "src/cuda/arguments.h"
 #include "src/cuda/hot_unit-inl.cuh"
@@ -233,50 +234,84 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 /// The way out of the hot path, for `count` groups of a warp: a function of its own, so that its registers are not the
 /// hot path's.
-template <core::Rule Rule, class Types>
+template <core::Rule Rule, class Format>
 __device__ __noinline__ void exact_units_apart(const TensorEntry& tensor, const PreparedHyper& prepared,
                                                unsigned long long* nonfinite, int64_t first_group, int count) {
   const TensorContext context{tensor, prepared, nonfinite};
-  const Types types(tensor);
+  const KnownTypes<Format::kParameter, Format::kGradient, Format::kMaster> types(tensor);
   const bool aligned = all_aligned(tensor);
   const int thread = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
   for (int done = 0; done < count; done += 32 / kThreadsPerGroup) {
     const int local = done + thread / kThreadsPerGroup;
-    exact_unit<Rule, StateCodec::kDefault>(context, types, aligned, first_group + local,
-                                           thread % kThreadsPerGroup * kUnit, local < count);
+    exact_unit<Rule, Format::kCodec>(context, types, aligned, first_group + local, thread % kThreadsPerGroup * kUnit,
+                                     local < count);
   }
 }
 
-template <class Narrow>
-inline constexpr DType kDTypeOf = std::is_same_v<Narrow, core::BFloat16> ? DType::kBFloat16 : DType::kFloat16;
-template <class Narrow, MasterWeights kMaster>
-using HotTypes = KnownTypes<kDTypeOf<Narrow>, kDTypeOf<Narrow>, kMaster>;
+/// Whether a device's memory is so fast that core's formulas do not keep up with it: A100, H100 and H200, B200.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || (__CUDA_ARCH__ / 100 == 10))
+inline constexpr bool kHasFastMemory = true;
+#else
+inline constexpr bool kHasFastMemory = false;
+#endif
 
-/// 16-bit weights and gradients of one type, default codec, nothing rounded to nearest but weights without corrections.
-/// Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then as they come, so that all
-/// warps together sweep through memory.
-template <core::Rule Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups>
-__global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
-    hot_kernel(const __grid_constant__ StepArguments args) {
+/// A chunk from a tile's first group on.
+__device__ __forceinline__ HotChunk chunk_of(const HotChunk* chunks, uint32_t tile) {
+  HotChunk chunk = chunks[tile / kWarpTilesPerChunk];
+  const uint32_t offset = tile % kWarpTilesPerChunk * kWarpGroups;
+  chunk.first += offset;
+  chunk.groups -= static_cast<int32_t>(offset);
+  return chunk;
+}
+
+template <core::Rule Rule, class Format>
+__device__ __forceinline__ void exact_tile(const StepArguments& args, const HotChunk& tile,
+                                           const PreparedHyper& prepared) {
+  const int64_t first_group = (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first;
+  exact_units_apart<Rule, Format>(entry_of(args, tile.tensor), prepared, args.nonfinite, first_group,
+                                  tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
+}
+
+/// hot_kernel() by core's formulas alone.
+template <core::Rule Rule, class Format>
+__device__ __forceinline__ void exact_tiles(const StepArguments& args) {
   constexpr uint32_t kWarps = kHotThreads / 32;
-  __shared__ HotContext<Rule> contexts[kWarps][2];
-  __shared__ HotStage<Rule, kMaster> stages[kWarps][2];
-  __shared__ HotTables<Rule, Narrow, kMaster> tables;
+#pragma unroll 1
+  for (uint32_t i = blockIdx.x * kWarps + threadIdx.x / 32; i < args.tile_count; i += gridDim.x * kWarps) {
+    const HotChunk tile = chunk_of(reinterpret_cast<const HotChunk*>(args.chunks), i);
+    const TensorEntry& entry = entry_of(args, tile.tensor);
+    const PreparedHyper& prepared = *hyper_of(args, entry);
+    if (entry.gradient != nullptr && !prepared.skip && tile.groups > 0) exact_tile<Rule, Format>(args, tile, prepared);
+  }
+}
+
+/// What a block of hot_tiles() shares.
+template <core::Rule Rule, class Format>
+struct HotShared {
+  static constexpr int kWarps = kHotThreads / 32;
+  HotContext<Rule, Format> contexts[kWarps][2];
+  HotStage<Rule, Format> stages[kWarps][2];
+  HotTables<Rule, Format> tables;
+};
+/// What a block may have without asking for more: a rule of many slots in wide types has no hot way.
+inline constexpr size_t kMostShared = 48 * 1024;
+
+/// A format of kHotFormats. Every warp works on its own and takes tiles of 16 groups, first its own, every n-th, then
+/// as they come, so that all warps together sweep through memory.
+template <core::Rule Rule, class Format>
+__device__ __forceinline__ void hot_tiles(const StepArguments& args) {
+  constexpr uint32_t kWarps = kHotThreads / 32;
+  __shared__ HotShared<Rule, Format> shared;
+  auto& contexts = shared.contexts;
+  auto& stages = shared.stages;
+  auto& tables = shared.tables;
   tables.fill();
   const int thread = static_cast<int>(threadIdx.x % 32);
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t warps = gridDim.x * kWarps;
   const uint32_t tiles = args.tile_count;
   const HotChunk* chunks = reinterpret_cast<const HotChunk*>(args.chunks);
-  // A chunk from a tile's first group on.
-  const auto look_up = [chunks](uint32_t tile) {
-    HotChunk chunk = chunks[tile / kWarpTilesPerChunk];
-    const uint32_t offset = tile % kWarpTilesPerChunk * kWarpGroups;
-    chunk.first += offset;
-    chunk.groups -= static_cast<int32_t>(offset);
-    return chunk;
-  };
   const uint32_t fixed = warps * args.fixed_rounds;
   uint32_t own = blockIdx.x * kWarps + warp;
   // The number of the next tile: thread 0's.
@@ -290,31 +325,31 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   // further ahead costs 1 %: the later the numbers are given out, the closer together the warps stay in memory.)
   HotChunk tile{};
   bool exists = own < tiles;
-  if (exists) tile = look_up(own);
+  if (exists) tile = chunk_of(chunks, own);
   uint32_t taken = take();
   int slot = 0, stage = 0;
   bool zeros = false;  // the tile before had some: the next one probably has, too
   HotHeaders<Rule> next_headers;
   if (exists) {
-    contexts[warp][0].template open<kMaster, kGroups>(args, tile.tensor, tile.segment, thread);
+    contexts[warp][0].open(args, tile.tensor, tile.segment, thread);
     if (contexts[warp][0].takes(tile.first, tile.groups))
       next_headers = stages[warp][0].fetch(contexts[warp][0], tile.first, thread);
   }
   commit_copies();
 #pragma unroll 1
   while (exists) {
-    const HotContext<Rule>& context = contexts[warp][slot];
+    const HotContext<Rule, Format>& context = contexts[warp][slot];
     const HotHeaders<Rule> headers = next_headers;
     const uint32_t number = __shfl_sync(0xffffffffu, taken, 0);
     const bool next_exists = number < tiles;
     HotChunk next{};
     int next_slot = slot;
     if (next_exists) {
-      next = look_up(number);
+      next = chunk_of(chunks, number);
       taken = take();
       if (next.tensor != tile.tensor || next.segment != tile.segment) {
         next_slot = slot ^ 1;
-        contexts[warp][next_slot].template open<kMaster, kGroups>(args, next.tensor, next.segment, thread);
+        contexts[warp][next_slot].open(args, next.tensor, next.segment, thread);
       }
       if (contexts[warp][next_slot].takes(next.first, next.groups)) {
         next_headers = stages[warp][stage ^ 1].fetch(contexts[warp][next_slot], next.first, thread);
@@ -322,24 +357,28 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
     }
     commit_copies();
     wait_for_copies();
+    __syncwarp();  // every thread's copies have come
     HotResult result = kHotFailed;
     if (context.takes(tile.first, tile.groups)) {
-      if (!zeros)
-        result = hot_unit<Rule, Narrow, kMaster, kGroups, false>(tables, context, stages[warp][stage], headers,
-                                                                 tile.first, thread);
+      if (!zeros) {
+        if (Format::kHasWayForScale1 && context.prepared.gradient_scale == 1.0f) {
+          result = hot_unit<Rule, Format, false, !Format::kHasWayForScale1>(tables, context, stages[warp][stage],
+                                                                            headers, tile.first, thread);
+        } else {
+          result = hot_unit<Rule, Format, false>(tables, context, stages[warp][stage], headers, tile.first, thread);
+        }
+      }
+      if constexpr (Rule::kDecoupledDecay) {
+        if (result == kHotFailed)
+          result = untouched_unit(tables, context, stages[warp][stage], headers, tile.first, thread);
+      }
       if (result == kHotFailed) {
-        result = hot_unit<Rule, Narrow, kMaster, kGroups, true>(tables, context, stages[warp][stage], headers,
-                                                                tile.first, thread);
+        result = hot_unit<Rule, Format, true>(tables, context, stages[warp][stage], headers, tile.first, thread);
         zeros = result == kHotWithZeros;
       }
     }
     if (result == kHotFailed) {
-      if (context.active && tile.groups > 0) {
-        const int64_t first_group = (static_cast<int64_t>(tile.segment) << kSegmentBits) + tile.first;
-        exact_units_apart<Rule, HotTypes<Narrow, kMaster>>(entry_of(args, tile.tensor), context.prepared,
-                                                           args.nonfinite, first_group,
-                                                           tile.groups < kWarpGroups ? tile.groups : kWarpGroups);
-      }
+      if (context.active && tile.groups > 0) exact_tile<Rule, Format>(args, tile, context.prepared);
     }
     tile = next;
     slot = next_slot;
@@ -348,6 +387,17 @@ __global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
   }
   // The last warp leaves the counters as it found them.
   if (thread == 0 && atomicAdd(&args.work->finished, 1u) + 1u == warps) *args.work = WorkCounter{0u, 0u};
+}
+
+template <core::Rule Rule, class Format>
+__global__ void __launch_bounds__(kHotThreads, kHotBlocksPerMultiprocessor)
+    hot_kernel(const __grid_constant__ StepArguments args) {
+  constexpr bool kFits = sizeof(HotShared<Rule, Format>) <= kMostShared;
+  if constexpr (kFits && (Format::kIsEverywhere || kHasFastMemory)) {
+    hot_tiles<Rule, Format>(args);
+  } else {
+    exact_tiles<Rule, Format>(args);
+  }
 }
 
 /// Loads a kernel, as its first launch would where modules are loaded lazily: memory may run out there, too.
@@ -364,12 +414,9 @@ int launch_step(const StepArguments& args, void* stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
-template <MasterWeights kMaster>
-using BFloat16Types = HotTypes<core::BFloat16, kMaster>;
-
-template <core::Rule Rule, class Narrow, MasterWeights kMaster, HotGroups kGroups = HotGroups::kInOneStretch>
+template <core::Rule Rule, class Format>
 int launch_hot(const StepArguments& args, void* stream) {
-  if (args.chunk_count == 0) return load_kernel(hot_kernel<Rule, Narrow, kMaster, kGroups>);
+  if (args.chunk_count == 0) return load_kernel(hot_kernel<Rule, Format>);
   // As many blocks as fit the device at a time.
   constexpr uint32_t kWarps = kHotThreads / 32;
   const uint32_t tiles = args.tile_count;
@@ -377,8 +424,13 @@ int launch_hot(const StepArguments& args, void* stream) {
   const uint32_t rounds = tiles / (grid * kWarps);
   StepArguments launched = args;
   launched.fixed_rounds = std::max(1u, rounds * kFixedPercent / 100u);
-  hot_kernel<Rule, Narrow, kMaster, kGroups><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
+  hot_kernel<Rule, Format><<<grid, kHotThreads, 0, static_cast<cudaStream_t>(stream)>>>(launched);
   return static_cast<int>(cudaGetLastError());
+}
+
+template <core::Rule Rule, int... i>
+void set_hot_launches(StepLaunch* kernels, std::integer_sequence<int, i...>) {
+  ((kernels[i] = launch_hot<Rule, HotFormatAt<i>>), ...);
 }
 
 /// A rule's launches. A rule without states has no codec: one kernel serves all three.
@@ -390,18 +442,9 @@ StepLaunches make_step_launches() {
   if constexpr (Rule::kSlotCount > 0) {
     any[static_cast<int>(StateCodec::kPaper)] = launch_step<Rule, StateCodec::kPaper>;
     any[static_cast<int>(StateCodec::kDefault)] = launch_step<Rule, StateCodec::kDefault>;
-    out.kernel[kHotBFloat16Correction8] = launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection8>;
-    out.kernel[kHotBFloat16Correction16] = launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection16>;
-    out.kernel[kHotFloat16Correction8] = launch_hot<Rule, core::Float16, MasterWeights::kCorrection8>;
-    out.kernel[kHotBFloat16] = launch_hot<Rule, core::BFloat16, MasterWeights::kNone>;
-    out.kernel[kHotBFloat16Stochastic] = launch_hot<Rule, core::BFloat16, MasterWeights::kNoneStochastic>;
-    out.kernel[kHotBFloat16Correction8Runs] =
-        launch_hot<Rule, core::BFloat16, MasterWeights::kCorrection8, HotGroups::kInRuns>;
-    out.kernel[kDefaultBFloat16Correction8] =
-        launch_step<Rule, StateCodec::kDefault, BFloat16Types<MasterWeights::kCorrection8>>;
-    out.kernel[kPaperBFloat16] = launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kNone>>;
-    out.kernel[kPaperBFloat16Nearest8] =
-        launch_step<Rule, StateCodec::kPaper, BFloat16Types<MasterWeights::kCorrection8Nearest>>;
+    set_hot_launches<Rule>(out.kernel, std::make_integer_sequence<int, kHotFormatCount>{});
+    out.kernel[kShortGroups] = launch_step<Rule, StateCodec::kDefault,
+                                           KnownTypes<DType::kBFloat16, DType::kBFloat16, MasterWeights::kCorrection8>>;
   } else {
     any[static_cast<int>(StateCodec::kPaper)] = any[static_cast<int>(StateCodec::kFloat32)];
     any[static_cast<int>(StateCodec::kDefault)] = any[static_cast<int>(StateCodec::kFloat32)];

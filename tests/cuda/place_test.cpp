@@ -27,7 +27,7 @@ const std::vector<Shard>& aligned_shards() {
       {{300, 96}, {32, 96, 160, {300, 160}}},                              // runs of three groups
       {{300, 96}, {kManyRows / 2 * 160 + 32, 96, 160, {kManyRows, 160}}},  // beyond 2^32
       {{6, 8}, {64, 8, 72, {6, 72}}},                                      // short groups
-      {{12, 40}, {80, 160, 200, {15, 40}}},                                // runs of whole short rows
+      {{12, 40}, {80, 160, 200, {16, 40}}},                                // runs of whole short rows
       {{0, 0}, {0, 0, 0, {12, 96}}},
   };
   return kShards;
@@ -118,7 +118,8 @@ TEST(CudaPlace, RunsOfFullGroupsTakeTheHotKernel) {
     t.layout = s.layout;
     t.place = s.place;
     const bool full_runs = s.place.run > 0 && s.place.run % kGroupSize == 0 && s.place.whole.row_size != 40;
-    EXPECT_EQ(cuda::step_kernel_of(t, 2, tensor_groups(t)) == cuda::kHotBFloat16Correction8Runs, full_runs)
+    const int hot = cuda::hot_format_of(t, 2, tensor_groups(t));
+    EXPECT_EQ(hot >= 0 && cuda::kHotFormats[hot].groups == cuda::HotGroups::kInRuns, full_runs)
         << s.layout.rows << " x " << s.layout.row_size;
   }
 }

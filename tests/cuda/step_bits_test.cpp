@@ -29,16 +29,21 @@ void add_all_layouts(PlanPair& pair, size_t offset) {
   }
 }
 
+ParameterTensors tensors_of(const Config& config) {
+  ParameterTensors t;
+  t.parameter_dtype = config.parameter_dtype;
+  t.gradient_dtype = config.gradient_dtype;
+  t.master_weights = config.master;
+  t.state_codec = config.codec;
+  return t;
+}
+
 /// For compute-sanitizer: every kernel at sizes 1, 33 and 1e5 + 7, and rows that end in short groups.
 TEST(CudaSmall, EveryKernel) {
   std::set<std::tuple<OptimizerKind, bool, int>> seen;
   for (const Config& config : all_configs()) {
-    ParameterTensors t;
-    t.parameter_dtype = config.parameter_dtype;
-    t.gradient_dtype = config.gradient_dtype;
-    t.master_weights = config.master;
-    t.state_codec = config.codec;
-    const int kernel = cuda::step_kernel_of(t, state_count(config.optimizer, config.has_momentum), TensorGroups{});
+    const int states = state_count(config.optimizer, config.has_momentum);
+    const int kernel = cuda::step_kernel_of(tensors_of(config), states, TensorGroups{});
     // The kernels of any types once more, where they have the most to do.
     const bool usual = config.parameter_dtype == DType::kFloat16 && config.gradient_dtype == DType::kFloat32 &&
                        config.master == MasterWeights::kCorrection8;
@@ -145,11 +150,9 @@ TEST(CudaStepBits, ExtremeMagnitudes) {
   }
 }
 
-/// Formats that have a hot kernel, and those of fp16 that have none.
+/// Formats that have a hot kernel.
 bool may_be_hot(const Config& c) {
-  return state_count(c.optimizer, c.has_momentum) > 0 && c.codec == StateCodec::kDefault &&
-         c.parameter_dtype != DType::kFloat32 && c.gradient_dtype == c.parameter_dtype &&
-         c.master != MasterWeights::kCorrection8Nearest && c.master != MasterWeights::kCorrection16Nearest;
+  return cuda::hot_format_of(tensors_of(c), state_count(c.optimizer, c.has_momentum), TensorGroups{}) >= 0;
 }
 
 /// Whole tiles (16 groups) without a zero, a small or a large number: what the hot kernels take the shortest way for.
@@ -239,6 +242,62 @@ TEST(CudaStepBits, ZerosInEveryMixture) {
   }
 }
 
+void poke(void* on_host, void* on_device, int64_t index, uint16_t value) {
+  std::memcpy(static_cast<uint16_t*>(on_host) + index, &value, sizeof value);
+  cudaMemcpy(static_cast<uint16_t*>(on_device) + index, &value, sizeof value, cudaMemcpyHostToDevice);
+}
+
+/// Tiles of nothing but zeros, whose states the hot kernels do not write, and others that differ in one thing: a
+/// negative zero, a header or code that nothing explains, a weight of any kind.
+TEST(CudaStepBits, UntouchedTiles) {
+  constexpr int64_t kTile = 512, kTiles = 40, kNumel = kTile * kTiles;
+  for (const Config& config : all_configs()) {
+    if (!may_be_hot(config)) continue;
+    SCOPED_TRACE(name(config));
+    PlanPair pair(config);
+    pair.add({1, kNumel});
+    ASSERT_OK(pair.make());
+    const ParameterTensors& host = pair.tensor(0).host();
+    const ParameterTensors& device = pair.tensor(0).device();
+    const int states = state_count(config.optimizer, config.has_momentum);
+    const int half = config.parameter_dtype == DType::kFloat32 ? 2 : 1;
+    for (int64_t step = 1; step <= 12; ++step) {
+      std::vector<float> g(kNumel, 0.0f);
+      // What warps carry from tile to tile begins with one that has zeros among others.
+      for (int64_t i = 0; i < kNumel; i += 7) g[static_cast<size_t>(i)] = i / kTile % 5 == 0 ? 1e-3f : 0.0f;
+      for (int64_t tile = 0; tile < kTiles; ++tile) {
+        const int64_t at = tile * kTile + (tile * 37 + step * 101) % kTile, group = at / kGroupSize;
+        if (step % 3 != 1) continue;
+        static constexpr uint16_t kWeights[] = {0x0000, 0x8000, 0x0001, 0x7f80, 0xff80, 0x7fc1, 0x7f7f, 0x0080, 0x7c00};
+        switch (tile % 5) {
+          case 1:
+            poke(host.parameter, device.parameter, at * half + half - 1, kWeights[(tile + step) % 9]);
+            break;
+          case 2:
+            g[static_cast<size_t>(at)] = -0.0f;
+            break;
+          case 3:
+            poke(host.scales[tile % states], device.scales[tile % states], group, 0x2345);
+            break;
+          case 4:
+            poke(host.states[tile % states], device.states[tile % states], at / 2, 0x0100);
+            break;
+        }
+      }
+      pair.tensor(0).set_gradient(g);
+      Hyperparameters hyper = test_hyper(config, step);
+      if (step % 4 == 0) hyper.weight_decay = 0.0;
+      if (step == 11) hyper.eps = 0.0;
+      flashoptim::StepOptions host_options;
+      cuda::StepOptions options;
+      host_options.gradient_scale = options.gradient_scale = step % 2 == 0 ? -0.5f : 1.0f;
+      const Status cpu = pair.cpu().step(&hyper, 1, host_options), cuda = pair.cuda().step(&hyper, 1, options);
+      ASSERT_EQ(cpu.is_ok(), cuda.is_ok());
+      ASSERT_EQ(pair.difference(), "") << "step " << step;
+    }
+  }
+}
+
 /// Tiles that the hot kernels would take, but for one element or header.
 TEST(CudaStepBits, OneFlawInATile) {
   constexpr int64_t kTile = 512, kTiles = 48, kNumel = kTile * kTiles;
@@ -250,12 +309,8 @@ TEST(CudaStepBits, OneFlawInATile) {
     ASSERT_OK(pair.make());
     const ParameterTensors& host = pair.tensor(0).host();
     const ParameterTensors& device = pair.tensor(0).device();
-    const auto poke = [](void* on_host, void* on_device, int64_t index, uint16_t value) {
-      std::memcpy(static_cast<uint16_t*>(on_host) + index, &value, sizeof value);
-      cudaMemcpy(static_cast<uint16_t*>(on_device) + index, &value, sizeof value, cudaMemcpyHostToDevice);
-    };
-    const bool is_bfloat16 = config.parameter_dtype == DType::kBFloat16;
-    const uint16_t infinity = is_bfloat16 ? 0x7f80 : 0x7c00;
+    const int infinity = config.parameter_dtype == DType::kFloat16 ? 0x7c00 : 0x7f80;
+    const bool is_paper = config.codec == StateCodec::kPaper;
     const int states = state_count(config.optimizer, config.has_momentum);
     std::normal_distribution<float> normal(0.0f, 1e-3f);
     for (int64_t step = 1; step <= 8; ++step) {
@@ -265,7 +320,9 @@ TEST(CudaStepBits, OneFlawInATile) {
         const int64_t at = tile * kTile + (tile * 37 + step * 101) % kTile, group = at / kGroupSize;
         const uint16_t sign = tile % 24 < 12 ? 0x0000 : 0x8000;
         const auto poke_weight = [&](int bits) {
-          if (step > 3) poke(host.parameter, device.parameter, at, static_cast<uint16_t>(bits | sign));
+          // Of fp32 the upper half.
+          const int64_t half = config.parameter_dtype == DType::kFloat32 ? 2 * at + 1 : at;
+          if (step > 3) poke(host.parameter, device.parameter, half, static_cast<uint16_t>(bits | sign));
         };
         const auto poke_header = [&](int slot, int header) {
           if (step > 3 && slot < states)
@@ -301,14 +358,14 @@ TEST(CudaStepBits, OneFlawInATile) {
               g[static_cast<size_t>(i)] *= 0x1p-45f;
             break;
           case 9:
-            poke_header(0, (127 - 51) << 8 | 0xff);
-            break;  // momentum's scale just below 2^-50
+            poke_header(0, is_paper ? 0x7c00 : (127 - 51) << 8 | 0xff);
+            break;  // momentum's scale just below 2^-50; infinite
           case 10:
-            poke_header(0, (127 - 50) << 8);
-            break;  // and 2^-50
+            poke_header(0, is_paper ? 0x8400 : (127 - 50) << 8);
+            break;  // and 2^-50; negative
           case 11:
-            poke_header(1, 20 << 8 | 11);
-            break;  // variances of 2^-107
+            poke_header(1, is_paper ? (tile % 24 < 12 ? 0x7e00 : 0x0001) : 20 << 8 | 11);
+            break;  // variances of 2^-107; NaN, the smallest
         }
       }
       pair.tensor(0).set_gradient(g);

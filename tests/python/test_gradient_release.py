@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+import flashoptim_native
 from flashoptim_native import enable_gradient_release
 from helpers import assert_untouched, snapshot
 from release_helpers import KINDS, assert_pair_agrees, loss_of, pair, train
@@ -172,3 +173,64 @@ def test_copies_and_pickles_are_without_release():
         with enable_gradient_release(other_model, other_optimizer):
             pass
     assert optimizer.state[model.conv.weight]["step"] == 1
+
+
+# Under the names of other libraries
+
+
+def test_names_of_other_libraries():
+    (model, optimizer), (twin, twin_optimizer) = pair()
+    assert flashoptim_native.prepare_for_gradient_release(model, optimizer) is None
+    train(model, optimizer)
+    train(twin, twin_optimizer)
+    assert_pair_agrees((model, optimizer), (twin, twin_optimizer))
+    flashoptim_native.remove_gradient_release(model)
+    flashoptim_native.remove_gradient_release(model)  # nothing to remove
+    assert "zero_grad" not in vars(optimizer) and not model.unused._post_accumulate_grad_hooks
+    loss_of(model, 0).backward()
+    assert model.conv.weight.grad is not None
+
+
+def test_every_optimizer_of_a_model_is_ended():
+    model = pair()[0][0]
+    optimizers = [flashoptim_native.FlashSGD([p]) for p in model.parameters()]
+    for optimizer in optimizers:
+        enable_gradient_release(optimizer.param_groups[0]["params"], optimizer)
+    flashoptim_native.remove_gradient_release(model)
+    assert not any("zero_grad" in vars(optimizer) for optimizer in optimizers)
+
+
+def test_hooks_that_are_there_already():
+    model, optimizer = pair()[0]
+    seen = []
+    model.unused.register_post_accumulate_grad_hook(lambda p: None)
+    model.conv.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad is not None))
+    with pytest.raises(ValueError, match="'unused' has a post-accumulate-grad hook already"):
+        flashoptim_native.prepare_for_gradient_release(model, optimizer)
+    assert "zero_grad" not in vars(optimizer)
+    flashoptim_native.prepare_for_gradient_release(model, optimizer, ignore_existing_hooks=True)
+    train(model, optimizer, range(1))
+    assert seen == [True]
+
+
+def test_a_fused_backward_pass_by_step_param():
+    """As kohya's scripts and OneTrainer do it: a hook of their own, with the group, and a clip of each gradient."""
+    (model, optimizer), (twin, twin_optimizer) = pair()
+
+    def hooked(group):
+        def hook(param):
+            torch.nn.utils.clip_grad_norm_(param, 1.0)
+            optimizer.step_param(param, group)
+            param.grad = None
+
+        return hook
+
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.register_post_accumulate_grad_hook(hooked(group))
+    enable_gradient_release(
+        twin, twin_optimizer, pre_step=lambda p, group: torch.nn.utils.clip_grad_norm_(p, 1.0).isfinite()
+    )
+    train(model, optimizer)
+    train(twin, twin_optimizer)
+    assert_pair_agrees((model, optimizer), (twin, twin_optimizer))

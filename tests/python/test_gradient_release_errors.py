@@ -105,11 +105,11 @@ def test_enabling_twice():
 def test_an_error_half_way_leaves_no_hook():
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = flashoptim_native.FlashSGD([a, b])
-    b.device_mesh = object()  # as a DTensor has
-    with pytest.raises(TypeError, match="parameter 1 of group 0 is a DTensor"):
+    other = enable_gradient_release(b, flashoptim_native.FlashSGD([b]))
+    with pytest.raises(RuntimeError, match="parameter 1 of group 0 is enabled already"):
         enable_gradient_release([a, b], optimizer)
     assert not a._post_accumulate_grad_hooks and not optimizer._optimizer_step_pre_hooks
-    del b.device_mesh
+    other.remove()
     enable_gradient_release([a, b], optimizer)
 
 

@@ -55,11 +55,17 @@ struct PaperMomentum {
     return (truncate_to_int(y * splat<F>(127.0f) + splat<F>(128.5f)) - splat_bits<F>(128u)) & splat_bits<F>(0xffu);
   }
 
-  /// `code` sign-extended; `scale` the header's fp16 value.
+  /// What a code, sign-extended, stands for at scale 1.
+  template <class F>
+  static FLASHOPTIM_HD F fraction(IntOf<F> code) {
+    const F q = int_to_float(code);
+    return q / (splat<F>(254.0f) - abs(q));
+  }
+
+  /// `scale` is the header's fp16 value.
   template <class F>
   static FLASHOPTIM_HD F decode(IntOf<F> code, F scale) {
-    const F q = int_to_float(code);
-    return (q / (splat<F>(254.0f) - abs(q))) * scale;
+    return fraction<F>(code) * scale;
   }
 };
 
@@ -79,11 +85,16 @@ struct PaperVariance {
     return truncate_to_int(root * factor + splat<F>(0.5f));
   }
 
+  /// code / 255, correctly rounded: the first factor of 1/255 is short enough for an exact product.
+  template <class F>
+  static FLASHOPTIM_HD F fraction(IntOf<F> code) {
+    const F c = int_to_float(code);
+    return c * splat<F>(kInverse255High) + c * splat<F>(kInverse255Low);
+  }
+
   template <class F>
   static FLASHOPTIM_HD F decode(IntOf<F> code, F scale) {
-    // code / 255, correctly rounded: the first factor of 1/255 is short enough for an exact product.
-    const F c = int_to_float(code);
-    const F root = (c * splat<F>(kInverse255High) + c * splat<F>(kInverse255Low)) * scale;
+    const F root = fraction<F>(code) * scale;
     return root * root;
   }
 };

@@ -1,0 +1,400 @@
+"""Checkpoints of torch.distributed.checkpoint: from any layout to any layout, by every option, with the same bits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import layouts
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from layouts import MAKE, Bag
+from processes import Failed, device_count, device_type, pool, run
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+LONG = bool(os.environ.get("FLASHOPTIM_TEST_ALL"))
+NAMES = ("even", "uneven", "few_rows", "odd_rows", "thin_rows", "long_bias", "bias", "conv", "experts")
+#: Those that tensor parallelism cuts as well: what is cut at a group.
+CUT_ANYWHERE = ("even", "uneven", "few_rows", "bias", "experts")
+WORLD = {"single": 1, "ddp2": 2, "fsdp1": 1, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "hsdp4": 4, "tp2": 2}
+
+
+def _world(layout: str) -> int:
+    return min(WORLD[layout], device_count())
+
+
+def _build(layout: str, world: int, names: tuple[str, ...], kind: str = "adamw", **options: Any) -> Any:
+    model = Bag(names)
+    if options.pop("freeze", False):
+        next(iter(model.parameters())).requires_grad_(False)
+    how = "tp0" if layout.startswith("tp") else layout.rstrip("1234")
+    model = layouts.lay_out(model, how, world)
+    return model, MAKE[kind](model.named_parameters(), **options)
+
+
+FLAT = {"flatten_optimizer_state_dict": True}
+#: By name: options of saving and loading.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nested": {},
+    "flat": FLAT,
+    "flat-offload": {**FLAT, "cpu_offload": True},
+    "not-strict": {"strict": False},
+    "keep-prefixes": {"keep_submodule_prefixes": True},
+    "frozen": {"ignore_frozen_params": True},
+    "fresh": {},
+    "fresh-flat": FLAT,
+    "expanded": {},
+    "async": {},
+    "convert": {},
+    "convert-flat": FLAT,
+    "both": {},
+}
+
+
+def _optimizer_kwargs(how: str) -> dict[str, Any]:
+    return {"expanded": {"compress_state_dict": False}, "frozen": {"freeze": True}}.get(how, {})
+
+
+def save(rank: int, world: int, layout: str, how: str, path: str, names: tuple[str, ...]) -> None:
+    model, optimizer = _build(layout, world, names, **_optimizer_kwargs(how))
+    if not how.startswith("fresh"):
+        layouts.steps(model, optimizer, 0, 3)
+    options = StateDictOptions(**OPTIONS[how])
+    if how == "both":
+        one, other = get_state_dict(model, optimizer, options=options)
+        held = {"model": one, "optim": other}
+    else:
+        held = {
+            "model": get_model_state_dict(model, options=options),
+            "optim": get_optimizer_state_dict(model, optimizer, options=options),
+        }
+    if how.startswith("fresh"):
+        assert all(int(state["step"]) == 0 for state in optimizer.state.values())
+    if how == "async":
+        dcp.async_save(held, checkpoint_id=path).result()
+    else:
+        dcp.save(held, checkpoint_id=path)
+
+
+def load(rank: int, world: int, layout: str, how: str, path: str, names: tuple[str, ...]) -> int:
+    model, optimizer = _build(layout, world, names, **_optimizer_kwargs(how))
+    _forget_weights(model)
+    # Those of a DCP checkpoint are shards, and lie where the model does.
+    options = StateDictOptions(**OPTIONS[how])
+    held = {
+        "model": get_model_state_dict(model, options=options),
+        "optim": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    dcp.load(held, checkpoint_id=path)
+    if how == "both":
+        set_state_dict(
+            model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optim"], options=options
+        )
+    else:
+        strict = StateDictOptions(**{**OPTIONS[how], "strict": False}) if how == "frozen" else options
+        set_model_state_dict(model, held["model"], options=strict)
+        set_optimizer_state_dict(model, optimizer, held["optim"], options=options)
+    return _check_loaded(rank, model, optimizer, how, names)
+
+
+def _forget_weights(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param.zero_()
+
+
+def _check_loaded(rank: int, model: Any, optimizer: Any, how: str, names: tuple[str, ...]) -> int:
+    """Equal to one process that was never interrupted, now and two steps on."""
+    first = 0 if how.startswith("fresh") else 3
+    alone, alone_optimizer = Bag(names), None
+    if how == "frozen":
+        next(iter(alone.parameters())).requires_grad_(False)
+    alone_optimizer = MAKE["adamw"](alone.named_parameters())
+    layouts.steps(alone, alone_optimizer, 0, first)
+    got, want = layouts.whole_of(model, optimizer), layouts.whole_of(alone, alone_optimizer)
+    if how.startswith("fresh"):  # states of zeros, where one process has none yet
+        got = {key: value for key, value in got.items() if "/" not in key}
+    if how == "expanded":  # codes of fp32 values that were decoded: close, not the same
+        exact = [key for key in want if "/" not in key or key.endswith(("step", "correction"))]
+        got, want = ({key: one[key] for key in exact} for one in (got, want))
+    compared = layouts.compare(got, want, "loaded")
+    if how == "expanded":
+        return compared if rank == 0 else 0
+    layouts.steps(model, optimizer, first, first + 2)
+    layouts.steps(alone, alone_optimizer, first, first + 2)
+    compared += layouts.compare(
+        layouts.whole_of(model, optimizer), layouts.whole_of(alone, alone_optimizer), "went on from the checkpoint"
+    )
+    return compared if rank == 0 else 0
+
+
+def _trip(request: Any, tmp_path: Path, source: str, target: str, how: str) -> None:
+    names = CUT_ANYWHERE if "tp" in source + target else NAMES
+    path = str(tmp_path / "checkpoint")
+    run(request, _world(source), save, source, how, path, names)
+    if how.startswith("convert"):
+        dcp_to_torch_save(path, str(tmp_path / "one.pt"))
+        shutil.rmtree(path)
+        torch_save_to_dcp(str(tmp_path / "one.pt"), path)
+    run(request, _world(target), load, target, how, path, names)
+
+
+_LAYOUTS = ("single", "ddp2", "fsdp2", "fsdp3", "hsdp4", "tp2")
+_CHAIN = [
+    *(("single", "fsdp3"), ("fsdp3", "fsdp2"), ("fsdp2", "hsdp4"), ("hsdp4", "tp2"), ("tp2", "ddp2")),
+    *(("ddp2", "fsdp4"), ("fsdp4", "single"), ("fsdp2", "fsdp1"), ("tp2", "fsdp3")),
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), list(itertools.product(_LAYOUTS, _LAYOUTS)) if LONG else _CHAIN
+)  # fmt: skip
+def test_any_layout_to_any_layout(request, tmp_path, source, target):
+    _trip(request, tmp_path, source, target, "nested")
+
+
+@pytest.mark.parametrize("how", [how for how in OPTIONS if how != "nested"])
+def test_every_option(request, tmp_path, how):
+    _trip(request, tmp_path, "fsdp2", "fsdp3", how)
+
+
+@pytest.mark.skipif(not LONG, reason="long: FLASHOPTIM_TEST_ALL=1")
+@pytest.mark.parametrize("how", list(OPTIONS))
+@pytest.mark.parametrize(
+    ("source", "target"), [("single", "single"), ("ddp2", "ddp2"), ("single", "fsdp3"), ("fsdp3", "single")]
+)
+def test_every_option_elsewhere(request, tmp_path, source, target, how):
+    _trip(request, tmp_path, source, target, how)
+
+
+# The whole on rank 0
+
+
+def save_whole(rank: int, world: int, layout: str, path: str, flat: bool) -> None:
+    model, optimizer = _build(layout, world, NAMES)
+    layouts.steps(model, optimizer, 0, 3)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=flat)
+    held = {
+        "model": get_model_state_dict(model, options=options),
+        "optim": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    if rank == 0:
+        torch.save(held, path)
+    else:
+        assert layout in ("single", "ddp2") or not held["optim"]
+    dist.barrier()
+
+
+def load_whole(rank: int, world: int, layout: str, path: str, flat: bool, by_broadcast: bool) -> int:
+    model, optimizer = _build(layout, world, NAMES)
+    _forget_weights(model)
+    # torch loads no flat dict with full_state_dict=True, of its own AdamW neither; taken for shards, it is cut.
+    options = StateDictOptions(
+        full_state_dict=not flat, broadcast_from_rank0=by_broadcast, flatten_optimizer_state_dict=flat
+    )
+    has_it = rank == 0 or not by_broadcast
+    held = torch.load(path, weights_only=True) if has_it else {"model": {}, "optim": {}}
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=by_broadcast)
+    set_model_state_dict(model, held["model"], options=whole)
+    set_optimizer_state_dict(model, optimizer, held["optim"], options=options)
+    return _check_loaded(rank, model, optimizer, "whole", NAMES)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "flat", "by_broadcast"),
+    [
+        ("fsdp2", "fsdp3", False, True),
+        ("fsdp3", "single", False, False),
+        ("single", "fsdp3", True, False),
+        ("fsdp2", "hsdp4", False, False),
+        ("ddp2", "ddp2", False, True),
+        ("fsdp2", "ddp2", True, False),
+    ],
+)
+def test_whole_state_dict(request, tmp_path, source, target, flat, by_broadcast):
+    path = str(tmp_path / "whole.pt")
+    run(request, _world(source), save_whole, source, path, flat)
+    run(request, _world(target), load_whole, target, path, flat, by_broadcast)
+
+
+# torchtitan's container
+
+
+def titan_state_dict(optimizer: Any) -> dict[str, Any]:
+    """States and options under the full names of parameters, as torchtitan's container flattens them."""
+    held = optimizer.state_dict()
+    names = {i: name for group in held["param_groups"] for i, name in zip(group["params"], group["param_names"])}
+    flat = {f"state.{names[i]}.{key}": value for i, state in held["state"].items() for key, value in state.items()}
+    for group in held["param_groups"]:
+        for name in group["param_names"]:
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            flat.update({f"param_groups.{name}.{key}": value for key, value in options.items()})
+    return flat
+
+
+def titan_unflattened(optimizer: Any, flat: dict[str, Any]) -> dict[str, Any]:
+    state, groups, number = {}, [], 0
+    for group in optimizer.param_groups:
+        numbers = []
+        for name, param in zip(group["param_names"], group["params"]):
+            numbers.append(number)
+            state[number] = {key: flat[f"state.{name}.{key}"] for key in optimizer.state[param]}
+            number += 1
+        first = group["param_names"][0]
+        options = {key: flat[f"param_groups.{first}.{key}"] for key in group if key not in ("params", "param_names")}
+        groups.append({"params": numbers, **options})
+    return {"state": state, "param_groups": groups}
+
+
+def titan(rank: int, world: int, path: str) -> int:
+    """Groups of matrices and vectors, their own learning rates, states made by a step of zero gradients at lr 0."""
+
+    def build() -> Any:
+        model = layouts.lay_out(Bag(NAMES), "fsdp", world)
+        groups = []
+        for is_matrix in (True, False):
+            named = [(name, p) for name, p in model.named_parameters() if (p.dim() > 1) == is_matrix]
+            groups.append(
+                {
+                    "params": [p for _, p in named],
+                    "param_names": [name for name, _ in named],
+                    "lr": 1e-3 if is_matrix else 2e-3,
+                    "weight_decay": 0.1 if is_matrix else 0.0,
+                    "fused": True,
+                    "foreach": False,
+                }
+            )
+        return model, MAKE["adamw"](groups)
+
+    model, optimizer = build()
+    layouts.steps(model, optimizer, 0, 2)
+    optimizer.param_groups[0]["lr"] = 5e-4
+    dcp.save({"model": get_model_state_dict(model), **titan_state_dict(optimizer)}, checkpoint_id=path)
+    other, other_optimizer = build()
+    _forget_weights(other)
+    rates = [group["lr"] for group in other_optimizer.param_groups]
+    for group in other_optimizer.param_groups:
+        group["lr"] = 0.0
+        for param in group["params"]:
+            param.grad = torch.zeros_like(param)
+    other_optimizer.step()
+    other_optimizer.zero_grad()
+    for group, lr in zip(other_optimizer.param_groups, rates):
+        group["lr"] = lr
+    held = {"model": get_model_state_dict(other), **titan_state_dict(other_optimizer)}
+    dcp.load(held, checkpoint_id=path)
+    set_model_state_dict(other, held["model"])
+    other_optimizer.load_state_dict(titan_unflattened(other_optimizer, held))
+    assert [group["lr"] for group in other_optimizer.param_groups] == [5e-4, 2e-3]
+    for one, its in ((model, optimizer), (other, other_optimizer)):
+        layouts.steps(one, its, 2, 4)
+    got, want = layouts.whole_of(other, other_optimizer), layouts.whole_of(model, optimizer)
+    return layouts.compare(got, want, "torchtitan's container") if rank == 0 else 0
+
+
+def test_torchtitan_conventions(request, tmp_path):
+    run(request, _world("fsdp2"), titan, str(tmp_path / "checkpoint"))
+
+
+# What is refused
+
+
+def refused(rank: int, world: int, path: str, kind: str, names: tuple[str, ...], flat: bool) -> str:
+    """What loading says; nothing of model and optimizer has changed then."""
+    model, optimizer = _build("fsdp2", world, names, kind)
+    layouts.steps(model, optimizer, 0, 1)
+    before = layouts.whole_of(model, optimizer)
+    groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    held = {"optim": get_optimizer_state_dict(model, optimizer, options=options)}
+    try:
+        dcp.load(held, checkpoint_id=path)
+        set_optimizer_state_dict(model, optimizer, held["optim"], options=options)
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
+        layouts.compare(layouts.whole_of(model, optimizer), before, "after the refusal")
+        assert groups == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "nested"])
+@pytest.mark.parametrize("kind", ["lion", "adam", "sgd"])
+def test_checkpoint_of_another_optimizer_is_refused(request, tmp_path, kind, flat):
+    path, how = str(tmp_path / "checkpoint"), "flat" if flat else "nested"
+    run(request, _world("fsdp2"), save, "fsdp2", how, path, CUT_ANYWHERE)
+    for message in run(request, _world("fsdp2"), refused, path, kind, CUT_ANYWHERE, flat):
+        # Of the keys that are missing in the file the first is named: a slot, or the one of the optimizer's name.
+        assert "Missing key" in message and ("flashoptim_native." + kind in message or "momentum_buffer" in message)
+
+
+def resized(rank: int, world: int, path: str) -> None:
+    layouts.SHAPES["even"] = (128, 64)
+    try:
+        save(rank, world, "fsdp2", "flat", path, CUT_ANYWHERE)
+    finally:
+        layouts.SHAPES["even"] = (96, 64)
+
+
+def test_checkpoint_of_other_shapes_is_refused(request, tmp_path):
+    path = str(tmp_path / "checkpoint")
+    run(request, _world("fsdp2"), resized, path)
+    for message in run(request, _world("fsdp2"), refused, path, "adamw", CUT_ANYWHERE, True):
+        assert "128" in message and "96" in message
+
+
+def later_format(rank: int, world: int, path: str) -> None:
+    from flashoptim_native import _groups
+
+    before, _groups.FORMAT_VERSION = _groups.FORMAT_VERSION, 3
+    try:
+        save(rank, world, "fsdp2", "flat", path, CUT_ANYWHERE)
+    finally:
+        _groups.FORMAT_VERSION = before
+
+
+def test_checkpoint_of_another_format_version_is_refused(request, tmp_path):
+    path = str(tmp_path / "checkpoint")
+    run(request, _world("fsdp2"), later_format, path)
+    for message in run(request, _world("fsdp2"), refused, path, "adamw", CUT_ANYWHERE, True):
+        assert "flashoptim_native.adamw.2" in message
+
+
+# Items and time, beside torch's AdamW
+
+
+def count_items(rank: int, world: int) -> list[int]:
+    result = []
+    for make in (MAKE["adamw"], torch.optim.AdamW):
+        model = layouts.lay_out(Bag(NAMES), "fsdp", world)
+        optimizer = make(model.parameters())
+        layouts.steps(model, optimizer, 0, 1)
+        result.append(len(get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**FLAT))))
+    return result
+
+
+def test_flat_checkpoint_has_no_more_items_than_torch_adamw(request):
+    for ours, theirs in pool(_world("fsdp2")).run(count_items):
+        assert ours <= theirs
+
+
+def test_a_failing_case_names_what_failed():
+    with pytest.raises(Failed, match="rank 0"):
+        pool(1).run(refused, "", "no such optimizer", NAMES, True)
+    assert device_type() in ("cpu", "cuda")
