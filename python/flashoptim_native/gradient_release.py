@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ._parameters import is_sharded, name_of, plain
 from ._release_clipping import GradientClip, gradient_clip
 from ._store import Store
+from ._validate import check_bool
 from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
@@ -455,9 +456,12 @@ def prepare_for_gradient_release(
         ignore_existing_hooks: False: raise where a parameter has a post-accumulate-grad hook already.
 
     Raises:
+        TypeError: ``model`` is no module, or ``ignore_existing_hooks`` no bool.
         ValueError: a parameter has such a hook.
         Whatever enable_gradient_release() raises.
     """
+    _check_model(model)
+    check_bool("ignore_existing_hooks", ignore_existing_hooks)
     if not ignore_existing_hooks:
         for name, param in model.named_parameters():
             if getattr(param, "_post_accumulate_grad_hooks", None):
@@ -469,12 +473,22 @@ def prepare_for_gradient_release(
 
 
 def remove_gradient_release(model: nn.Module) -> None:
-    """Ends gradient release of every optimizer that releases gradients of ``model``; does nothing where none does."""
+    """Ends gradient release of every optimizer that releases gradients of ``model``; does nothing where none does.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_model(model)
     for param in model.parameters():
         for hook in list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
             release = hook.owner() if isinstance(hook, _ReleaseHook) else None
             if release is not None:
                 release.remove()
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
 
 
 def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:
