@@ -49,6 +49,11 @@ const char* optimizer_name(OptimizerKind optimizer) {
   return rule == nullptr ? "" : rule->name;
 }
 
+const char* optimizer_title(OptimizerKind optimizer) {
+  const RuleInfo* rule = find_rule(optimizer, true);
+  return rule == nullptr ? "" : rule->title;
+}
+
 Status find_optimizer(const char* name, OptimizerKind* optimizer) {
   if (name == nullptr || optimizer == nullptr) {
     return Status::invalid_argument(std::string(name == nullptr ? "name" : "optimizer") + " is null");
@@ -155,7 +160,7 @@ StateSlotInfo state_slot(OptimizerKind optimizer, int slot) {
   const RuleInfo* rule = find_rule(optimizer, true);
   if (rule == nullptr || slot < 0 || slot >= rule->slot_count) return {};
   const core::StateSlot& info = rule->slots[slot];
-  return {info.name, info.kind == core::StateKind::kSigned, info.relative_to};
+  return {info.name, info.kind == core::StateKind::kSigned, info.relative_to, info.mantissa_bits, info.is_slow};
 }
 
 }  // namespace flashoptim

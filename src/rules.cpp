@@ -18,6 +18,7 @@ constexpr RuleInfo describe(RuleKind rule) {
           Rule::kKind,
           core::kIsWithoutMomentum<Rule>,
           Rule::kName,
+          Rule::kTitle,
           Rule::kHyperparameters.fields,
           Rule::kHyperparameters.kCount,
           Rule::kSlots,

@@ -13,7 +13,8 @@ struct RuleInfo {
   cpu::RuleKind rule;
   OptimizerKind optimizer;
   bool without_momentum;
-  const char* name;  ///< the optimizer's
+  const char* name;   ///< the optimizer's
+  const char* title;  ///< the same, as people write it
   const core::HyperparameterField* hyperparameters;
   int hyperparameter_count;
   const core::StateSlot* slots;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "flashoptim/cuda.h"
+#include "flashoptim/optimizer_info.h"
 
 namespace {
 
@@ -208,7 +209,6 @@ Model resnet50() {
 const char* const kDTypes[] = {"fp32", "bf16", "fp16"};
 const char* const kCodecs[] = {"fp32 states", "paper", "default"};
 const char* const kMasters[] = {"none", "stochastic", "24", "32", "24 nearest", "32 nearest"};
-const char* const kOptimizers[] = {"AdamW", "Adam", "SGD", "SGDW", "Lion"};
 
 class Benchmark {
  public:
@@ -218,10 +218,10 @@ class Benchmark {
   }
 
   void run(const Model& model, const Format& f) {
-    const std::string format = std::string(kOptimizers[static_cast<int>(f.optimizer)]) +
-                               (f.has_momentum ? "+m " : " ") + kCodecs[static_cast<int>(f.codec)] + ", " +
-                               kDTypes[static_cast<int>(f.parameter)] + " g " + kDTypes[static_cast<int>(f.gradient)] +
-                               ", " + kMasters[static_cast<int>(f.master)];
+    const std::string format = std::string(optimizer_title(f.optimizer)) + (f.has_momentum ? "+m " : " ") +
+                               kCodecs[static_cast<int>(f.codec)] + ", " + kDTypes[static_cast<int>(f.parameter)] +
+                               " g " + kDTypes[static_cast<int>(f.gradient)] + ", " +
+                               kMasters[static_cast<int>(f.master)];
     if (filter_ != nullptr && (model.name + " " + format).find(filter_) == std::string::npos) return;
     const int states = state_count(f.optimizer, f.has_momentum);
     std::vector<ParameterTensors> tensors;
@@ -328,13 +328,11 @@ const Model& large() {
 /// Every optimizer and codec, bf16 with 24 bits.
 void run_optimizers(Benchmark& benchmark) {
   for (const StateCodec codec : {StateCodec::kDefault, StateCodec::kPaper, StateCodec::kFloat32}) {
-    for (const auto& [optimizer, momentum] : {std::pair<OptimizerKind, bool>{OptimizerKind::kAdamW, false},
-                                              {OptimizerKind::kAdam, false},
-                                              {OptimizerKind::kLion, false},
-                                              {OptimizerKind::kSgd, true},
-                                              {OptimizerKind::kSgdw, true},
-                                              {OptimizerKind::kSgd, false},
-                                              {OptimizerKind::kSgdw, false}}) {
+    for (int64_t number = 0; number < 2 * optimizer_count(); ++number) {
+      const OptimizerKind optimizer = optimizer_at(number / 2);
+      const bool momentum = number % 2 != 0,
+                 is_one_rule = state_count(optimizer, true) == state_count(optimizer, false);
+      if (momentum && is_one_rule) continue;
       if (state_count(optimizer, momentum) == 0 && codec != StateCodec::kFloat32) continue;
       Format f;
       f.optimizer = optimizer;

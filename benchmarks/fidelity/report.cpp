@@ -48,7 +48,7 @@ void print_table(const std::vector<std::vector<std::string>>& rows) {
 
 int print_optimizer(const OptimizerReport& report) {
   const auto name = optimizer_name(report.optimizer);
-  const bool has_bound = report.optimizer == OptimizerKind::kAdamW;
+  const bool has_bound = family_of(report.optimizer) == Family::kAdam;
   int missed = 0;
   std::printf("### %s: error\n\n", name);
   std::vector<std::vector<std::string>> rows(1, {"case", "figure"});
@@ -80,7 +80,9 @@ int print_optimizer(const OptimizerReport& report) {
   }
   std::puts("");
   if (!has_bound) return missed;
-  std::printf("### %s: largest update over lr max(1, (1 - beta1) / sqrt(1 - beta2))\n\n", name);
+  std::printf("### %s: largest update over %s\n\n", name,
+              report.optimizer == OptimizerKind::kAdamW ? "lr max(1, (1 - beta1) / sqrt(1 - beta2))"
+                                                        : "what its rule says is the largest");
   rows.assign(1, {"case", "exact"});
   for (const CandidateInfo& candidate : report.candidates) rows[0].push_back(candidate.name);
   for (const CaseReport& c : report.cases) {

@@ -28,6 +28,7 @@
 
 #include "benchmarks/step/machine.h"
 #include "benchmarks/step/shapes.h"
+#include "flashoptim/optimizer_info.h"
 #include "flashoptim/step.h"
 #if defined(FLASHOPTIM_BENCHMARK_TORCH)
 #include "benchmarks/step/torch_adamw.h"
@@ -37,15 +38,23 @@ namespace flashoptim::benchmarks {
 namespace {
 
 struct Optimizer {
-  const char* name;
+  std::string name;  ///< "sgd0" is SGD without momentum
   OptimizerKind kind;
   double momentum;
 };
-constexpr Optimizer kOptimizers[] = {{"adamw", OptimizerKind::kAdamW, 0}, {"adam", OptimizerKind::kAdam, 0},
-                                     {"sgd", OptimizerKind::kSgd, 0.9},   {"sgdw", OptimizerKind::kSgdw, 0.9},
-                                     {"sgd0", OptimizerKind::kSgd, 0},    {"sgdw0", OptimizerKind::kSgdw, 0},
-                                     {"lion", OptimizerKind::kLion, 0}};
-constexpr Optimizer kAdamW = kOptimizers[0];
+const Optimizer kAdamW{"adamw", OptimizerKind::kAdamW, 0};
+
+/// Every rule: optimizers with momentum and without where that makes two.
+std::vector<Optimizer> all_optimizers() {
+  std::vector<Optimizer> all;
+  for (int64_t i = 0; i < optimizer_count(); ++i) {
+    const OptimizerKind kind = optimizer_at(i);
+    const bool is_one_rule = state_count(kind, true) == state_count(kind, false);
+    all.push_back({optimizer_name(kind), kind, is_one_rule ? 0.0 : 0.9});
+    if (!is_one_rule) all.push_back({std::string(optimizer_name(kind)) + "0", kind, 0.0});
+  }
+  return all;
+}
 
 struct Codec {
   const char* name;
@@ -332,7 +341,7 @@ void add_full(Registered& registered, const std::vector<int>& threads) {
   for (const Workload& workload : workloads) {
     for (int t : threads) {
       add_torch(registered, workload, t);
-      for (const Optimizer& optimizer : kOptimizers)
+      for (const Optimizer& optimizer : all_optimizers())
         for (const Codec& codec : kCodecs)
           for (const Parameter& parameter : kParameters)
             for (const Master& master : kMasters) {
@@ -353,7 +362,7 @@ void add_subset(Registered& registered, const std::vector<int>& threads) {
     for (int64_t stride : {1, 64})
       add_inspect(registered, {kAdamW, kCodecs[0], kParameters[0], k24Bit}, large, t, stride);
   }
-  for (const Optimizer& optimizer : kOptimizers)
+  for (const Optimizer& optimizer : all_optimizers())
     for (int codec : {0, 1}) add_ours(registered, {optimizer, kCodecs[codec], kParameters[0], k24Bit}, large, all);
   for (const Parameter& parameter : kParameters)
     for (const Master& master : kMasters) {

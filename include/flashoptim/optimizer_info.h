@@ -41,8 +41,10 @@ inline constexpr int64_t kLrIndex = 0, kWeightDecayIndex = 1, kDecayLrIndex = 2,
 int64_t optimizer_count();
 /// The optimizers by number, 0 ... optimizer_count() - 1.
 OptimizerKind optimizer_at(int64_t index);
-/// "adamw", "adam", "sgd", "sgdw", "lion".
+/// "adamw": what operators, archives and options of programs call it.
 const char* optimizer_name(OptimizerKind optimizer);
+/// "AdamW": what people call it; the front ends' classes are FlashAdamW and so on.
+const char* optimizer_title(OptimizerKind optimizer);
 /// kInvalidArgument with the name and those there are; *optimizer is unchanged then.
 Status find_optimizer(const char* name, OptimizerKind* optimizer);
 /// kInvalidArgument where a number is no OptimizerKind.
@@ -72,6 +74,10 @@ struct StateSlotInfo {
   bool is_signed = false;
   /// The unsigned slot that the default codec stores this one relative to the root of; -1: none.
   int relative_to = -1;
+  /// Bits of mantissa of a signed slot's codes in the default codec; 0: each group chooses 3 to 6.
+  int mantissa_bits = 0;
+  /// Whether scales of the slot's groups are powers of two in the default codec.
+  bool is_slow = false;
   /// Whether the codec stores codes of this slot as int8 (true) or uint8.
   bool int8_codes(StateCodec codec) const { return codec == StateCodec::kPaper && is_signed; }
 };

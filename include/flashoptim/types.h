@@ -10,7 +10,7 @@ namespace flashoptim {
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 /// Which update rule a step applies. Sgd and Sgdw hold a momentum buffer only where momentum != 0.
-enum class OptimizerKind : int32_t { kAdamW = 0, kAdam = 1, kSgd = 2, kSgdw = 3, kLion = 4 };
+enum class OptimizerKind : int32_t { kAdamW = 0, kAdam = 1, kSgd = 2, kSgdw = 3, kLion = 4, kAdEMAMix = 5, kAdopt = 6 };
 
 /// How optimizer states are stored.
 enum class StateCodec : int32_t {
@@ -41,11 +41,15 @@ struct Hyperparameters {
   double beta2 = 0.999;
   double eps = 1e-8;
   double weight_decay = 0.0;
+  double beta3 = 0.9999;
+  double alpha = 5.0;
   double momentum = 0.0;
   double dampening = 0.0;
   /// Learning rate that decoupled weight decay is relative to: 0 decays by lr * weight_decay; otherwise by
   /// weight_decay * lr / decay_lr (`decouple_lr`).
   double decay_lr = 0.0;
+  /// Steps of warm-ups; 0: none.
+  int64_t t_alpha = 0, t_beta3 = 0;
   bool nesterov = false;
   bool maximize = false;
   /// Counts from 1: this step's number, for bias correction, dither and the first momentum.

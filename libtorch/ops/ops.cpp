@@ -1,7 +1,10 @@
 // The operators: schemas, boxed kernels, registration against torch's stable ABI. What they do is the store's.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <functional>
+#include <iomanip>
+#include <sstream>
 
 #include "libtorch/ops/boxed.h"
 #include "libtorch/ops/checks.h"
@@ -350,6 +353,48 @@ void hyperparameter_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give_string(names);
 }
 
+constexpr const char* kOptimizerNamesSchema = "optimizer_names() -> str";
+
+void optimizer_names_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  std::string names;
+  for (int64_t i = 0; i < optimizer_count(); ++i) {
+    if (i > 0) names += ',';
+    names += optimizer_name(optimizer_at(i));
+  }
+  stack[0] = give_string(names);
+}
+
+constexpr const char* kDescribeSchema = "describe_optimizer(str optimizer) -> str";
+
+/// What optimizer_info.h says of an optimizer, as JSON; null is an end of a range that is infinite.
+void describe_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const OptimizerKind optimizer = parse_optimizer({"describe_optimizer"}, take_string(stack[0]));
+  std::ostringstream out;
+  out << std::setprecision(17) << std::boolalpha;
+  const auto number = [](double value) {
+    std::ostringstream text;
+    text << std::setprecision(17) << value;
+    return std::isfinite(value) ? text.str() : std::string("null");
+  };
+  out << "{\"title\":\"" << optimizer_title(optimizer) << "\",\"hyperparameters\":[";
+  for (int64_t i = 0; i < hyperparameter_count(optimizer); ++i) {
+    static const char* const kKinds[] = {"number", "flag", "whole"};
+    const HyperparameterInfo info = hyperparameter(optimizer, i);
+    out << (i > 0 ? "," : "") << "{\"name\":\"" << info.name << "\",\"kind\":\"" << kKinds[static_cast<int>(info.kind)]
+        << "\",\"default\":" << number(info.default_value) << ",\"lowest\":" << number(info.lowest)
+        << ",\"highest\":" << number(info.highest) << "}";
+  }
+  out << "],\"slots\":[";
+  for (int k = 0; k < state_count(optimizer, true); ++k) {
+    const StateSlotInfo slot = state_slot(optimizer, k);
+    out << (k > 0 ? "," : "") << "{\"name\":\"" << slot.name << "\",\"signed\":" << slot.is_signed
+        << ",\"relative_to\":" << slot.relative_to << ",\"mantissa_bits\":" << slot.mantissa_bits
+        << ",\"slow\":" << slot.is_slow << "}";
+  }
+  out << "]}";
+  stack[0] = give_string(out.str());
+}
+
 constexpr const char* kImplementationSchema = "implementation(Tensor tensor) -> int";
 
 /// Address of the tensor's implementation, by which Python's objects are known (python_objects.h).
@@ -366,10 +411,26 @@ extern "C" __attribute__((visibility("default"))) int flashoptim_ops_version() {
 
 STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
-  for (const char* schema :
-       {kStepSchema, kMergeSchema, kSplitSchema, kDecodeSchema, kEncodeSchema, kFormatSchema, kArrayNamesSchema,
-        kNewStatesSchema, kPlaceOfBoxSchema, kScaleSizesSchema, kFitSchema, kConvertSchema, kZeroSchema, kCpuIsaSchema,
-        kHasCudaSchema, kStateNamesSchema, kHyperparameterNamesSchema, kImplementationSchema}) {
+  for (const char* schema : {kStepSchema,
+                             kMergeSchema,
+                             kSplitSchema,
+                             kDecodeSchema,
+                             kEncodeSchema,
+                             kFormatSchema,
+                             kArrayNamesSchema,
+                             kNewStatesSchema,
+                             kPlaceOfBoxSchema,
+                             kScaleSizesSchema,
+                             kFitSchema,
+                             kConvertSchema,
+                             kZeroSchema,
+                             kCpuIsaSchema,
+                             kHasCudaSchema,
+                             kStateNamesSchema,
+                             kHyperparameterNamesSchema,
+                             kOptimizerNamesSchema,
+                             kDescribeSchema,
+                             kImplementationSchema}) {
     m.def(schema);
   }
 }
@@ -394,5 +455,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("has_cuda", has_cuda_kernel);
   m.impl("state_names", state_names_kernel);
   m.impl("hyperparameter_names", hyperparameter_names_kernel);
+  m.impl("optimizer_names", optimizer_names_kernel);
+  m.impl("describe_optimizer", describe_kernel);
   m.impl("implementation", implementation_kernel);
 }

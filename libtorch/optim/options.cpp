@@ -5,50 +5,65 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <sstream>
+#include <type_traits>
 #include <vector>
 
+#include "flashoptim/optimizer_info.h"
 #include "libtorch/optim/param_state.h"
 
 namespace flashoptim::libtorch {
 namespace {
 
+/// Calls f(value, its name in messages, the option's index) with what the rule calls `name`, where there is an option
+/// for it.
+template <class Values, class F>
+void with_number(Values& values, std::string_view name, F&& f) {
+  if (name == "beta1") return f(std::get<0>(values.betas), "betas[0]", option_index("betas"));
+  if (name == "beta2") return f(std::get<1>(values.betas), "betas[1]", option_index("betas"));
+  for_each_option([&](int index, const char* option, auto member) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(values.*member)>>) {
+      if (name == option) f(values.*member, option, index);
+    }
+  });
+}
+
+template <class T>
+void assign(T& value, double number) {
+  value = static_cast<T>(number);
+}
+
 OptionValues default_values(OptimizerKind kind) {
   OptionValues values;
-  if (kind == OptimizerKind::kAdamW) values.weight_decay = 1e-2;
-  if (kind == OptimizerKind::kLion) values.betas = {0.9, 0.99};
+  for (int64_t i = 0; i < hyperparameter_count(kind); ++i) {
+    const HyperparameterInfo info = hyperparameter(kind, i);
+    with_number(values, info.name, [&info](auto& value, auto...) { assign(value, info.default_value); });
+  }
   return values;
 }
 
-/// A number and its range: finite, at least `lowest`, below `below`.
-struct NumberOption {
-  const char* name;
-  double (*get)(const OptionValues&);
-  double lowest, below;
+/// What a rule allows, in a LibTorch user's words.
+std::string allowed(const HyperparameterInfo& info) {
+  std::ostringstream text;
+  if (std::isinf(info.highest)) text << "finite";
+  if (!std::isinf(info.lowest)) text << (std::isinf(info.highest) ? " and " : "") << "at least " << info.lowest;
+  if (info.kind == HyperparameterKind::kNumber && !std::isinf(info.highest)) text << " and below " << info.highest;
+  return text.str();
+}
 
-  bool allows(double value) const { return std::isfinite(value) && value >= lowest && value < below; }
-  std::string allowed() const {
-    std::ostringstream text;
-    if (std::isinf(below)) text << "finite";
-    if (!std::isinf(lowest)) text << (std::isinf(below) ? " and " : "") << "at least " << lowest;
-    if (!std::isinf(below)) text << " and below " << below;
-    return text.str();
+/// Archives have the options up to here of every optimizer; of those behind, the ones that the optimizer's rule reads.
+constexpr int kOptionsOfAll = option_index("seed") + 1;
+
+bool reads(OptimizerKind kind, std::string_view name) {
+  for (int64_t i = 0; i < hyperparameter_count(kind); ++i) {
+    if (name == hyperparameter(kind, i).name) return true;
   }
-};
+  return false;
+}
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
-constexpr NumberOption kNumberOptions[] = {
-    {"lr", [](const OptionValues& v) { return v.lr; }, 0, kInf},
-    {"betas[0]", [](const OptionValues& v) { return std::get<0>(v.betas); }, 0, 1},
-    {"betas[1]", [](const OptionValues& v) { return std::get<1>(v.betas); }, 0, 1},
-    {"eps", [](const OptionValues& v) { return v.eps; }, 0, kInf},
-    {"weight_decay", [](const OptionValues& v) { return v.weight_decay; }, 0, kInf},
-    {"momentum", [](const OptionValues& v) { return v.momentum; }, 0, kInf},
-    {"dampening", [](const OptionValues& v) { return v.dampening; }, -kInf, kInf},
-    {"initial_lr", [](const OptionValues& v) { return v.initial_lr; }, 0, kInf},
-};
+bool is_archived(OptimizerKind kind, int index, std::string_view name) {
+  return index < kOptionsOfAll || reads(kind, name);
+}
 
 constexpr uint32_t all_options() {
   int count = 0;
@@ -60,7 +75,38 @@ constexpr const char* kSetKey = "explicitly_set";
 
 }  // namespace
 
+Hyperparameters hyperparameters_of(OptimizerKind kind, const OptionValues& values) {
+  Hyperparameters hyper = default_hyperparameters(kind);
+  for (int64_t i = 0; i < hyperparameter_count(kind); ++i) {
+    with_number(values, hyperparameter(kind, i).name, [&](auto value, auto...) {
+      (void)set_hyperparameter(kind, i, static_cast<double>(value), &hyper);  // check() has said what is wrong
+    });
+  }
+  hyper.decay_lr = values.decouple_lr ? values.initial_lr : 0.0;
+  return hyper;
+}
+
 FlashOptions::FlashOptions(OptimizerKind kind) : values_(default_values(kind)), kind_(kind) {}
+
+double FlashOptions::number(std::string_view name) const {
+  double number = 0.0;
+  bool found = false;
+  with_number(values_, name, [&](auto value, auto...) {
+    number = static_cast<double>(value);
+    found = true;
+  });
+  TORCH_CHECK(found && reads(kind_, name), "FlashOptions::number: name = \"", std::string(name), "\"; must be what ",
+              class_name(kind_), " reads");
+  return number;
+}
+
+void FlashOptions::set_number(std::string_view name, double value) {
+  (void)number(name);
+  with_number(values_, name, [&](auto& option, const char*, int index) {
+    assign(option, value);
+    set_ |= uint32_t{1} << index;
+  });
+}
 
 bool FlashOptions::is_set(std::string_view name) const {
   int found = -1;
@@ -89,8 +135,7 @@ void FlashOptions::check_settled(const std::string& where) const {
 }
 
 bool FlashOptions::has_momentum() const {
-  const bool is_sgd = kind_ == OptimizerKind::kSgd || kind_ == OptimizerKind::kSgdw;
-  return !is_sgd || values_.momentum != 0;
+  return values_.momentum != 0 || state_count(kind_, false) == state_count(kind_, true);
 }
 
 void FlashOptions::check(const std::string& where) const {
@@ -98,10 +143,15 @@ void FlashOptions::check(const std::string& where) const {
   const auto need = [&where](bool ok, const char* name, const auto& value, const auto& allowed) {
     TORCH_CHECK(ok, where, name, " = ", value, "; must be ", allowed);
   };
-  for (const NumberOption& option : kNumberOptions) {
-    const double value = option.get(v);
-    need(option.allows(value), option.name, value, option.allowed());
+  for (int64_t i = 0; i < hyperparameter_count(kind_); ++i) {
+    const HyperparameterInfo info = hyperparameter(kind_, i);
+    if (i == kSeedIndex || info.kind == HyperparameterKind::kFlag) continue;
+    with_number(v, info.name, [&](auto value, const char* name, int) {
+      Hyperparameters unused;
+      need(set_hyperparameter(kind_, i, static_cast<double>(value), &unused).is_ok(), name, value, allowed(info));
+    });
   }
+  need(std::isfinite(v.initial_lr) && v.initial_lr >= 0, "initial_lr", v.initial_lr, "finite and at least 0");
   need(!v.nesterov || v.momentum > 0, "momentum", v.momentum, "above 0 with nesterov = true");
   need(!v.nesterov || v.dampening == 0, "dampening", v.dampening, "0 with nesterov = true");
   need(v.master_weight_bits == 0 || v.master_weight_bits == 24 || v.master_weight_bits == 32, "master_weight_bits",
@@ -113,7 +163,9 @@ void FlashOptions::check(const std::string& where) const {
 }
 
 void FlashOptions::serialize(::torch::serialize::OutputArchive& archive) const {
-  for_each_option([&](int, const char* name, auto member) { archive.write(name, c10::IValue(values_.*member)); });
+  for_each_option([&](int index, const char* name, auto member) {
+    if (is_archived(kind_, index, name)) archive.write(name, c10::IValue(values_.*member));
+  });
   if (set_ == all_options()) return;  // always so in an optimizer's groups
   c10::List<std::string> names;
   for_each_option([&](int index, const char* name, auto) {
@@ -123,7 +175,8 @@ void FlashOptions::serialize(::torch::serialize::OutputArchive& archive) const {
 }
 
 void FlashOptions::serialize(::torch::serialize::InputArchive& archive) {
-  for_each_option([&](int, const char* name, auto member) {
+  for_each_option([&](int index, const char* name, auto member) {
+    if (!is_archived(kind_, index, name)) return;
     c10::IValue value;
     archive.read(name, value);
     values_.*member = value.to<std::decay_t<decltype(values_.*member)>>();

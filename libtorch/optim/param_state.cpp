@@ -62,37 +62,7 @@ std::unique_ptr<FlashParamState> assembled(const std::vector<store::ArraySpec>& 
 
 }  // namespace
 
-const char* class_name(OptimizerKind kind) {
-  switch (kind) {
-    case OptimizerKind::kAdamW:
-      return "FlashAdamW";
-    case OptimizerKind::kAdam:
-      return "FlashAdam";
-    case OptimizerKind::kSgd:
-      return "FlashSGD";
-    case OptimizerKind::kSgdw:
-      return "FlashSGDW";
-    case OptimizerKind::kLion:
-      return "FlashLion";
-  }
-  return "?";
-}
-
-const char* archive_name(OptimizerKind kind) {
-  switch (kind) {
-    case OptimizerKind::kAdamW:
-      return "adamw";
-    case OptimizerKind::kAdam:
-      return "adam";
-    case OptimizerKind::kSgd:
-      return "sgd";
-    case OptimizerKind::kSgdw:
-      return "sgdw";
-    case OptimizerKind::kLion:
-      return "lion";
-  }
-  return "?";
-}
+std::string class_name(OptimizerKind kind) { return std::string("Flash") + optimizer_title(kind); }
 
 void check_param(const std::string& name, const at::Tensor& param) {
   TORCH_CHECK(param.defined(), name, " is undefined; a tensor is needed");

@@ -13,9 +13,10 @@
 namespace flashoptim::libtorch {
 
 /// "FlashAdamW", ...
-const char* class_name(OptimizerKind kind);
-/// "adamw", ...: in archives.
-const char* archive_name(OptimizerKind kind);
+std::string class_name(OptimizerKind kind);
+
+/// What a step takes of options that check() has passed.
+Hyperparameters hyperparameters_of(OptimizerKind kind, const OptionValues& values);
 
 /// Throws unless `param` can be optimized; `name` stands for it in the message.
 void check_param(const std::string& name, const at::Tensor& param);

@@ -3,7 +3,6 @@
 #include <c10/util/Exception.h>
 #include <torch/types.h>
 
-#include <tuple>
 #include <utility>
 
 #include "libtorch/optim/handles.h"
@@ -12,21 +11,6 @@ namespace flashoptim::libtorch {
 namespace {
 
 constexpr store::Op kOp{"step"};
-
-Hyperparameters hyperparameters(const OptionValues& v) {
-  Hyperparameters hyper;
-  hyper.lr = v.lr;
-  std::tie(hyper.beta1, hyper.beta2) = v.betas;
-  hyper.eps = v.eps;
-  hyper.weight_decay = v.weight_decay;
-  hyper.momentum = v.momentum;
-  hyper.dampening = v.dampening;
-  hyper.decay_lr = v.decouple_lr ? v.initial_lr : 0.0;
-  hyper.nesterov = v.nesterov;
-  hyper.maximize = v.maximize;
-  hyper.seed = static_cast<uint64_t>(v.seed);
-  return hyper;
-}
 
 /// Whether other options than hyperparameters differ: what is stored.
 bool same_format(const OptionValues& a, const OptionValues& b) {
@@ -106,7 +90,7 @@ void ParamStore::read(size_t group, const FlashOptions& options) {
   GroupOptions& known = groups_[group];
   const bool stays =
       known.is_known && known.has_momentum == options.has_momentum() && same_format(known.values, options.values());
-  known = {true, options.values(), options.has_momentum(), {hyperparameters(options.values()), nullptr}};
+  known = {true, options.values(), options.has_momentum(), {hyperparameters_of(kind_, options.values()), nullptr}};
   if (stays) return;
   for (size_t record = 0; record < positions_.size(); ++record) {
     if (positions_[record].group == group) store_.forget(static_cast<int64_t>(record));

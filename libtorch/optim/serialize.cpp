@@ -167,7 +167,7 @@ void FlashParamState::serialize(InputArchive& archive) {
 void FlashOptimizer::save(OutputArchive& archive) const {
   archive.write("flashoptim_archive_version", c10::IValue(kArchiveVersion));
   archive.write("state_format_version", c10::IValue(static_cast<int64_t>(kStateFormatVersion)));
-  archive.write("optimizer", c10::IValue(std::string(archive_name(kind_))));
+  archive.write("optimizer", c10::IValue(std::string(optimizer_name(kind_))));
   OutputArchive groups(archive.compilation_unit()), states(archive.compilation_unit());
   groups.write("size", c10::IValue(static_cast<int64_t>(param_groups_.size())));
   size_t number = 0;
@@ -210,8 +210,8 @@ void FlashOptimizer::load(InputArchive& archive) {
   TORCH_CHECK(format >= 1 && format <= kStateFormatVersion, where, "state_format_version = ", format, "; must be 1 to ",
               kStateFormatVersion);
   archive.read("optimizer", value);
-  TORCH_CHECK(value.toStringRef() == archive_name(kind_), where, "optimizer = \"", value.toStringRef(),
-              "\"; must be \"", archive_name(kind_), "\"");
+  TORCH_CHECK(value.toStringRef() == optimizer_name(kind_), where, "optimizer = \"", value.toStringRef(),
+              "\"; must be \"", optimizer_name(kind_), "\"");
 
   // Read, check and convert all of it first, so that a bad archive changes nothing.
   const at::NoGradGuard no_grad;

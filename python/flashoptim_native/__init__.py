@@ -5,11 +5,11 @@ Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/p
 
 from __future__ import annotations
 
+from . import optimizers
 from ._alias import install_as_flashoptim
-from ._ops import cpu_isa
+from ._ops import cpu_isa, tensor_access
 from ._parameters import describe_shard
 from .arguments import parse_optimizer_arguments
-from .casting import cast_model
 from .description import FormatDescription, OptimizerDescription
 from .gradient_release import (
     GradientReleaseHandle,
@@ -17,33 +17,18 @@ from .gradient_release import (
     prepare_for_gradient_release,
     remove_gradient_release,
 )
-from .numerics import NumericsError, NumericsReport, ParameterNumerics
-from .optimizer import FlashOptimizer
-from .optimizers import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
-from .weights import (
-    compute_ecc_bits,
-    get_fp32_model_state_dict,
-    reconstruct_fp32_param,
-    set_fp32_model_state_dict,
-)
+from .numerics import NumericsReport, ParameterNumerics
+from .optimizers import *  # noqa: F403  (its __all__ is the list of optimizers)
+from .weights import get_fp32_model_state_dict, set_fp32_model_state_dict
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FlashAdam",
-    "FlashAdamW",
-    "FlashLion",
-    "FlashOptimizer",
-    "FlashSGD",
-    "FlashSGDW",
     "FormatDescription",
     "GradientReleaseHandle",
-    "NumericsError",
     "NumericsReport",
     "OptimizerDescription",
     "ParameterNumerics",
-    "cast_model",
-    "compute_ecc_bits",
     "cpu_isa",
     "describe_shard",
     "enable_gradient_release",
@@ -51,7 +36,8 @@ __all__ = [
     "install_as_flashoptim",
     "parse_optimizer_arguments",
     "prepare_for_gradient_release",
-    "reconstruct_fp32_param",
     "remove_gradient_release",
     "set_fp32_model_state_dict",
+    "tensor_access",
 ]
+__all__ += optimizers.__all__

@@ -9,14 +9,18 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+import json
+import math
 import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from . import _layout
 
 LIBRARY_NAME = "libflashoptim_ops.so"
 LIBRARY_VARIABLE = "FLASHOPTIM_OPS_LIBRARY"
@@ -140,11 +144,23 @@ def _store_functions(path: Path | None) -> dict[str, Callable[..., Any]]:
         )
     except RuntimeError as error:
         raise ImportError(f"torch {torch.__version__} does not go with this build of flashoptim: {error}") from error
+    functions["versions"](torch.autograd.graph.increment_version)
     return functions
 
 
 #: The store's functions, each of which takes a store's handle first.
 store: SimpleNamespace = SimpleNamespace(**_store_functions(_load()))
+
+_why_asked = _layout.find(store, bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+
+
+def tensor_access() -> str:
+    """How a step looks at tensors: ``direct``, in torch's own objects, or ``ask: `` and the reason why torch is asked.
+
+    Both are right; the first is faster.
+    """
+    return f"ask: {_why_asked}" if _why_asked else "direct"
+
 
 merge_weights = torch.ops.flashoptim.merge_weights.default
 split_weights_ = torch.ops.flashoptim.split_weights_.default
@@ -177,6 +193,56 @@ def state_names(optimizer: str, has_momentum: bool) -> tuple[str, ...]:
 def hyperparameter_names(optimizer: str) -> tuple[str, ...]:
     """What the numbers of a set of ``hypers`` are, in their order (include/flashoptim/optimizer_info.h)."""
     return tuple(torch.ops.flashoptim.hyperparameter_names(optimizer).split(","))
+
+
+class Hyperparameter(NamedTuple):
+    """One number that an optimizer's rule reads: flashoptim::HyperparameterInfo of optimizer_info.h."""
+
+    name: str
+    kind: str  # "number", "flag", "whole"
+    default: float
+    lowest: float  # allowed, where it is finite
+    highest: float  # of numbers not allowed
+
+
+class Slot(NamedTuple):
+    """One state that an optimizer keeps: flashoptim::StateSlotInfo of optimizer_info.h."""
+
+    name: str
+    is_signed: bool
+    relative_to: int  # the slot whose root the default codec stores it relative to; -1: none
+    mantissa_bits: int  # of its codes, in the default codec; 0: each group chooses
+    is_slow: bool  # its scales are powers of two there
+
+
+class Description(NamedTuple):
+    """What an optimizer's rule says of itself."""
+
+    title: str
+    hyperparameters: tuple[Hyperparameter, ...]
+    slots: tuple[Slot, ...]
+
+    def betas(self) -> int:
+        """How many numbers ``betas`` has."""
+        return sum(one.name.removeprefix("beta").isdigit() for one in self.hyperparameters)
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """Every optimizer's ``kind``."""
+    return tuple(torch.ops.flashoptim.optimizer_names().split(","))
+
+
+@functools.lru_cache(maxsize=16)
+def describe(optimizer: str) -> Description:
+    said = json.loads(torch.ops.flashoptim.describe_optimizer(optimizer))
+    numbers = []
+    for one in said["hyperparameters"]:
+        lowest = -math.inf if one["lowest"] is None else one["lowest"]
+        highest = math.inf if one["highest"] is None else one["highest"]
+        numbers.append(Hyperparameter(one["name"], one["kind"], one["default"], lowest, highest))
+    fields = ("name", "signed", "relative_to", "mantissa_bits", "slow")
+    slots = tuple(Slot(*(one[field] for field in fields)) for one in said["slots"])
+    return Description(said["title"], tuple(numbers), slots)
 
 
 def has_cuda() -> bool:

@@ -21,7 +21,7 @@ class Policy:
     Options of all patterns that match a name apply; where two set the same, the later one's does.
     """
 
-    def __init__(self, patterns: Any, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, patterns: Any, kind: str, defaults: Mapping[str, Any]) -> None:
         """
         Raises:
             TypeError: ``patterns`` is no mapping of strings to mappings.
@@ -42,7 +42,7 @@ class Policy:
                     )
             self.patterns[pattern] = {name: python_value(value) for name, value in options.items()}
             try:
-                _validate.check_hyperparameters({**defaults, **self.patterns[pattern]})
+                _validate.check_hyperparameters(kind, {**defaults, **self.patterns[pattern]})
                 _validate.check_format({**defaults, **self.patterns[pattern]})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"policy[{pattern!r}]: {error}") from error

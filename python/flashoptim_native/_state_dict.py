@@ -63,7 +63,7 @@ def merged_groups(
             new["betas"] = tuple(new["betas"])
         if new.get("decouple_lr"):
             new.setdefault("decay_lr", _validate.real_number("lr", new.get("initial_lr", new["lr"])))
-        _validate.check_hyperparameters(new)
+        _validate.check_hyperparameters(kind, new)
         result.append(ParamGroup.of(kind, new))
     return result
 

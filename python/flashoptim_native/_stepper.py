@@ -13,7 +13,7 @@ from ._graph_capture import GraphCapture
 from ._hyperparameters import Hyperparameters
 from ._model_loads import WeightLoads
 from ._scaling import Scaling
-from ._store import Controls, State, Store, is_capturing, outside_compile
+from ._store import Controls, State, Store, is_capturing
 from .numerics import NumericsMonitor
 
 
@@ -47,7 +47,6 @@ class Stepper:
             if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
                 self.store.remember_dtype(param)
 
-    @outside_compile
     def step(
         self,
         groups: list[dict[str, Any]],

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from . import _ops
+
 MASTER_WEIGHT_BITS = (None, 24, 32)
 STATE_CODECS = ("default", "paper")
 LARGEST_SEED = 2**53 - 1
+#: Hyperparameters of rules that a group says otherwise, or not at all.
+_NOT_A_GROUPS = ("decay_lr", "seed", "step")
 
 
 def real_number(name: str, value: Any) -> float:
@@ -31,8 +35,10 @@ def real_number(name: str, value: Any) -> float:
 def check_range(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """``value`` as a float in [low, high); NaN and infinities are outside every range."""
     number = real_number(name, value)
-    if not (low <= number < high):
+    if not (low <= number < high) or math.isinf(number):
         allowed = f"a finite number >= {low:g}" if high == math.inf else f"{low:g} <= {name} < {high:g}"
+        if math.isinf(low):
+            allowed = "a finite number"
         raise ValueError(f"{name} = {number!r} is not allowed; allowed is {allowed}")
     return number
 
@@ -70,28 +76,30 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     return value
 
 
-def check_betas(value: Any) -> None:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"betas = {value!r} is not allowed; allowed is a pair of numbers, each 0 <= beta < 1")
+def check_betas(value: Any, count: int) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        what = "a pair of" if count == 2 else count
+        raise ValueError(f"betas = {value!r} is not allowed; allowed is {what} numbers, each 0 <= beta < 1")
     for index, beta in enumerate(value):
         check_range(f"betas[{index}]", beta, 0.0, 1.0)
 
 
-def check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """The numbers of a step, as a group holds them; those a group lacks are not its optimizer's."""
-    check_range("lr", group["lr"], 0.0)
+def check_hyperparameters(kind: str, group: Mapping[str, Any]) -> None:
+    """The numbers of a step, as a group holds them, in the ranges of the optimizer's rule."""
+    description = _ops.describe(kind)
     if "betas" in group:
-        check_betas(group["betas"])
-    for name in ("eps", "weight_decay", "momentum"):
-        if name in group:
-            check_range(name, group[name], 0.0)
-    if "dampening" in group:
-        dampening = real_number("dampening", group["dampening"])
-        if not math.isfinite(dampening):
-            raise ValueError(f"dampening = {dampening!r} is not allowed; allowed is a finite number")
-    for name in ("maximize", "nesterov", "decouple_lr"):
-        if name in group:
+        check_betas(group["betas"], description.betas())
+    for name, number, _, lowest, highest in description.hyperparameters:
+        if name in _NOT_A_GROUPS or name not in group:
+            continue
+        if number == "flag":
             check_bool(name, group[name])
+        elif number == "number":
+            check_range(name, group[name], lowest, highest)
+        elif group[name] is not None:
+            check_integer(name, group[name], int(lowest))
+    if "decouple_lr" in group:
+        check_bool("decouple_lr", group["decouple_lr"])
     if group.get("nesterov") and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(
             f"nesterov = True with momentum = {group['momentum']!r} and dampening = {group['dampening']!r} is not "

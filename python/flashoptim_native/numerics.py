@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _collectives
+from . import _collectives, _ops
 from ._ops import MasterWeights
 from ._states import Format
 
@@ -19,8 +19,9 @@ _MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 _CORRECTION_BITS = {MasterWeights.NONE: 0, MasterWeights.CORRECTION8_NEAREST: 8, MasterWeights.CORRECTION16_NEAREST: 16}
 #: A step is said to move a weight for certain if it is this many spacings of its stored values or more.
 _SPACINGS_NEEDED = 1 / 0.49
-#: The share of lr that a step of Adam is taken to have at least; Lion's is lr exactly, SGD's is taken as lr.
-_STEP_SHARE = {"adamw": 0.1, "adam": 0.1}
+#: The share of lr that a step of a rule with a variance (Adam) is taken to have at least. Lion's is lr exactly, and
+#: SGD's is taken as lr.
+_STEP_SHARE = 0.1
 #: Elements up to which check_numerics looks at every group, and the share it looks at beyond: 1 / stride.
 _SMALL_MODEL = 1 << 20
 _STRIDE = 64
@@ -172,7 +173,8 @@ class NumericsMonitor:
         if largest == 0.0 or not math.isfinite(largest):
             return
         needed = smallest_certain_step(largest, param.dtype, form.master_weights)
-        taken = lr * _STEP_SHARE.get(kind, 1.0)
+        has_variance = not all(slot.is_signed for slot in _ops.describe(kind).slots)
+        taken = lr * (_STEP_SHARE if has_variance else 1.0)
         if needed > taken:
             bits = _CORRECTION_BITS[form.master_weights]
             raise NumericsError(

@@ -19,11 +19,12 @@ from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._inspection import Inspection
 from ._policy import Policy
 from ._stepper import Stepper
+from ._store import outside_compile
 from .arguments import MoreArguments, check_torch_arguments, python_value
 
 
 class FlashOptimizer(Inspection):
-    """Base of FlashAdamW, FlashAdam, FlashSGD, FlashSGDW and FlashLion.
+    """Base of FlashAdamW and the other optimizers.
 
     Args:
         params: parameters, named parameters or parameter groups, as any PyTorch optimizer takes them. bfloat16, float16
@@ -89,9 +90,9 @@ class FlashOptimizer(Inspection):
         }
         defaults = {name: python_value(value) for name, value in {**defaults, **options}.items()}
         # Before the parameters, of which a generator can be taken once, and whether or not a group says otherwise.
-        _validate.check_hyperparameters(defaults)
+        _validate.check_hyperparameters(self.kind, defaults)
         _validate.check_format(defaults)
-        self._policy = None if policy is None else Policy(policy, defaults)
+        self._policy = None if policy is None else Policy(policy, self.kind, defaults)
         self._reset()
         super().__init__(params, defaults)
         for pattern in () if self._policy is None else self._policy.patterns.keys() - self._policy.matched:
@@ -168,7 +169,7 @@ class FlashOptimizer(Inspection):
             self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
-            _validate.check_hyperparameters(group)
+            _validate.check_hyperparameters(self.kind, group)
             _validate.check_format(group)
             for position, param in enumerate(group["params"]):
                 name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
@@ -196,11 +197,16 @@ class FlashOptimizer(Inspection):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._store.lock:
-            self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
+        self._step()
         return loss
 
+    @outside_compile
+    def _step(self) -> None:
+        with self._store.lock:
+            self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
+
     @torch.no_grad()
+    @outside_compile
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
         """A step of one parameter alone, if it has a gradient (``group`` is not needed).
 
@@ -222,6 +228,7 @@ class FlashOptimizer(Inspection):
         return attributes.get("grad_scale"), attributes.get("found_inf")
 
     @torch.no_grad()
+    @outside_compile
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips the next step to gradients of a total norm of at most ``max_norm``; returns the norm of what there is.
 

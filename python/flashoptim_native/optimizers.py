@@ -290,7 +290,127 @@ class FlashLion(FlashOptimizer):
         )
 
 
+class FlashAdEMAMix(FlashOptimizer):
+    """AdEMAMix (Pagliardini et al. 2024): Adam with a second, slow average of the gradient in the update.
+
+    betas: of the fast average, the squares' and the slow average's.
+    alpha: share of the slow average, which has no bias correction.
+    t_alpha, t_beta3: steps in which alpha grows from 0, and beta3 from beta1 (its half-life linearly); the paper takes
+    the whole run. None: no warm-up.
+    decouple_lr: decay weights by weight_decay * lr / (first lr of the group) instead of weight_decay * lr, so that the
+    decay does not depend on the learning rate's scale.
+    """
+
+    kind = "ademamix"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        decouple_lr: bool = False,
+        quantize: bool = True,
+        compress_state_dict: bool = True,
+        master_weight_bits: MasterWeightBits = 24,
+        check_numerics: bool = False,
+        fused: bool | None = True,
+        *,
+        state_codec: StateCodecName = "default",
+        min_quantized_numel: int = 4096,
+        seed: int = 0,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        capturable: bool = False,
+        **more: Unpack[MoreArguments],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "alpha": alpha,
+            "t_alpha": t_alpha,
+            "t_beta3": t_beta3,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decouple_lr": decouple_lr,
+        }
+        super().__init__(
+            params,
+            defaults,
+            quantize=quantize,
+            compress_state_dict=compress_state_dict,
+            master_weight_bits=master_weight_bits,
+            check_numerics=check_numerics,
+            fused=fused,
+            state_codec=state_codec,
+            min_quantized_numel=min_quantized_numel,
+            seed=seed,
+            maximize=maximize,
+            stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
+            **more,
+        )
+
+
+class FlashADOPT(FlashOptimizer):
+    """ADOPT (Taniguchi et al. 2024): a momentum of gradients that the variance before them has normalized, clipped.
+
+    The first step makes the variance and moves no weight. A normalized gradient is clipped at (steps since)^(1/4).
+    eps: the least that a gradient is divided by.
+    decouple_lr: decay weights by weight_decay * lr / (first lr of the group) instead of weight_decay * lr, so that the
+    decay does not depend on the learning rate's scale.
+    """
+
+    kind = "adopt"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.9999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        decouple_lr: bool = False,
+        quantize: bool = True,
+        compress_state_dict: bool = True,
+        master_weight_bits: MasterWeightBits = 24,
+        check_numerics: bool = False,
+        fused: bool | None = True,
+        *,
+        state_codec: StateCodecName = "default",
+        min_quantized_numel: int = 4096,
+        seed: int = 0,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        capturable: bool = False,
+        **more: Unpack[MoreArguments],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
+        super().__init__(
+            params,
+            defaults,
+            quantize=quantize,
+            compress_state_dict=compress_state_dict,
+            master_weight_bits=master_weight_bits,
+            check_numerics=check_numerics,
+            fused=fused,
+            state_codec=state_codec,
+            min_quantized_numel=min_quantized_numel,
+            seed=seed,
+            maximize=maximize,
+            stochastic_rounding=stochastic_rounding,
+            capturable=capturable,
+            **more,
+        )
+
+
 __all__ = [
+    "FlashADOPT",
+    "FlashAdEMAMix",
     "FlashAdam",
     "FlashAdamW",
     "FlashLion",

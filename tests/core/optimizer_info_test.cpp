@@ -47,10 +47,17 @@ TEST(OptimizerInfo, NamesFindTheirOptimizer) {
     EXPECT_TRUE(names.insert(optimizer_name(kind)).second) << optimizer_name(kind);
   }
   EXPECT_STREQ(optimizer_name(OptimizerKind::kAdamW), "adamw");
-  EXPECT_STREQ(optimizer_name(OptimizerKind::kAdam), "adam");
-  EXPECT_STREQ(optimizer_name(OptimizerKind::kSgd), "sgd");
-  EXPECT_STREQ(optimizer_name(OptimizerKind::kSgdw), "sgdw");
-  EXPECT_STREQ(optimizer_name(OptimizerKind::kLion), "lion");
+  EXPECT_STREQ(optimizer_title(OptimizerKind::kAdamW), "AdamW");
+}
+
+/// The title is the name, as people write it.
+TEST(OptimizerInfo, TitlesAreNamesInTheirOwnSpelling) {
+  for (const OptimizerKind kind : optimizers()) {
+    std::string lower = optimizer_title(kind);
+    for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    EXPECT_EQ(lower, optimizer_name(kind));
+  }
+  EXPECT_STREQ(optimizer_title(static_cast<OptimizerKind>(-1)), "");
 }
 
 TEST(OptimizerInfo, WhatIsNoOptimizerIsAnErrorThatNamesThoseThereAre) {

@@ -16,6 +16,7 @@ namespace {
 struct ThreeSlots {
   static constexpr OptimizerKind kKind = OptimizerKind::kAdamW;
   static constexpr const char* kName = "three";
+  static constexpr const char* kTitle = "Three";
   static constexpr auto kHyperparameters = hyperparameter_list({});
   static constexpr bool kDecoupledDecay = true;
   static constexpr int kSlotCount = 3;
@@ -80,8 +81,8 @@ TEST(SlotCodecs, BasesAreCodedFirst) {
 
 TEST(SlotCodecs, EverySlotHasTheCodecThatItsRuleAsksFor) {
   using Adam = SlotCodecs<AdamW, StateCodec::kDefault>;
-  static_assert(std::is_same_v<Adam::Of<0>, MuLawSlot<6, true>> && std::is_same_v<Adam::Of<1>, WindowSlot>);
-  static_assert(std::is_same_v<SlotCodecs<Sgd, StateCodec::kDefault>::Of<0>, MuLawSlot<5, false>>);
+  static_assert(std::is_same_v<Adam::Of<0>, MuLawSlot<6, true, false>> && std::is_same_v<Adam::Of<1>, WindowSlot>);
+  static_assert(std::is_same_v<SlotCodecs<Sgd, StateCodec::kDefault>::Of<0>, MuLawSlot<5, false, false>>);
   static_assert(std::is_same_v<SlotCodecs<Lion, StateCodec::kDefault>::Of<0>, MuLawGroupSlot>);
   using Paper = SlotCodecs<AdamW, StateCodec::kPaper>;
   static_assert(std::is_same_v<Paper::Of<0>, PaperSlot<true>> && std::is_same_v<Paper::Of<1>, PaperSlot<false>>);
@@ -113,6 +114,22 @@ TEST(SlotCodecs, HotPathsAreForOneMomentumOverOneVariance) {
                 MomentumOverVariance<AdamW>::kVariance == 1);
   static_assert(!MomentumOverVariance<Lion>::kFits && !MomentumOverVariance<Sgd>::kFits &&
                 !MomentumOverVariance<SgdPlain>::kFits && !MomentumOverVariance<ThreeSlots>::kFits);
+}
+
+/// Rounded up to a power of two, from every mantissa; what the codes are then stays within them.
+TEST(SlotCodecs, ASlowSlotsScaleIsTheNextPowerOfTwo) {
+  using Plain = MuLawSlot<6, true, false>;
+  using Slow = MuLawSlot<6, true, true>;
+  EXPECT_EQ(Slow::header<float>(0u, 0u), 0u);
+  for (uint32_t exponent : {2u, 3u, 64u, 127u, 200u, 253u}) {
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += 1021u) {
+      const uint32_t largest = exponent << 23 | mantissa;
+      const uint32_t plain = Plain::header<float>(largest, 0u), slow = Slow::header<float>(largest, 0u);
+      ASSERT_EQ(slow & 0xffu, 0u);
+      ASSERT_GE(slow, plain);
+      ASSERT_LT(slow, plain + 0x100u);
+    }
+  }
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "flashoptim/cuda.h"
+#include "flashoptim/optimizer_info.h"
 
 #define ASSERT_CUDA(call)                                                          \
   do {                                                                             \
@@ -39,11 +40,10 @@ struct Config {
 };
 
 inline std::string name(const Config& c) {
-  static const char* const kOptimizers[] = {"adamw", "adam", "sgd", "sgdw", "lion"};
   static const char* const kCodecs[] = {"f32", "paper", "default"};
   static const char* const kDTypes[] = {"f32", "bf16", "fp16"};
   static const char* const kMasters[] = {"none", "stochastic", "c8", "c16", "c8nearest", "c16nearest"};
-  return std::string(kOptimizers[static_cast<int>(c.optimizer)]) + (c.has_momentum ? "_momentum" : "") + " " +
+  return std::string(optimizer_name(c.optimizer)) + (c.has_momentum ? "_momentum" : "") + " " +
          kCodecs[static_cast<int>(c.codec)] + " " + kDTypes[static_cast<int>(c.parameter_dtype)] +
          " g=" + kDTypes[static_cast<int>(c.gradient_dtype)] + " " + kMasters[static_cast<int>(c.master)];
 }
@@ -73,19 +73,25 @@ inline std::vector<Config> all_configs() {
       }
     }
   };
-  add_codecs(OptimizerKind::kAdamW, false);
-  add_codecs(OptimizerKind::kAdam, false);
-  add_codecs(OptimizerKind::kSgd, true);
-  add_codecs(OptimizerKind::kSgd, false);
-  add_codecs(OptimizerKind::kSgdw, true);
-  add_codecs(OptimizerKind::kSgdw, false);
-  add_codecs(OptimizerKind::kLion, false);
+  for (int64_t i = 0; i < optimizer_count(); ++i) {
+    const OptimizerKind optimizer = optimizer_at(i);
+    const bool has_two_rules = state_count(optimizer, true) != state_count(optimizer, false);
+    if (has_two_rules) add_codecs(optimizer, true);
+    add_codecs(optimizer, false);
+  }
   return configs;
 }
 
-/// Hyperparameters that use every term of an optimizer's rule.
+/// Hyperparameters that use every term of an optimizer's rule. Counts are of a few steps, what is not named here is at
+/// its default.
 inline Hyperparameters test_hyper(const Config& c, int64_t step) {
-  Hyperparameters h;
+  Hyperparameters h = default_hyperparameters(c.optimizer);
+  for (int64_t i = kCommonHyperparameters; i < hyperparameter_count(c.optimizer); ++i) {
+    if (hyperparameter(c.optimizer, i).kind == HyperparameterKind::kWhole)
+      (void)set_hyperparameter(c.optimizer, i, 5.0, &h);
+  }
+  h.beta1 = 0.9;
+  h.eps = 1e-8;
   h.lr = c.optimizer == OptimizerKind::kLion ? 3e-4 : 2e-3;
   h.beta2 = 0.98;
   h.weight_decay = 0.1;

@@ -380,8 +380,9 @@ TEST(CudaStepBits, OneFlawInATile) {
 /// States from elsewhere: any bytes at all, and then a step of usual gradients. `beta2` < 0: as usual.
 void step_any_stored_bytes(double beta2) {
   for (const Config& config : all_configs()) {
-    const bool has_beta2 = config.optimizer == OptimizerKind::kAdamW || config.optimizer == OptimizerKind::kAdam ||
-                           config.optimizer == OptimizerKind::kLion;
+    const int64_t last = hyperparameter_count(config.optimizer);
+    bool has_beta2 = false;
+    for (int64_t i = 0; i < last; ++i) has_beta2 |= std::string(hyperparameter(config.optimizer, i).name) == "beta2";
     if (beta2 >= 0.0 && !has_beta2) continue;
     SCOPED_TRACE(name(config));
     PlanPair pair(config);

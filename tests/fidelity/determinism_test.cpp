@@ -86,7 +86,7 @@ class Determinism : public testing::TestWithParam<OptimizerKind> {
     ASSERT_TRUE(made.is_ok()) << made.message();
     StepOptions options;
     options.parallel_for = parallel_for;
-    Hyperparameters h;
+    Hyperparameters h = default_hyperparameters(GetParam());
     h.momentum = 0.9;
     h.seed = seed;
     for (h.step = from; h.step <= to; ++h.step) {
@@ -133,8 +133,13 @@ TEST_P(Determinism, SeedMatters) {
   EXPECT_FALSE(whole(1) == whole(1ull << 40 | 1ull));
 }
 
-INSTANTIATE_TEST_SUITE_P(Optimizers, Determinism,
-                         testing::Values(OptimizerKind::kAdamW, OptimizerKind::kSgd, OptimizerKind::kLion),
+std::vector<OptimizerKind> all_optimizers() {
+  std::vector<OptimizerKind> all;
+  for (int64_t i = 0; i < optimizer_count(); ++i) all.push_back(optimizer_at(i));
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Optimizers, Determinism, testing::ValuesIn(all_optimizers()),
                          [](const testing::TestParamInfo<OptimizerKind>& info) {
                            return std::string(optimizer_name(info.param));
                          });

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "flashoptim/optimizer_info.h"
 #include "flashoptim/torch/flashoptim.h"
 
 namespace {
@@ -25,25 +26,40 @@ torch::Tensor ramp(const std::vector<int64_t>& shape, double slope, double offse
   return torch::sin(torch::arange(numel, torch::kFloat64) * slope + offset).reshape(shape);
 }
 
-template <class Optimizer, class Options>
-std::unique_ptr<FlashOptimizer> make(const std::vector<torch::Tensor>& params, Options options,
-                                     const std::string& codec, int64_t bits) {
-  options.weight_decay(0.1).state_codec(codec).master_weight_bits(bits).seed(7);
+/// The same as of_hyperparameters in tests/python/test_front_ends.py: of what is not named here, counts are 5 and
+/// numbers above 1.
+double value_of(const std::string& optimizer, const flashoptim::HyperparameterInfo& info) {
+  const std::string name = info.name;
+  if (name == "beta1") return 0.8;
+  if (name == "beta2") return 0.95;
+  if (info.highest == 1.0 && info.kind == flashoptim::HyperparameterKind::kNumber) return 0.975;
+  if (name == "eps") return 1e-6;
+  if (name == "momentum") return 0.8;
+  if (name == "dampening") return optimizer == "sgdw" ? 0.0 : 0.2;
+  if (name == "nesterov") return optimizer == "sgdw" ? 1.0 : 0.0;
+  if (info.kind == flashoptim::HyperparameterKind::kWhole) return 5.0;
+  return 0.5 * info.default_value + 1.0;
+}
+
+template <class Optimizer>
+std::unique_ptr<FlashOptimizer> make(const std::vector<torch::Tensor>& params, const std::string& codec, int64_t bits) {
+  using Options = typename Optimizer::Options;
+  auto options = Options(3e-3).weight_decay(0.1).state_codec(codec).master_weight_bits(bits).seed(7);
+  for (int64_t i = flashoptim::kCommonHyperparameters; i < flashoptim::hyperparameter_count(Options::kKind); ++i) {
+    const flashoptim::HyperparameterInfo info = flashoptim::hyperparameter(Options::kKind, i);
+    options.set_number(info.name, value_of(flashoptim::optimizer_name(Options::kKind), info));
+  }
   return std::make_unique<Optimizer>(params, options);
 }
 
 std::unique_ptr<FlashOptimizer> make_optimizer(const std::string& name, const std::vector<torch::Tensor>& params,
                                                const std::string& codec, int64_t bits) {
-  namespace ft = flashoptim::torch;
-  if (name == "adamw")
-    return make<ft::FlashAdamW>(params, ft::FlashAdamWOptions(3e-3).betas({0.8, 0.95}).eps(1e-6), codec, bits);
-  if (name == "adam")
-    return make<ft::FlashAdam>(params, ft::FlashAdamOptions(3e-3).betas({0.8, 0.95}).eps(1e-6), codec, bits);
-  if (name == "sgd")
-    return make<ft::FlashSGD>(params, ft::FlashSGDOptions(3e-3).momentum(0.8).dampening(0.2), codec, bits);
-  if (name == "sgdw")
-    return make<ft::FlashSGDW>(params, ft::FlashSGDWOptions(3e-3).momentum(0.8).nesterov(true), codec, bits);
-  return make<ft::FlashLion>(params, ft::FlashLionOptions(3e-3).betas({0.8, 0.95}), codec, bits);
+#define MAKE_OPTIMIZER(title)                                                              \
+  if (name == flashoptim::optimizer_name(flashoptim::torch::Flash##title::Options::kKind)) \
+    return make<flashoptim::torch::Flash##title>(params, codec, bits);
+  FLASHOPTIM_FOR_EACH_OPTIMIZER(MAKE_OPTIMIZER)
+#undef MAKE_OPTIMIZER
+  return nullptr;
 }
 
 void write(std::ofstream& out, const torch::Tensor& tensor) {
@@ -59,7 +75,8 @@ int main(int argc, char** argv) {
     std::cerr << "usage: front_end_bytes DIR\n";
     return 2;
   }
-  for (const std::string optimizer : {"adamw", "adam", "sgd", "sgdw", "lion"}) {
+  for (int64_t number = 0; number < flashoptim::optimizer_count(); ++number) {
+    const std::string optimizer = flashoptim::optimizer_name(flashoptim::optimizer_at(number));
     for (const std::string codec : {"default", "paper"}) {
       for (const int64_t bits : {0, 24, 32}) {
         for (const auto dtype : {torch::kBFloat16, torch::kFloat16, torch::kFloat32}) {

@@ -254,14 +254,14 @@ TEST(Boundary, ArraysAtOddAddressesGiveTheSameBits) {
             ASSERT_TRUE(plan.step(&hyper, 1).is_ok());
             ASSERT_TRUE(odd->bytes(even) == expected.bytes(even));
             // There and back through the conversions.
-            std::vector<float> weights(numel), first(numel), second(numel);
-            float* values[] = {first.data(), second.data()};
+            std::vector<float> weights(numel);
+            SlotValues values(numel);
             const ParameterTensors& t = odd->tensors();
             ASSERT_TRUE(
                 merge_weights(storage.dtype, storage.master, t.parameter, t.correction, weights.data(), even.numel())
                     .is_ok());
-            ASSERT_TRUE(decode_states(optimizer.kind, optimizer.has_momentum, t, values).is_ok());
-            ASSERT_TRUE(encode_states(optimizer.kind, optimizer.has_momentum, t, values).is_ok());
+            ASSERT_TRUE(decode_states(optimizer.kind, optimizer.has_momentum, t, values.pointers).is_ok());
+            ASSERT_TRUE(encode_states(optimizer.kind, optimizer.has_momentum, t, values.pointers).is_ok());
             ASSERT_TRUE(
                 split_weights(storage.dtype, storage.master, weights.data(), t.parameter, t.correction, even.numel())
                     .is_ok());

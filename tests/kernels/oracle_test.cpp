@@ -13,48 +13,36 @@ namespace {
 using oracle::Bounded;
 constexpr double kUnit = oracle::kFloatUnit;
 
-/// Settings with which no term vanishes, in several combinations.
-oracle::Settings settings(int variation, int64_t step) {
-  oracle::Settings s;
-  s.lr = 0.013;
-  s.beta1 = 0.87;
-  s.beta2 = 0.983;
-  s.eps = 1e-3;
-  s.weight_decay = 0.11;
-  s.momentum = 0.79;
-  s.dampening = 0.23;
-  s.step = step;
+/// Hyperparameters with which no term vanishes, in several combinations.
+Hyperparameters hyperparameters(int variation, int64_t step) {
+  Hyperparameters h = busy_hyperparameters(step);
+  h.seed = 17;
   if (variation == 1) {  // decouple_lr, maximize, a state that starts late
-    s.initial_lr = 0.02;
-    s.maximize = true;
-    s.step = step + 100;
+    h.decay_lr = 0.02;
+    h.maximize = true;
+    h.step = step + 100;
   }
   if (variation ==
       2) {  // Nesterov, smaller eps (much smaller, and the paper codec's zero variances push weights out of fp16)
-    s.nesterov = true;
-    s.dampening = 0.0;
-    s.eps = 1e-4;
-    s.lr = 5e-4;
+    h.nesterov = true;
+    h.dampening = 0.0;
+    h.eps = 1e-4;
+    h.lr = 5e-4;
   }
-  return s;
+  return h;
 }
 constexpr int kVariations = 3;
 
-Hyperparameters hyperparameters(const oracle::Settings& s) {
-  Hyperparameters h;
-  h.lr = s.lr;
-  h.beta1 = s.beta1;
-  h.beta2 = s.beta2;
-  h.eps = s.eps;
-  h.weight_decay = s.weight_decay;
-  h.momentum = s.momentum;
-  h.dampening = s.dampening;
-  h.decay_lr = s.initial_lr;
-  h.nesterov = s.nesterov;
-  h.maximize = s.maximize;
-  h.step = s.step;
-  h.seed = 17;
-  return h;
+/// What the oracle takes of them, by name.
+oracle::Settings settings_of(OptimizerKind kind, const Hyperparameters& h) {
+  oracle::Settings s;
+  for (int64_t i = 0; i < hyperparameter_count(kind); ++i) {
+    if (i == kSeedIndex) continue;
+    double* const setting = s.find(hyperparameter(kind, i).name);
+    EXPECT_NE(setting, nullptr) << "tests/oracle/oracle.h has no " << hyperparameter(kind, i).name;
+    if (setting != nullptr) *setting = get_hyperparameter(kind, i, h);
+  }
+  return s;
 }
 
 /// What storing the weight w - delta may lose, beside the error of delta. With h, h' half a ULP of the narrow value
@@ -86,9 +74,9 @@ double storage_bound(const TestTensor& t, int64_t i, double w, double delta, uin
   }
 }
 
-int mantissa_bits(const std::string& name) {
+int mantissa_bits(const std::string& name, int slot) {
 #define FLASHOPTIM_CASE(rule) \
-  if (name == #rule) return core::rule::kSlots[0].mantissa_bits;
+  if (name == #rule) return core::rule::kSlots[slot].mantissa_bits;
   FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
 #undef FLASHOPTIM_CASE
   return 0;
@@ -117,26 +105,39 @@ double paper_bound(const TestTensor& t, int64_t i, int slot, bool is_signed, dou
 
 /// Default, variance: less than one step of 2^s fp32 patterns, s the header's shift; at least the smallest normal
 /// number.
-double window_bound(const TestTensor& t, int64_t i, double exact) {
-  const int shift = (t.scale_at(1, group_of(t, i)) & 15) + 8;
+double window_bound(const TestTensor& t, int64_t i, int slot, double exact) {
+  const int shift = (t.scale_at(slot, group_of(t, i)) & 15) + 8;
   return exact * std::ldexp(1.0, shift - 23) * (1.0 + 1e-6) + 0x1p-126;
 }
 
 /// Default, momentum: less than one step of the mu-law code, 2^-K of (2 + |x| / G) for every octave of it, times G S; S
 /// is the power of two below the root of the variance as stored, or 1; G the header's scale. Where a group chooses K,
 /// its header says so, and codes lie up to a first step 2^(1 - K) higher.
-double mu_law_bound(const TestTensor& t, int64_t i, const OptimizerChoice& o, double exact, double stored_variance) {
-  const uint32_t header = t.scale_at(0, group_of(t, i));
-  const bool chosen = mantissa_bits(o.name) == 0;
-  const int k = chosen ? 6 - static_cast<int>(header & 3u) : mantissa_bits(o.name);
+double mu_law_bound(const TestTensor& t, int64_t i, const OptimizerChoice& o, int slot, double exact,
+                    const float* stored_variance) {
+  const uint32_t header = t.scale_at(slot, group_of(t, i));
+  const int bits = mantissa_bits(o.name, slot);
+  const bool chosen = bits == 0, is_relative = stored_variance != nullptr;
+  const int k = chosen ? 6 - static_cast<int>(header & 3u) : bits;
   const double g = float_of(chosen ? header >> 2 << 17 : header << 15);
   // Where v is 0, g^2 was below the smallest float: momentum is dropped.
-  if (o.states == 2 && stored_variance == 0.0) return 1e-20;
-  const double s = o.states == 2 ? std::exp2(std::floor(std::log2(stored_variance) / 2.0)) : 1.0;
+  if (is_relative && *stored_variance == 0.0f) return 1e-20;
+  const double s = is_relative ? std::exp2(std::floor(std::log2(static_cast<double>(*stored_variance)) / 2.0)) : 1.0;
   // A group whose scale is below the normal range is stored as zeros.
   const double zeros = chosen ? 0x1p-109 : 0x1p-116;
   const double start = chosen ? 2.0 + std::exp2(1 - k) : 2.0;
   return (start * g * s + std::fabs(exact)) * std::exp2(-k) * (1.0 + 1e-5) + zeros * s;
+}
+
+/// What storing slot `slot` of element i may lose; `stored` are all slots as they now read.
+double state_bound(const TestTensor& t, int64_t i, const OptimizerChoice& o, StateCodec codec, int slot, double exact,
+                   const std::vector<float> (&stored)[kMaxSlots]) {
+  const StateSlotInfo info = state_slot(o.kind, slot);
+  if (codec == StateCodec::kFloat32) return 0.0;
+  if (codec == StateCodec::kPaper) return paper_bound(t, i, slot, info.is_signed, exact);
+  if (!info.is_signed) return window_bound(t, i, slot, exact);
+  const bool is_relative = info.relative_to >= 0;
+  return mu_law_bound(t, i, o, slot, exact, is_relative ? &stored[info.relative_to][static_cast<size_t>(i)] : nullptr);
 }
 
 /// One step at a time, from what is stored: the bound is that of one step.
@@ -146,12 +147,16 @@ void expect_steps_within_bounds(const OptimizerChoice& o, StateCodec codec, cons
   const int64_t n = t.numel();
   Plan plan;
   ASSERT_TRUE(Plan::make(o.kind, o.has_momentum, &t.tensors(), 1, &plan).is_ok());
-  std::vector<float> first(static_cast<size_t>(n)), second(static_cast<size_t>(n)), new_first = first,
-                                                                                    new_second = second;
+  std::vector<float> states[kMaxSlots], new_states[kMaxSlots];
+  float *before[kMaxSlots], *after[kMaxSlots];
+  for (int slot = 0; slot < kMaxSlots; ++slot) {
+    states[slot].resize(static_cast<size_t>(n));
+    new_states[slot].resize(static_cast<size_t>(n));
+    before[slot] = states[slot].data();
+    after[slot] = new_states[slot].data();
+  }
   std::vector<double> w(static_cast<size_t>(n));
   std::vector<uint32_t> narrow(static_cast<size_t>(n));
-  float* before[] = {first.data(), second.data()};
-  float* after[] = {new_first.data(), new_second.data()};
   for (int64_t step = 1; step <= (kSanitized ? 3 : 12); ++step) {
     t.set_step(step);
     ASSERT_TRUE(plan.set_gradient(0, t.tensors().gradient).is_ok());
@@ -160,8 +165,8 @@ void expect_steps_within_bounds(const OptimizerChoice& o, StateCodec codec, cons
       w[static_cast<size_t>(i)] = t.weight_at(i);
       narrow[static_cast<size_t>(i)] = storage.dtype == DType::kFloat32 ? 0 : t.narrow_at(i);
     }
-    const oracle::Settings s = settings(variation, step);
-    const Hyperparameters hyper = hyperparameters(s);
+    const Hyperparameters hyper = hyperparameters(variation, step);
+    const oracle::Settings s = settings_of(o.kind, hyper);
     ASSERT_TRUE(plan.step(&hyper, 1).is_ok());
     ASSERT_TRUE(decode_states(o.kind, o.has_momentum, t.tensors(), after).is_ok());
     for (int64_t i = 0; i < n; ++i) {
@@ -170,26 +175,19 @@ void expect_steps_within_bounds(const OptimizerChoice& o, StateCodec codec, cons
       const double merged = storage.dtype == DType::kFloat32
                                 ? 0.0
                                 : kUnit * (std::fabs(w[k]) + 2.0 * t.narrow_format().half_ulp(narrow[k]));
-      oracle::Element<Bounded> e{{w[k], merged}, {first[k], 0.0}, {second[k], 0.0}};
+      oracle::Element<Bounded> e{{w[k], merged}, {}};
+      for (int slot = 0; slot < o.states; ++slot) e.states[slot] = {states[slot][k], 0.0};
       const Bounded delta = oracle::step(o.name, e, Bounded(t.gradient_at(i), 0.0), s);
       ASSERT_LE(std::fabs(t.weight_at(i) - (w[k] - delta.value)),
                 delta.error + storage_bound(t, i, w[k], delta.value, narrow[k]))
           << "weight " << i << " at step " << step << " was " << w[k] << " exact update " << delta.value << " got "
           << w[k] - t.weight_at(i);
-      double first_bound = e.first.error, second_bound = e.second.error;
-      if (codec == StateCodec::kPaper && o.states > 0) {
-        first_bound += paper_bound(t, i, 0, true, e.first.value);
-        if (o.states > 1) second_bound += paper_bound(t, i, 1, false, e.second.value);
+      for (int slot = 0; slot < o.states; ++slot) {
+        const Bounded& exact = e.states[slot];
+        ASSERT_LE(std::fabs(static_cast<double>(new_states[slot][k]) - exact.value),
+                  exact.error + state_bound(t, i, o, codec, slot, exact.value, new_states))
+            << "slot " << slot << ", element " << i << " step " << step << " exact " << exact.value;
       }
-      if (codec == StateCodec::kDefault && o.states > 0) {
-        first_bound += mu_law_bound(t, i, o, e.first.value, new_second[k]);
-        if (o.states > 1) second_bound += window_bound(t, i, e.second.value);
-      }
-      // Slots that the optimizer does not have stay 0 on both sides.
-      ASSERT_LE(std::fabs(static_cast<double>(new_first[k]) - e.first.value), first_bound)
-          << "slot 0, element " << i << " step " << step << " exact " << e.first.value;
-      ASSERT_LE(std::fabs(static_cast<double>(new_second[k]) - e.second.value), second_bound)
-          << "slot 1, element " << i << " step " << step << " exact " << e.second.value;
     }
   }
 }
@@ -221,7 +219,7 @@ void expect_run_within_bound(const OptimizerChoice& o, const Storage& storage, i
   std::vector<double> start;
   for (int64_t i = 0; i < n; ++i) {
     start.push_back(t.weight_at(i));
-    elements.push_back({{start.back(), 0.0}, {0.0, 0.0}, {0.0, 0.0}});
+    elements.push_back({{start.back(), 0.0}, {}});
   }
   double moved = 0.0;
   for (int64_t step = 1; step <= 50; ++step) {
@@ -230,8 +228,8 @@ void expect_run_within_bound(const OptimizerChoice& o, const Storage& storage, i
     std::vector<uint32_t> narrow(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i)
       narrow[static_cast<size_t>(i)] = storage.dtype == DType::kFloat32 ? 0 : t.narrow_at(i);
-    const oracle::Settings s = settings(variation, step);
-    const Hyperparameters hyper = hyperparameters(s);
+    const Hyperparameters hyper = hyperparameters(variation, step);
+    const oracle::Settings s = settings_of(o.kind, hyper);
     ASSERT_TRUE(plan.step(&hyper, 1).is_ok());
     for (int64_t i = 0; i < n; ++i) {
       oracle::Element<Bounded>& e = elements[static_cast<size_t>(i)];
@@ -241,8 +239,7 @@ void expect_run_within_bound(const OptimizerChoice& o, const Storage& storage, i
                                       2.0 * t.narrow_format().half_ulp(narrow[static_cast<size_t>(i)]));
       const Bounded delta = oracle::step(o.name, seen, Bounded(t.gradient_at(i), 0.0), s);
       const double w = e.weight.value;
-      e.first = seen.first;
-      e.second = seen.second;
+      std::copy(std::begin(seen.states), std::end(seen.states), std::begin(e.states));
       e.weight = {w - delta.value,
                   e.weight.error + delta.error +
                       storage_bound(t, i, std::fabs(w) + e.weight.error, delta.value, narrow[static_cast<size_t>(i)]) +
@@ -258,7 +255,7 @@ void expect_run_within_bound(const OptimizerChoice& o, const Storage& storage, i
   std::nth_element(errors.begin(), errors.begin() + static_cast<int64_t>(errors.size() * 9 / 10), errors.end());
   const double most = errors[errors.size() * 9 / 10];
   if (o.kind != OptimizerKind::kLion) {
-    EXPECT_LT(most, storage.dtype == DType::kFloat32 ? 1e-3 * moved : 0.5 * moved) << most << " of " << moved;
+    EXPECT_LT(most, storage.dtype == DType::kFloat32 ? 2e-3 * moved : 0.5 * moved) << most << " of " << moved;
   }
 }
 
@@ -290,7 +287,7 @@ TEST(Oracle, AgreesWithHandWorkedSteps) {
   s.momentum = 0.8;
   s.dampening = 0.25;
   const auto run = [&s](const char* name) {
-    oracle::Element<double> e{1.0, 0.0, 0.0};
+    oracle::Element<double> e{1.0, {}};
     return oracle::step(name, e, 2.0, s);
   };
   EXPECT_NEAR(run("AdamW"), 0.1 * 0.5 + 0.1 * 2.0 / (2.0 + 1.0), 1e-15);
@@ -299,12 +296,12 @@ TEST(Oracle, AgreesWithHandWorkedSteps) {
   EXPECT_NEAR(run("Sgdw"), 0.1 * 0.5 + 0.1 * 2.0, 1e-15);
   EXPECT_NEAR(run("SgdPlain"), 0.1 * 2.5, 1e-15);
   EXPECT_NEAR(run("Lion"), 0.1 * 0.5 + 0.1, 1e-15);
-  s.nesterov = true;
+  s.nesterov = 1.0;
   EXPECT_NEAR(run("Sgd"), 0.1 * (2.5 + 0.8 * 2.5), 1e-15);
-  s.nesterov = false;
-  s.initial_lr = 0.4;
+  s.nesterov = 0.0;
+  s.decay_lr = 0.4;
   EXPECT_NEAR(run("SgdwPlain"), 0.5 * 0.1 / 0.4 + 0.1 * 2.0, 1e-15);
-  s.maximize = true;
+  s.maximize = 1.0;
   EXPECT_NEAR(run("SgdwPlain"), 0.5 * 0.1 / 0.4 - 0.1 * 2.0, 1e-15);
 }
 

@@ -40,15 +40,20 @@ inline Recomputed recompute(const std::string& name, float w, float g, float (&s
 /// docs/numerics.md, "Largest update".
 inline double documented_bound(const OptimizerChoice& o, const Hyperparameters& h) {
   if (o.kind == OptimizerKind::kLion) return h.lr;
-  if (o.kind != OptimizerKind::kAdamW && o.kind != OptimizerKind::kAdam) return 0.0;
-  return h.lr * std::max(1.0, (1.0 - h.beta1) / std::sqrt(1.0 - h.beta2));
+  if (o.kind == OptimizerKind::kAdamW || o.kind == OptimizerKind::kAdam)
+    return h.lr * std::max(1.0, (1.0 - h.beta1) / std::sqrt(1.0 - h.beta2));
+#define FLASHOPTIM_CASE(rule) \
+  if (o.name == std::string(#rule)) return core::rule::largest_update(h);
+  FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
+#undef FLASHOPTIM_CASE
+  return 0.0;
 }
 
 /// Whether the codec's format ends below this state.
-inline bool is_beyond_codec(StateCodec codec, int slot, float state) {
+inline bool is_beyond_codec(StateCodec codec, bool is_signed, float state) {
   if (!std::isfinite(state)) return false;
-  if (codec == StateCodec::kPaper) return std::fabs(slot == 0 ? state : std::sqrt(state)) > 65504.0f;
-  return codec == StateCodec::kDefault && slot == 1 && state > 0x1p127f;
+  if (codec == StateCodec::kPaper) return std::fabs(is_signed ? state : std::sqrt(state)) > 65504.0f;
+  return codec == StateCodec::kDefault && !is_signed && state > 0x1p127f;
 }
 
 /// What is known of a tensor before a step.
@@ -102,7 +107,7 @@ inline StepTelemetry brute_force(const OptimizerChoice& o, const Before& before,
     out.lost_updates += kept && r.delta != 0.0f && !std::isnan(r.delta);
     for (int k = 0; k < o.states; ++k) {
       out.floored_codes += s[k] != 0.0f && after.states[k][i] == 0.0f;
-      out.saturated_codes += is_beyond_codec(test.tensors().state_codec, k, s[k]);
+      out.saturated_codes += is_beyond_codec(test.tensors().state_codec, state_slot(o.kind, k).is_signed, s[k]);
     }
     if (bound > 0.0f && std::fabs(r.without_decay) / bound > out.largest_update_ratio) {
       out.largest_update_ratio = std::fabs(r.without_decay) / bound;

@@ -60,7 +60,7 @@ TEST_P(TelemetryCounts, CountsWhatTheStepThenDoesAndChangesNothing) {
   const bool quantized = codec != StateCodec::kFloat32 && optimizer.states > 0;
   EXPECT_EQ(sum.floored_codes > 0, quantized);
   EXPECT_EQ(sum.saturated_codes > 0, quantized && codec == StateCodec::kPaper);
-  EXPECT_EQ(sum.largest_update_ratio > 0.0f, documented_bound(optimizer, busy_hyperparameters(1)) > 0.0);
+  EXPECT_EQ(sum.largest_update_ratio > 0.0f, documented_bound(optimizer, busy_hyperparameters(2)) > 0.0);
 }
 
 std::vector<Choice> all_choices() {

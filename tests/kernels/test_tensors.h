@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "flashoptim/core/optimizer_list.h"
+#include "flashoptim/optimizer_info.h"
 #include "flashoptim/step.h"
 #include "tests/core/reference_formats.h"
 #include "tests/core/test_support.h"
@@ -54,9 +55,18 @@ inline std::string describe(const OptimizerChoice& o, StateCodec codec, const St
          " master " + std::to_string(static_cast<int>(s.master));
 }
 
-/// Hyperparameters with which no term of any optimizer vanishes.
+/// Hyperparameters with which no term of any optimizer vanishes: of what is not named here, averages forget within a
+/// few steps, counts are of a few.
 inline Hyperparameters busy_hyperparameters(int64_t step) {
   Hyperparameters h;
+  for (const OptimizerChoice& o : kOptimizers) {
+    for (int64_t i = kCommonHyperparameters; i < hyperparameter_count(o.kind); ++i) {
+      const HyperparameterInfo info = hyperparameter(o.kind, i);
+      if (info.kind == HyperparameterKind::kFlag) continue;
+      const double value = info.kind == HyperparameterKind::kWhole ? 9.0 : info.highest == 1.0 ? 0.9375 : 1.625;
+      (void)set_hyperparameter(o.kind, i, value, &h);
+    }
+  }
   h.lr = 0.013;
   h.beta1 = 0.87;
   h.beta2 = 0.983;
@@ -68,6 +78,20 @@ inline Hyperparameters busy_hyperparameters(int64_t step) {
   h.seed = 42;
   return h;
 }
+
+/// fp32 values of every slot that there may be, as the conversions take them.
+struct SlotValues {
+  std::vector<float> slots[kMaxSlots];
+  float* pointers[kMaxSlots];
+
+  explicit SlotValues(size_t count) {
+    for (int k = 0; k < kMaxSlots; ++k) {
+      slots[k].resize(count);
+      pointers[k] = slots[k].data();
+    }
+  }
+  SlotValues(const SlotValues&) = delete;
+};
 
 inline uint32_t to_narrow(DType dtype, float value) {
   return (dtype == DType::kBFloat16 ? kReferenceBFloat16 : kReferenceFloat16).encode(bits_of(value));

@@ -136,12 +136,10 @@ void check_all_setters() {
   }
 }
 
-TEST(Options, WhatWasSetIsKeptWhateverItsValue) {
-  check_all_setters<flash::FlashAdamW>();
-  check_all_setters<flash::FlashAdam>();
-  check_all_setters<flash::FlashSGD>();
-  check_all_setters<flash::FlashSGDW>();
-  check_all_setters<flash::FlashLion>();
+TEST(Options, WhatWasSetIsKeptWhateverItsValue){
+#define CHECK_OPTIMIZER(name) check_all_setters<flash::Flash##name>();
+    FLASHOPTIM_FOR_EACH_OPTIMIZER(CHECK_OPTIMIZER)
+#undef CHECK_OPTIMIZER
 }
 
 TEST(Options, MomentumOfZeroIsKept) {
@@ -185,30 +183,19 @@ TEST(Options, ArchivesOfGroupsAreAsBefore) {
   EXPECT_FALSE(in.try_read("explicitly_set", value));
   flash::FlashAdamWOptions read;
   read.serialize(in);
-  EXPECT_EQ(set_names(read).size(), 16u) << "an archive that does not say: all";
+  size_t options = 0;
+  for_each_option([&options](int, const char*, auto) { ++options; });
+  EXPECT_EQ(set_names(read).size(), options) << "an archive that does not say: all";
 }
 
 // ---- against the rules ----------------------------------------------------------------------------------------------
 
-/// The option that a rule's hyperparameter is, where the optimizer shows it as a number.
+/// Of a rule's hyperparameter: for decay_lr initial_lr, where the optimizer shows it.
 template <class Options>
-double* number_of(Options& options, const std::string& name) {
-  if (name == "lr") return &options.lr();
-  if (name == "weight_decay") return &options.weight_decay();
-  if constexpr (requires { options.betas(); }) {
-    if (name == "beta1") return &std::get<0>(options.betas());
-    if (name == "beta2") return &std::get<1>(options.betas());
-  }
-  if constexpr (requires { options.eps(); }) {
-    if (name == "eps") return &options.eps();
-  }
-  if constexpr (requires { options.momentum(); }) {
-    if (name == "momentum") return &options.momentum();
-    if (name == "dampening") return &options.dampening();
-  }
-  if constexpr (requires { options.initial_lr(); }) {
-    if (name == "decay_lr") return &options.initial_lr();
-  }
+std::function<void(Options&, double)> setter_of(const std::string& name) {
+  if (name != "decay_lr") return [name](Options& o, double value) { o.set_number(name, value); };
+  if constexpr (requires(Options o) { o.initial_lr(); })
+    return [](Options& o, double value) { o.initial_lr() = value; };
   return nullptr;
 }
 
@@ -217,31 +204,27 @@ void expect_as_the_rule_says() {
   using Options = typename Optimizer::Options;
   constexpr flashoptim::OptimizerKind kKind = Options::kKind;
   SCOPED_TRACE(flashoptim::optimizer_name(kKind));
-  int numbers = 0;
   for (int64_t i = 0; i < flashoptim::hyperparameter_count(kKind); ++i) {
     const flashoptim::HyperparameterInfo info = flashoptim::hyperparameter(kKind, i);
     SCOPED_TRACE(info.name);
     Options options;
-    double* const number = number_of(options, info.name);
-    if (number == nullptr) {
-      const bool is_known = info.kind != flashoptim::HyperparameterKind::kNumber || i == flashoptim::kDecayLrIndex;
-      EXPECT_TRUE(is_known) << "an option is missing";
-      EXPECT_EQ(info.default_value, i == flashoptim::kStepIndex ? 1.0 : 0.0);
-      continue;
-    }
-    ++numbers;
-    EXPECT_EQ(*number, info.default_value);
+    const auto set = setter_of<Options>(info.name);
+    if (set == nullptr || i == flashoptim::kStepIndex) continue;
+    if (i != flashoptim::kDecayLrIndex) EXPECT_EQ(options.number(info.name), info.default_value);
+    if (info.kind == flashoptim::HyperparameterKind::kFlag) continue;
     const double edge = std::numeric_limits<double>::denorm_min(), inf = std::numeric_limits<double>::infinity();
-    for (const double value :
-         {-inf, -1.0, -edge, 0.0, 0.5, std::nextafter(1.0, 0.0), 1.0, 2.0, 1e6, inf, double(NAN)}) {
+    const bool is_whole = info.kind == flashoptim::HyperparameterKind::kWhole;
+    for (const double value : is_whole ? std::vector<double>{-1.0, 0.0, 1.0, 1e6, 0x1p60}
+                                       : std::vector<double>{-inf, -1.0, -edge, 0.0, 0.5, std::nextafter(1.0, 0.0), 1.0,
+                                                             2.0, 1e6, inf, double(NAN)}) {
       flashoptim::Hyperparameters hyper = flashoptim::default_hyperparameters(kKind);
-      *number = value;
+      set(options, value);
       EXPECT_EQ(error_of([&] { options.check(""); }).empty(),
                 flashoptim::set_hyperparameter(kKind, i, value, &hyper).is_ok())
           << value;
     }
   }
-  EXPECT_GE(numbers, 4);
+  expect_error([] { Options().set_number("step", 1); }, {"name = \"step\""});
   // The name in archives.
   Optimizer optimizer(std::vector<Tensor>{parameter({8}, 1)});
   std::stringstream stream;
@@ -254,11 +237,16 @@ void expect_as_the_rule_says() {
 }
 
 TEST(Options, DefaultsAndRangesAreTheRules) {
-  expect_as_the_rule_says<flash::FlashAdamW>();
-  expect_as_the_rule_says<flash::FlashAdam>();
-  expect_as_the_rule_says<flash::FlashSGD>();
-  expect_as_the_rule_says<flash::FlashSGDW>();
-  expect_as_the_rule_says<flash::FlashLion>();
+  std::vector<std::string> titles;
+#define CHECK_OPTIMIZER(name)                    \
+  expect_as_the_rule_says<flash::Flash##name>(); \
+  titles.emplace_back(#name);
+  FLASHOPTIM_FOR_EACH_OPTIMIZER(CHECK_OPTIMIZER)
+#undef CHECK_OPTIMIZER
+  std::vector<std::string> rules;
+  for (int64_t i = 0; i < flashoptim::optimizer_count(); ++i)
+    rules.emplace_back(flashoptim::optimizer_title(flashoptim::optimizer_at(i)));
+  EXPECT_EQ(titles, rules) << "FLASHOPTIM_FOR_EACH_OPTIMIZER";
 }
 
 }  // namespace

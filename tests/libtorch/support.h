@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "flashoptim/optimizer_info.h"
 #include "flashoptim/torch/flashoptim.h"
 
 namespace flashoptim_test {
@@ -94,21 +95,42 @@ MakeOptimizer maker(typename Optimizer::Options options) {
   return [options](std::vector<Tensor> params) { return std::make_unique<Optimizer>(std::move(params), options); };
 }
 
+/// Options under which no term vanishes: of what is not named here, counts are 5 and numbers above 1.
+template <class Options>
+Options busy_options() {
+  Options options(1e-2);
+  const std::string optimizer = flashoptim::optimizer_name(Options::kKind);
+  if (optimizer == "lion") options.lr(1e-3);
+  for (int64_t i = flashoptim::kCommonHyperparameters; i < flashoptim::hyperparameter_count(Options::kKind); ++i) {
+    const flashoptim::HyperparameterInfo info = flashoptim::hyperparameter(Options::kKind, i);
+    const std::string name = info.name;
+    if (name == "eps") continue;
+    const double value = name == "beta1"                                       ? 0.8
+                         : name == "beta2"                                     ? 0.95
+                         : name == "momentum"                                  ? 0.9
+                         : name == "dampening"                                 ? (optimizer == "sgdw" ? 0.1 : 0.0)
+                         : name == "nesterov"                                  ? (optimizer == "sgd" ? 1.0 : 0.0)
+                         : info.kind == flashoptim::HyperparameterKind::kWhole ? 5.0
+                         : info.highest == 1.0                                 ? 0.975
+                                                                               : 0.5 * info.default_value + 1.0;
+    options.set_number(name, value);
+  }
+  return options;
+}
+
 /// Every optimizer with options under which no term vanishes, and both codecs.
 inline std::vector<NamedOptimizer> all_optimizers() {
   std::vector<NamedOptimizer> all;
   for (const std::string codec : {"default", "paper"}) {
-    const auto with = [&codec](auto options) {
-      return options.weight_decay(0.02).state_codec(codec).min_quantized_numel(64).seed(5);
-    };
-    all.push_back(
-        {"adamw_" + codec, maker<flash::FlashAdamW>(with(flash::FlashAdamWOptions(1e-2).betas({0.8, 0.95})))});
-    all.push_back({"adam_" + codec, maker<flash::FlashAdam>(with(flash::FlashAdamOptions(1e-2)))});
-    all.push_back(
-        {"sgd_" + codec, maker<flash::FlashSGD>(with(flash::FlashSGDOptions(1e-2).momentum(0.9).nesterov(true)))});
-    all.push_back(
-        {"sgdw_" + codec, maker<flash::FlashSGDW>(with(flash::FlashSGDWOptions(1e-2).momentum(0.9).dampening(0.1)))});
-    all.push_back({"lion_" + codec, maker<flash::FlashLion>(with(flash::FlashLionOptions(1e-3)))});
+#define ADD_OPTIMIZER(title)                                                                      \
+  all.push_back({flashoptim::optimizer_name(flash::Flash##title::Options::kKind) + ("_" + codec), \
+                 maker<flash::Flash##title>(busy_options<flash::Flash##title::Options>()          \
+                                                .weight_decay(0.02)                               \
+                                                .state_codec(codec)                               \
+                                                .min_quantized_numel(64)                          \
+                                                .seed(5))});
+    FLASHOPTIM_FOR_EACH_OPTIMIZER(ADD_OPTIMIZER)
+#undef ADD_OPTIMIZER
   }
   all.push_back({"sgd_plain", maker<flash::FlashSGD>(flash::FlashSGDOptions(1e-2).weight_decay(0.02))});
   all.push_back({"adamw_fp32_states", maker<flash::FlashAdamW>(flash::FlashAdamWOptions(1e-2).quantize(false))});

@@ -23,6 +23,8 @@ struct Bounded {
   explicit Bounded(double constant) : value(constant), error(kFloatUnit * std::fabs(constant)) {}
   Bounded(double exact_value, double error_bound) : value(exact_value), error(error_bound) {}
 
+  explicit operator double() const { return value; }
+
   static Bounded rounded(double value, double error) {
     return {value, error + 2.0 * kFloatUnit * (std::fabs(value) + error) + 0x1p-149};
   }
@@ -44,6 +46,11 @@ inline Bounded root(Bounded v) {
   const double r = std::sqrt(v.value), low = std::sqrt(std::max(v.value - v.error, 0.0));
   return Bounded::rounded(r, std::max(r - low, std::sqrt(v.value + v.error) - r));
 }
+/// Neither moves two numbers apart, and the bound to the other side is rounded once.
+inline Bounded clamped(Bounded v, Bounded limit) {
+  return {std::clamp(v.value, -limit.value, limit.value), v.error + limit.error};
+}
+inline Bounded at_least(Bounded v, Bounded least) { return {std::max(v.value, least.value), v.error + least.error}; }
 /// Closer to 0 than its error, a number may have any sign.
 inline Bounded sign(Bounded v) {
   const double s = v.value > 0.0 ? 1.0 : v.value < 0.0 ? -1.0 : 0.0;

@@ -8,23 +8,29 @@ import numpy as np
 import torch
 
 import flashoptim_native
+from flashoptim_native import _ops, optimizers
 
+#: The optimizers by kind, in the order of their classes.
 CLASSES = {
-    "adamw": flashoptim_native.FlashAdamW,
-    "adam": flashoptim_native.FlashAdam,
-    "sgd": flashoptim_native.FlashSGD,
-    "sgdw": flashoptim_native.FlashSGDW,
-    "lion": flashoptim_native.FlashLion,
+    cls.kind: cls
+    for cls in (getattr(optimizers, f"Flash{_ops.describe(kind).title}") for kind in _ops.optimizer_names())
 }
+_HYPERS = {"eps": 1e-3, "weight_decay": 0.1, "momentum": 0.9, "dampening": 0.3}
 
-# Hyperparameters that let no term vanish.
-HYPERS = {
-    "adamw": {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
-    "adam": {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
-    "sgd": {"lr": 1e-2, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
-    "sgdw": {"lr": 1e-2, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
-    "lion": {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1},
-}
+
+def hypers_of(kind):
+    """Hyperparameters that let no term vanish: what is not named above is a few steps, or above 1."""
+    description = _ops.describe(kind)
+    hypers = {"lr": 1e-2 if "sgd" in kind else 3e-3}
+    if description.betas() > 0:
+        hypers["betas"] = (0.8, 0.95, 0.975)[: description.betas()]
+    for name, number, default, _, _ in description.hyperparameters[6:]:
+        if number != "flag" and not name.removeprefix("beta").isdigit():
+            hypers[name] = _HYPERS.get(name, 5 if number == "whole" else 0.5 * default + 1)
+    return hypers | {"weight_decay": 0.1}
+
+
+HYPERS = {kind: hypers_of(kind) for kind in CLASSES}
 
 SHAPES = [(96, 64), (33,), (31,), (1,), (0,), (5000,), (8, 4, 3, 3), ()]
 

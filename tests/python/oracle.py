@@ -1,72 +1,85 @@
-"""Update rules in float64 NumPy, written from the papers and PyTorch's documentation. Shares nothing with the package.
+"""The update rules in float64: tests/oracle/oracle.h, written from the papers; shares nothing with the package.
 
-    adam, adamw   Kingma & Ba 2015 (algorithm 1, bias-corrected), Loshchilov & Hutter 2019 (algorithm 2)
-    sgd, sgdw     torch.optim.SGD's documented pseudo-code; SGDW: Loshchilov & Hutter 2019 (algorithm 1)
-    lion          Chen et al. 2023 (algorithm 2)
-
-``step(rule, w, g, state, t, **hyper)`` returns the new weights and changes ``state`` in place. ``t`` counts from 1.
+``step(kind, w, g, state, t, **hypers)`` returns the new weights and changes ``state`` in place; ``bounded_step`` says
+how far fp32 arithmetic may be off as well. ``t`` counts from 1.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+from pathlib import Path
+
 import numpy as np
 
-STATES = {
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "sgd": ("momentum_buffer",),
-    "sgdw": ("momentum_buffer",),
-    "lion": ("exp_avg",),
-}
+from flashoptim_native import _ops
+
+_DOUBLES = ctypes.POINTER(ctypes.c_double)
+#: Slots of every optimizer, as its rule names them.
+STATES = {kind: tuple(slot.name for slot in _ops.describe(kind).slots) for kind in _ops.optimizer_names()}
 
 
-def new_state(rule, shape):
-    return {name: np.zeros(shape) for name in STATES[rule]}
+def _library():
+    """flashoptim_oracle of the build that the operators come from; FLASHOPTIM_ORACLE names another."""
+    path = os.environ.get("FLASHOPTIM_ORACLE")
+    if path is None:
+        path = _ops.library_path().resolve().parents[2] / "tests" / "libflashoptim_oracle.so"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file: build flashoptim_oracle, or let FLASHOPTIM_ORACLE name it")
+    return ctypes.CDLL(str(path))
 
 
-def step(
-    rule,
-    w,
-    g,
-    state,
-    t,
-    *,
-    lr,
-    weight_decay=0.0,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    momentum=0.0,
-    dampening=0.0,
-    nesterov=False,
-    maximize=False,
-    first_lr=None,
-):
-    """``first_lr`` set: fully decoupled decay, by weight_decay * lr / first_lr."""
-    w = np.asarray(w, np.float64)
-    g = np.asarray(g, np.float64)
-    if maximize:
-        g = -g
-    decay = weight_decay * lr if first_lr is None else weight_decay * lr / first_lr
-    if rule in ("adam", "sgd"):
-        g = g + weight_decay * w
-        decay = 0.0
-    shrunk = w - decay * w
-    if rule in ("adam", "adamw"):
-        beta1, beta2 = betas
-        m = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
-        v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g * g
-        m_hat = m / (1 - beta1**t)
-        v_hat = v / (1 - beta2**t)
-        return shrunk - lr * m_hat / (np.sqrt(v_hat) + eps)
-    if rule in ("sgd", "sgdw"):
-        if momentum == 0:
-            return shrunk - lr * g
-        b = g if t == 1 else momentum * state["momentum_buffer"] + (1 - dampening) * g
-        state["momentum_buffer"] = b
-        return shrunk - lr * (g + momentum * b if nesterov else b)
-    if rule == "lion":
-        beta1, beta2 = betas
-        direction = np.sign(beta1 * state["exp_avg"] + (1 - beta1) * g)
-        state["exp_avg"] = beta2 * state["exp_avg"] + (1 - beta2) * g
-        return shrunk - lr * direction
-    raise ValueError(rule)
+_step = _library().flashoptim_oracle_step
+
+
+def new_state(kind, shape):
+    return {name: np.zeros(shape) for name in STATES[kind]}
+
+
+def _settings(kind, hypers):
+    settings = {one.name: one.default for one in _ops.describe(kind).hyperparameters}
+    settings.pop("seed")
+    for name, value in hypers.items():
+        if name == "betas":
+            settings |= {f"beta{number}": beta for number, beta in enumerate(value, 1)}
+        elif name == "first_lr":  # fully decoupled decay, by weight_decay * lr / first_lr
+            settings["decay_lr"] = value
+        else:
+            settings[name] = value or 0.0
+    return settings
+
+
+def _array(values):
+    return np.array(values, np.float64, order="C", ndmin=1)
+
+
+def bounded_step(kind, w, g, state, t, **hypers):
+    """New weights, and the bound on an fp32 update's error."""
+    settings = _settings(kind, {**hypers, "step": t})
+    shape = np.shape(w)
+    weights, gradients = _array(w), _array(g)
+    bounds = np.zeros_like(weights)
+    slots = [_array(state[name]) for name in STATES[kind]]
+    pointers = (_DOUBLES * max(len(slots), 1))(*(slot.ctypes.data_as(_DOUBLES) for slot in slots))
+    names = (ctypes.c_char_p * len(settings))(*(name.encode() for name in settings))
+    values = (ctypes.c_double * len(settings))(*(float(value) for value in settings.values()))
+    known = _step(
+        kind.encode(),
+        ctypes.c_int64(len(settings)),
+        names,
+        values,
+        ctypes.c_int64(weights.size),
+        weights.ctypes.data_as(_DOUBLES),
+        gradients.ctypes.data_as(_DOUBLES),
+        ctypes.c_int64(len(slots)),
+        pointers,
+        bounds.ctypes.data_as(_DOUBLES),
+    )
+    assert known, f"tests/oracle/oracle.h does not know {kind}, or one of {sorted(settings)}"
+    for name, slot in zip(STATES[kind], slots):
+        state[name] = slot.reshape(shape)
+    return weights.reshape(shape), bounds.reshape(shape)
+
+
+def step(kind, w, g, state, t, **hypers):
+    return bounded_step(kind, w, g, state, t, **hypers)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import flashoptim_native
+from flashoptim_native import _ops
 from helpers import CLASSES, assert_untouched, make_params, run, set_grads, snapshot
 
 NAN, INF = float("nan"), float("inf")
@@ -63,14 +65,34 @@ DECOUPLED = [
     ({"decouple_lr": True, "lr": 0.0}, ValueError, "lr = 0.0 is not allowed with decouple_lr = True"),
     ({"decouple_lr": "yes"}, TypeError, "decouple_lr = 'yes'"),
 ]
-TABLE = {
-    "adamw": COMMON + BETAS + EPS + DECOUPLED,
-    "adam": COMMON + BETAS + EPS,
-    "sgd": COMMON + MOMENTUM,
-    "sgdw": COMMON + MOMENTUM + DECOUPLED,
-    "lion": COMMON + BETAS + DECOUPLED,
-}
-CASES = [(kind, *case) for kind, cases in TABLE.items() for case in cases]
+#: By a hyperparameter that an optimizer has; of others whatever their rule's range excludes.
+OF_HYPERPARAMETERS = {"beta1": BETAS, "beta2": [], "eps": EPS, "momentum": MOMENTUM, "dampening": [], "nesterov": []}
+
+
+def is_short(arguments, betas):
+    given = arguments.get("betas")
+    return betas > 2 and isinstance(given, tuple) and len(given) < betas
+
+
+def wrong_arguments(kind):
+    cases, (_, *betas) = list(COMMON), (0.9, 0.99, 0.999)
+    description = _ops.describe(kind)
+    for name, number, _, _, _ in description.hyperparameters[6:]:
+        if name in OF_HYPERPARAMETERS:
+            cases += OF_HYPERPARAMETERS[name]
+        elif name.removeprefix("beta").isdigit():
+            cases.append(({"betas": (0.9, *betas[: int(name[4:]) - 2], 1.0)}, ValueError, "= 1.0"))
+        elif number == "number":
+            cases += [({name: value}, ValueError, f"{name} = {value}") for value in (NAN, INF)]
+        else:
+            cases += [({name: -1}, ValueError, f"{name} = -1"), ({name: 0.5}, TypeError, f"{name} = 0.5")]
+    if "decouple_lr" in inspect.signature(CLASSES[kind]).parameters:
+        cases += DECOUPLED
+    # Of an optimizer with more betas every wrong pair is refused, too, by their number.
+    return [(a, e, "betas = " if is_short(a, description.betas()) else m) for a, e, m in cases]
+
+
+CASES = [(kind, *case) for kind in CLASSES for case in wrong_arguments(kind)]
 GROUP_OPTIONS_ONLY = ("compress_state_dict", "check_numerics", "fused")
 
 

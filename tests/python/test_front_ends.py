@@ -10,19 +10,27 @@ import warnings
 import pytest
 import torch
 
-import flashoptim_native
+from flashoptim_native import _ops
+from helpers import CLASSES
 
 PROGRAM = os.environ.get("FLASHOPTIM_FRONT_END_BYTES")
 SHAPES = [(64, 100), (5000,), (33,), (3, 7), (8, 32, 3, 3)]
 STEPS = 7
 
-OPTIMIZERS = {
-    "adamw": (flashoptim_native.FlashAdamW, {"betas": (0.8, 0.95), "eps": 1e-6}, ["exp_avg", "exp_avg_sq"]),
-    "adam": (flashoptim_native.FlashAdam, {"betas": (0.8, 0.95), "eps": 1e-6}, ["exp_avg", "exp_avg_sq"]),
-    "sgd": (flashoptim_native.FlashSGD, {"momentum": 0.8, "dampening": 0.2}, ["momentum_buffer"]),
-    "sgdw": (flashoptim_native.FlashSGDW, {"momentum": 0.8, "nesterov": True}, ["momentum_buffer"]),
-    "lion": (flashoptim_native.FlashLion, {"betas": (0.8, 0.95)}, ["exp_avg"]),
-}
+KNOWN = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "momentum": 0.8, "dampening": 0.2, "nesterov": False}
+
+
+def of_hyperparameters(kind):
+    """The same as value_of in tests/front_ends/front_end_bytes.cpp."""
+    known = KNOWN | ({"dampening": 0.0, "nesterov": True} if kind == "sgdw" else {})
+    arguments, betas = {}, []
+    for name, number, default, _, highest in _ops.describe(kind).hyperparameters[6:]:
+        other = 5 if number == "whole" else 0.975 if highest == 1.0 else 0.5 * default + 1.0
+        if name.removeprefix("beta").isdigit():
+            betas.append(known.get(name, other))
+        else:
+            arguments[name] = known.get(name, other)
+    return arguments | ({"betas": tuple(betas)} if betas else {})
 
 
 def ramp(shape, slope, offset):
@@ -48,9 +56,9 @@ def cpp_bytes(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("bits", [None, 24, 32])
 @pytest.mark.parametrize("codec", ["default", "paper"])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", list(CLASSES))
 def test_same_bytes(cpp_bytes, name, codec, bits, dtype):
-    cls, arguments, slots = OPTIMIZERS[name]
+    cls, arguments = CLASSES[name], of_hyperparameters(name)
     params = [torch.nn.Parameter((ramp(s, 0.37, i) * 0.5).to(dtype)) for i, s in enumerate(SHAPES)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # master_weight_bits=None with 16-bit parameters warns
@@ -63,7 +71,7 @@ def test_same_bytes(cpp_bytes, name, codec, bits, dtype):
     for p in params:
         state = opt.state[p]
         python += raw(p) + raw(state.get("correction"))
-        for slot in slots:
+        for slot in _ops.state_names(name, True):
             python += raw(state.get(slot + "_codes", state.get(slot))) + raw(state.get(slot + "_scale"))
     file = cpp_bytes / f"{name}-{codec}-{bits or 0}-{str(dtype).removeprefix('torch.')}.bin"
     assert python == file.read_bytes()

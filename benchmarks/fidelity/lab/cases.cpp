@@ -13,7 +13,8 @@ namespace {
 
 enum Stream : uint32_t { kNoise = 1, kMean, kSpread, kWeight, kChoice, kExtra1, kExtra2, kExtra3 };
 
-constexpr int kAdamCases = 1, kSgdCases = 2, kLionCases = 4, kAllCases = 7;
+constexpr int kAdamCases = static_cast<int>(Family::kAdam), kSgdCases = static_cast<int>(Family::kSgd),
+              kLionCases = static_cast<int>(Family::kLion), kAllCases = kAdamCases | kSgdCases | kLionCases;
 
 float power_of_ten(double x) { return static_cast<float>(std::pow(10.0, x)); }
 
@@ -33,16 +34,14 @@ class CaseList {
     c.name = name;
     c.what = what;
     c.optimizer = optimizer_;
-    c.target = optimizer_ == OptimizerKind::kAdamW ? target : kNoTarget;
-    c.hyper.beta1 = 0.9;
-    c.hyper.beta2 = optimizer_ == OptimizerKind::kLion ? 0.99 : 0.999;
-    if (optimizer_ == OptimizerKind::kSgd) c.hyper.momentum = 0.9;
+    c.target = family_of(optimizer_) == Family::kAdam ? target : kNoTarget;
+    c.hyper = default_hyperparameters(optimizer_);
+    c.hyper.weight_decay = 0.0;
+    if (family_of(optimizer_) == Family::kSgd) c.hyper.momentum = 0.9;
     c.fill = [gradient](const GradientRow& r, float* out) {
       for (int64_t i = 0; i < r.count; ++i) out[i] = gradient(r, i);
     };
-    const int bit = optimizer_ == OptimizerKind::kAdamW ? kAdamCases
-                    : optimizer_ == OptimizerKind::kSgd ? kSgdCases
-                                                        : kLionCases;
+    const int bit = static_cast<int>(family_of(optimizer_));
     if ((optimizers & bit) == 0) return spare_ = c;
     cases.push_back(std::move(c));
     return cases.back();
@@ -57,6 +56,13 @@ class CaseList {
 
 }  // namespace
 
+Family family_of(OptimizerKind optimizer) {
+  for (int k = 0; k < state_count(optimizer, true); ++k) {
+    if (!state_slot(optimizer, k).is_signed) return Family::kAdam;
+  }
+  return state_count(optimizer, true) != state_count(optimizer, false) ? Family::kSgd : Family::kLion;
+}
+
 Hyperparameters Case::hyper_at(int64_t t) const {
   Hyperparameters at = hyper;
   at.step = t;
@@ -70,15 +76,11 @@ Hyperparameters Case::hyper_at(int64_t t) const {
 }
 
 double Case::update_bound(const Hyperparameters& at) const {
-  switch (optimizer) {
-    case OptimizerKind::kAdamW:
-    case OptimizerKind::kAdam:
-      return core::AdamW::largest_update(at);
-    case OptimizerKind::kLion:
-      return core::Lion::largest_update(at);
-    default:
-      return core::Sgd::largest_update(at);
-  }
+#define FLASHOPTIM_CASE(rule) \
+  if (core::rule::kKind == optimizer && !core::kIsWithoutMomentum<core::rule>) return core::rule::largest_update(at);
+  FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
+#undef FLASHOPTIM_CASE
+  return 0.0;
 }
 
 std::vector<Case> make_cases(OptimizerKind optimizer) {
@@ -105,7 +107,7 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
     Case& c = list.add(kAllCases, "spread4", "4 decades, sigma 1e-2, beta2 .95", 0.50, plain);
     c.decades = 4.0;
     c.sigma = 1e-2;
-    if (c.optimizer == OptimizerKind::kAdamW) c.hyper.beta2 = 0.95;
+    if (family_of(c.optimizer) == Family::kAdam) c.hyper.beta2 = 0.95;
   }
   list.add(kAdamCases, "g1e-5", "sigma 1e-5", 0.02, plain).sigma = 1e-5;
   list.add(kAllCases, "g1e-6", "sigma 1e-6", 0.02, plain).sigma = 1e-6;
@@ -260,10 +262,10 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
   }
   {
     Case& c = list.add(kAllCases, "cosine.wd", "warm-up and cosine, decay 0.1, weights N(0, .02^2)", kNoTarget, plain);
-    c.hyper.weight_decay = c.optimizer == OptimizerKind::kSgd ? 0.0 : 0.1;
+    c.hyper.weight_decay = family_of(c.optimizer) == Family::kSgd ? 0.0 : 0.1;
     c.weight_deviation = 0.02;
     c.schedule = Schedule::kWarmupCosine;
-    c.hyper.beta2 = c.optimizer == OptimizerKind::kAdamW ? 0.95 : c.hyper.beta2;
+    c.hyper.beta2 = family_of(c.optimizer) == Family::kAdam ? 0.95 : c.hyper.beta2;
   }
 
   // Element types and corrections.
@@ -277,21 +279,21 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
     c.correction_bits_8 = true;
     c.weight_mean = 1.0;
     c.schedule = Schedule::kWarmupCosine;
-    c.hyper.lr = c.optimizer == OptimizerKind::kSgd ? 1e-2 : 1e-5;
+    c.hyper.lr = family_of(c.optimizer) == Family::kSgd ? 1e-2 : 1e-5;
   }
   {
     Case& c = list.add(kAllCases, "24bit.fp16", "fp16 weights and gradients, 8-bit corrections", kNoTarget, plain);
     c.correction_bits_8 = true;
     c.parameter_dtype = DType::kFloat16;
     c.gradient_dtype = DType::kFloat16;
-    if (c.optimizer == OptimizerKind::kSgd) c.hyper.lr = 1.0;  // fp16 weights of 1e-6 would be subnormal
+    if (family_of(c.optimizer) == Family::kSgd) c.hyper.lr = 1.0;  // fp16 weights of 1e-6 would be subnormal
   }
   {
     Case& c = list.add(kAllCases, "fp16.spread2", "fp16 weights and gradients, 2 decades", kNoTarget, plain);
     c.parameter_dtype = DType::kFloat16;
     c.gradient_dtype = DType::kFloat16;
     c.decades = 2.0;
-    if (c.optimizer == OptimizerKind::kSgd) c.hyper.lr = 1.0;
+    if (family_of(c.optimizer) == Family::kSgd) c.hyper.lr = 1.0;
   }
 
   // Long.
@@ -305,6 +307,13 @@ std::vector<Case> make_cases(OptimizerKind optimizer) {
     c.steps = 30000;
     c.elements = 1024;
     c.decades = 3.0;
+  }
+  // Counts are lengths of warm-ups: all of the run.
+  for (Case& c : list.cases) {
+    for (int64_t i = kCommonHyperparameters; i < hyperparameter_count(optimizer); ++i) {
+      if (hyperparameter(optimizer, i).kind == HyperparameterKind::kWhole)
+        (void)set_hyperparameter(optimizer, i, static_cast<double>(c.steps), &c.hyper);
+    }
   }
   return std::move(list.cases);
 }

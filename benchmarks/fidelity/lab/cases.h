@@ -36,6 +36,10 @@ struct GradientRow {
 
 enum class Schedule { kConstant, kWarmupCosine };
 
+/// Which cases an optimizer has: those of rules with a variance, those of sums of gradients, or of their signs.
+enum class Family { kAdam = 1, kSgd = 2, kLion = 4 };
+Family family_of(OptimizerKind optimizer);
+
 inline constexpr double kNoTarget = std::numeric_limits<double>::infinity();
 
 struct Case {
@@ -57,12 +61,11 @@ struct Case {
 
   /// Hyperparameters of step t, from 1.
   Hyperparameters hyper_at(int64_t t) const;
-  /// What exact Adam's update is said not to exceed, lr max(1, (1 - beta1) / sqrt(1 - beta2)); lr for Lion; 0: no
-  /// bound.
+  /// What an exact update is said not to exceed (Rule::largest_update); 0: no bound.
   double update_bound(const Hyperparameters& at) const;
 };
 
-/// All cases of an optimizer (kAdamW, kSgd, kLion), numerics.md's first.
+/// All cases of an optimizer, numerics.md's first.
 std::vector<Case> make_cases(OptimizerKind optimizer);
 
 /// Gradients and first weights of a case, as rounded to its element types.

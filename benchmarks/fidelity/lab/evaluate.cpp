@@ -35,7 +35,7 @@ Result evaluate(const Case& c, const CaseData& data, const Reference& reference,
     const Hyperparameters h = c.hyper_at(t);
     candidate.step(h, data.row(c, t));
     const float* w = candidate.weights();
-    const double decay = c.optimizer == OptimizerKind::kSgd ? 0.0 : h.lr * h.weight_decay;
+    const double decay = family_of(c.optimizer) == Family::kSgd ? 0.0 : h.lr * h.weight_decay;
     const double bound = c.update_bound(h);
     if (bound > 0.0) {
       const double move = largest_move(before.data(), w, static_cast<float>(decay),
@@ -51,7 +51,7 @@ Result evaluate(const Case& c, const CaseData& data, const Reference& reference,
         noise += (mine - u) * (mine - u);
         signal += u * u;
         // Ratios of updates that are next to nothing say nothing.
-        const double scale = c.optimizer == OptimizerKind::kSgd ? h.lr * static_cast<double>(data.sigma[i]) : h.lr;
+        const double scale = family_of(c.optimizer) == Family::kSgd ? h.lr * static_cast<double>(data.sigma[i]) : h.lr;
         if (std::fabs(u) < 0.05 * scale || !(std::fabs(mine) < HUGE_VAL)) continue;
         const double bin = std::floor((mine / u - kRatioFirst) / kRatioWidth);
         out.ratios[static_cast<size_t>(std::clamp(bin, 0.0, kRatioBins - 1.0))] += 1;

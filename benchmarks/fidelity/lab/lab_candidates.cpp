@@ -181,6 +181,7 @@ void add_momentum_rows(Rows& rows, bool lion) {
 
 void add_lab_candidates(OptimizerKind optimizer, std::vector<CandidateInfo>& out) {
   const bool adam = optimizer == OptimizerKind::kAdamW;
+  if (!adam && optimizer != OptimizerKind::kSgd && optimizer != OptimizerKind::kLion) return;
   const double states = adam ? 2.0 : 1.0;
   Rows dynamic(out, states * (1.0 + 4.0 / 256.0));
   dynamic.add("dynamic8", "bitsandbytes: dynamic tree, blocks of 256, nearest",

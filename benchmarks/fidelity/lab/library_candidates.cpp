@@ -109,7 +109,7 @@ class PlanCandidate : public Candidate {
 }  // namespace
 
 void add_library_candidates(OptimizerKind optimizer, std::vector<CandidateInfo>& out) {
-  const double states = optimizer == OptimizerKind::kAdamW ? 2.0 : 1.0;
+  const double states = state_count(optimizer, true);
   const auto add = [&](const char* name, const char* what, StateCodec codec, double bytes) {
     CandidateInfo info;
     info.name = name;

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "flashoptim/core/optimizer_list.h"
+#include "tests/oracle/oracle.h"
+
 namespace flashoptim::fidelity {
 
 namespace {
@@ -12,7 +15,16 @@ constexpr int64_t kUpdateSamples = 100;
 
 struct ExactState {
   std::vector<double> w, m, v, update;
+  std::vector<oracle::Element<double>> elements;
 };
+
+const char* rule_name(OptimizerKind optimizer) {
+#define FLASHOPTIM_CASE(rule) \
+  if (core::rule::kKind == optimizer && !core::kIsWithoutMomentum<core::rule>) return #rule;
+  FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_CASE)
+#undef FLASHOPTIM_CASE
+  return "";
+}
 
 void exact_adamw(const Hyperparameters& h, const float* g, ExactState& s, int64_t count) {
   const double step_size = h.lr / (1.0 - std::pow(h.beta1, static_cast<double>(h.step)));
@@ -52,13 +64,33 @@ void exact_lion(const Hyperparameters& h, const float* g, ExactState& s, int64_t
   }
 }
 
+/// Of every other optimizer, by the tests' oracle.
+void exact_other(OptimizerKind optimizer, const Hyperparameters& h, const float* g, ExactState& s, int64_t count) {
+  oracle::Settings settings;
+  for (int64_t i = 0; i < hyperparameter_count(optimizer); ++i) {
+    if (double* const setting = settings.find(hyperparameter(optimizer, i).name))
+      *setting = get_hyperparameter(optimizer, i, h);
+  }
+  const double decay = h.lr * h.weight_decay;
+  settings.weight_decay = 0.0;
+  const oracle::Step<double> step = oracle::find<double>(rule_name(optimizer));
+  for (int64_t k = 0; k < count; ++k) {
+    const auto i = static_cast<size_t>(k);
+    oracle::Element<double>& e = s.elements[i];
+    e.weight = s.w[i];
+    s.update[i] = step(e, static_cast<double>(g[k]), settings);
+    s.w[i] -= s.update[i] + decay * s.w[i];
+  }
+}
+
 }  // namespace
 
 Reference run_reference(const Case& c, const CaseData& data) {
   const auto size = static_cast<size_t>(c.elements);
   Reference out;
   ExactState s{std::vector<double>(data.weights.begin(), data.weights.end()), std::vector<double>(size, 0.0),
-               std::vector<double>(size, 0.0), std::vector<double>(size, 0.0)};
+               std::vector<double>(size, 0.0), std::vector<double>(size, 0.0),
+               std::vector<oracle::Element<double>>(size)};
   std::vector<float> g(size);
   const int64_t weight_stride = std::max<int64_t>(1, c.steps / kWeightSamples);
   const int64_t update_stride = std::max<int64_t>(1, c.steps / kUpdateSamples);
@@ -72,8 +104,11 @@ Reference run_reference(const Case& c, const CaseData& data) {
       case OptimizerKind::kSgd:
         exact_sgd(h, g.data(), s, c.elements);
         break;
-      default:
+      case OptimizerKind::kAdamW:
         exact_adamw(h, g.data(), s, c.elements);
+        break;
+      default:
+        exact_other(c.optimizer, h, g.data(), s, c.elements);
         break;
     }
     const double bound = c.update_bound(h);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "flashoptim/core/optimizers/adam.h"
+#include "flashoptim/core/optimizers/ademamix.h"
+#include "flashoptim/core/optimizers/adopt.h"
 #include "flashoptim/core/optimizers/lion.h"
 #include "flashoptim/core/optimizers/sgd.h"
 
@@ -13,4 +15,6 @@
   X(Sgdw)                           \
   X(SgdPlain)                       \
   X(SgdwPlain)                      \
-  X(Lion)
+  X(Lion)                           \
+  X(AdEMAMix)                       \
+  X(Adopt)

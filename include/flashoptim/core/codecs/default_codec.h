@@ -15,6 +15,10 @@
 // G (the top 16 bits of fp32 below the sign: 8 of exponent, 8 of mantissa), and the code a sign and 7 bits a of
 //     |x| / G = float(bits(2.0) | a << (23 - K)) - 2     (mu-law: K bits of mantissa, 127 / 2^K octaves)
 //
+// A slow average's G is a power of two: rounded up finely it would follow its group's largest, whose own code moves,
+// nearly every step, and all codes would be rounded anew. What an average of 10,000 steps keeps of that is most of its
+// error (docs/numerics.md).
+//
 // Momentum whose K a group chooses (Lion: MuLawGroupCodec). The header gives 2 bits of G's mantissa to K = 3 ... 6, and
 // code 1 keeps the sign of what is far below the first step d = 2^(1 - K):
 //     |x| / G = float(bits(2.0) | a << (23 - K)) - (2 + d - f),  f = d / 8, for a >= 1;  a = 0 is x = 0 alone
@@ -351,8 +355,8 @@ struct SignedSlot {
   static FLASHOPTIM_HD bool saturates(float) { return false; }
 };
 
-/// A signed slot of a given K.
-template <int kMantissaBits, bool kIsRelative>
+/// A signed slot of a given K; kIsSlow: whose scale is a power of two.
+template <int kMantissaBits, bool kIsRelative, bool kIsSlow>
 struct MuLawSlot : SignedSlot {
   using MuLaw = MuLawCodec<kMantissaBits>;
   static constexpr bool kSignedCodes = false, kUsesSmallest = false;
@@ -361,7 +365,9 @@ struct MuLawSlot : SignedSlot {
 
   template <class F>
   static FLASHOPTIM_HD IntOf<F> header(IntOf<F> largest, IntOf<F>) {
-    return MuLaw::template header<F>(from_bits(largest));
+    const IntOf<F> header = MuLaw::template header<F>(from_bits(largest));
+    if constexpr (!kIsSlow) return header;
+    return (header + splat_bits<F>(0xffu)) & splat_bits<F>(0xff00u);
   }
   template <class F>
   static FLASHOPTIM_HD Constants<F> decoding(IntOf<F> header) {
@@ -423,16 +429,16 @@ struct MuLawGroupSlot : SignedSlot {
 };
 
 /// The codec of a slot by what its rule says of it.
-template <bool kIsSigned, bool kIsRelative, int kMantissaBits>
+template <bool kIsSigned, bool kIsRelative, int kMantissaBits, bool kIsSlow>
 struct DefaultSlot {
-  using type = MuLawSlot<kMantissaBits, kIsRelative>;
+  using type = MuLawSlot<kMantissaBits, kIsRelative, kIsSlow>;
 };
 template <>
-struct DefaultSlot<true, false, 0> {
+struct DefaultSlot<true, false, 0, false> {
   using type = MuLawGroupSlot;
 };
 template <int kMantissaBits>
-struct DefaultSlot<false, false, kMantissaBits> {
+struct DefaultSlot<false, false, kMantissaBits, false> {
   using type = WindowSlot;
 };
 

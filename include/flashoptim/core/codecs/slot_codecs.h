@@ -100,7 +100,8 @@ struct SlotCodecs {
   };
   template <int k>
   struct Choose<k, StateCodec::kDefault> {
-    using type = typename DefaultSlot<is_signed(k), is_relative(k), R::kSlots[k].mantissa_bits>::type;
+    using type =
+        typename DefaultSlot<is_signed(k), is_relative(k), R::kSlots[k].mantissa_bits, R::kSlots[k].is_slow>::type;
   };
 
   template <class Body, int... kPlaces>

@@ -17,6 +17,7 @@ template <bool kDecoupled>
 struct AdamRule {
   static constexpr OptimizerKind kKind = kDecoupled ? OptimizerKind::kAdamW : OptimizerKind::kAdam;
   static constexpr const char* kName = kDecoupled ? "adamw" : "adam";
+  static constexpr const char* kTitle = kDecoupled ? "AdamW" : "Adam";
   static constexpr auto kHyperparameters = hyperparameter_list(
       {.weight_decay = kDecoupled ? 1e-2 : 0.0}, beta_field("beta1", &Hyperparameters::beta1, 0.9),
       beta_field("beta2", &Hyperparameters::beta2, 0.999), nonnegative_field("eps", &Hyperparameters::eps, 1e-8));

@@ -13,6 +13,7 @@ namespace flashoptim::core {
 struct Lion {
   static constexpr OptimizerKind kKind = OptimizerKind::kLion;
   static constexpr const char* kName = "lion";
+  static constexpr const char* kTitle = "Lion";
   static constexpr auto kHyperparameters = hyperparameter_list({}, beta_field("beta1", &Hyperparameters::beta1, 0.9),
                                                                beta_field("beta2", &Hyperparameters::beta2, 0.99));
   static constexpr bool kDecoupledDecay = true;

@@ -3,7 +3,8 @@
 //
 //   struct MyRule {
 //     static constexpr OptimizerKind kKind;        // which public optimizer it is the rule of
-//     static constexpr const char* kName;          // that optimizer's name
+//     static constexpr const char* kName;          // that optimizer's name, in lower case
+//     static constexpr const char* kTitle;         // as people write it; the front ends' classes are Flash<title>
 //     static constexpr auto kHyperparameters;      // hyperparameter_list(...): what it reads
 //     static constexpr int kSlotCount;             // states of an element, at most kMaxSlots
 //     static constexpr StateSlot kSlots[];         // name, sign, and the slot it is stored relative to
@@ -58,6 +59,8 @@ struct StateSlot {
   /// variance, where the range is narrow; alone, fewer, to cover the spread of magnitudes in a group; 0, and only
   /// alone: each group chooses 3 to 6 (docs/numerics.md).
   int mantissa_bits = 0;
+  /// An average over thousands of steps, whose scale in the default codec is a power of two (codecs/default_codec.h).
+  bool is_slow = false;
 };
 
 using NumberField = double Hyperparameters::*;
@@ -170,6 +173,7 @@ constexpr bool are_slots_valid() {
     const StateSlot& slot = Rule::kSlots[k];
     const bool is_signed = slot.kind == StateKind::kSigned, is_relative = slot.relative_to != kNoSlot;
     if (slot.mantissa_bits < 0 || slot.mantissa_bits > 6 || slot.name[0] == '\0') return false;
+    if (slot.is_slow && (!is_signed || slot.mantissa_bits == 0)) return false;
     if (!is_relative) continue;
     if (slot.relative_to < 0 || slot.relative_to >= Rule::kSlotCount || !is_signed || slot.mantissa_bits == 0)
       return false;
@@ -183,6 +187,7 @@ template <class R>
 concept Rule = requires(const Hyperparameters& p, float (&s)[kSlotArray<R>], const typename R::Hyper& h) {
   { R::kKind } -> std::convertible_to<OptimizerKind>;
   { R::kName } -> std::convertible_to<const char*>;
+  { R::kTitle } -> std::convertible_to<const char*>;
   { R::kHyperparameters.fields[0] } -> std::convertible_to<HyperparameterInfo>;
   { R::kDecoupledDecay } -> std::convertible_to<bool>;
   { R::make_hyper(p) } -> std::same_as<typename R::Hyper>;
@@ -208,6 +213,27 @@ FLASHOPTIM_HD double double_sqrt(double value) {
 #else
   return __builtin_sqrt(value);
 #endif
+}
+
+/// ln x for 0 < x <= 1 and e^x for x <= 0, within a few roundings. Their own, because libraries' differ in the last bit
+/// from one machine to the next, and a step's numbers are made on hosts and on devices. Of x = m 2^e with m near 1,
+/// ln m = 2 artanh((m - 1) / (m + 1)).
+FLASHOPTIM_HD double natural_log(double x) {
+  double exponent = 0.0;
+  for (; x < 0.70710678118654752; x *= 2.0) exponent -= 1.0;
+  const double s = (x - 1.0) / (x + 1.0), square = s * s;
+  double sum = 0.0;
+  for (int k = 25; k >= 1; k -= 2) sum = sum * square + 1.0 / k;
+  return exponent * 0.69314718055994531 + 2.0 * s * sum;
+}
+FLASHOPTIM_HD double exponential(double x) {
+  if (x < -700.0) return 0.0;
+  const int64_t halvings = static_cast<int64_t>(x * -1.4426950408889634 + 0.5);
+  // ln 2 in two parts, the first short enough for an exact product.
+  const double n = static_cast<double>(halvings), r = (x + n * 0x1.62e42fefap-1) + n * 0x1.cf79abc9e3b3ap-40;
+  double sum = 1.0;
+  for (int k = 18; k >= 1; --k) sum = 1.0 + sum * r / k;
+  return sum * integer_power(0.5, halvings);
 }
 
 /// Share of w that decoupled weight decay takes off in one step.

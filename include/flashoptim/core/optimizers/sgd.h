@@ -16,6 +16,7 @@ template <bool kDecoupled, bool kMomentum>
 struct SgdRule {
   static constexpr OptimizerKind kKind = kDecoupled ? OptimizerKind::kSgdw : OptimizerKind::kSgd;
   static constexpr const char* kName = kDecoupled ? "sgdw" : "sgd";
+  static constexpr const char* kTitle = kDecoupled ? "SGDW" : "SGD";
   static constexpr bool kWithoutMomentum = !kMomentum;
   static constexpr auto kHyperparameters =
       hyperparameter_list({}, nonnegative_field("momentum", &Hyperparameters::momentum, 0.0),

@@ -1,4 +1,4 @@
-// FlashAdamW, FlashAdam, FlashSGD, FlashSGDW, FlashLion: used like torch::optim's optimizers.
+// FlashAdamW, FlashAdam and so on, a class for every Options struct of options.h: used like torch::optim's optimizers.
 #pragma once
 
 #include <memory>
@@ -23,43 +23,19 @@ class FlashOptimizerOf : public FlashOptimizer {
       : FlashOptimizerOf({::torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
 };
 
-/// Adam with decoupled weight decay.
-class FlashAdamW final : public FlashOptimizerOf<FlashAdamWOptions> {
- public:
-  using FlashOptimizerOf::FlashOptimizerOf;
-};
-
-/// Adam with L2 regularization.
-class FlashAdam final : public FlashOptimizerOf<FlashAdamOptions> {
- public:
-  using FlashOptimizerOf::FlashOptimizerOf;
-};
-
-/// SGD with momentum, dampening, Nesterov momentum and L2 regularization.
-class FlashSGD final : public FlashOptimizerOf<FlashSGDOptions> {
- public:
-  using FlashOptimizerOf::FlashOptimizerOf;
-};
-
-/// SGD with decoupled weight decay.
-class FlashSGDW final : public FlashOptimizerOf<FlashSGDWOptions> {
- public:
-  using FlashOptimizerOf::FlashOptimizerOf;
-};
-
-/// Lion (sign of interpolated momentum) with decoupled weight decay.
-class FlashLion final : public FlashOptimizerOf<FlashLionOptions> {
- public:
-  using FlashOptimizerOf::FlashOptimizerOf;
-};
+#define FLASHOPTIM_CLASS(name)                                              \
+  class Flash##name final : public FlashOptimizerOf<Flash##name##Options> { \
+   public:                                                                  \
+    using FlashOptimizerOf::FlashOptimizerOf;                               \
+  };
+FLASHOPTIM_FOR_EACH_OPTIMIZER(FLASHOPTIM_CLASS)
+#undef FLASHOPTIM_CLASS
 
 }  // namespace flashoptim::libtorch
 
 namespace torch {
-using ::flashoptim::libtorch::FlashAdam;
-using ::flashoptim::libtorch::FlashAdamW;
-using ::flashoptim::libtorch::FlashLion;
 using ::flashoptim::libtorch::FlashOptimizerOf;
-using ::flashoptim::libtorch::FlashSGD;
-using ::flashoptim::libtorch::FlashSGDW;
+#define FLASHOPTIM_CLASS(name) using ::flashoptim::libtorch::Flash##name;
+FLASHOPTIM_FOR_EACH_OPTIMIZER(FLASHOPTIM_CLASS)
+#undef FLASHOPTIM_CLASS
 }  // namespace torch

@@ -23,7 +23,8 @@ namespace flashoptim::libtorch {
 
 using Betas = std::tuple<double, double>;
 
-/// The values behind the Options structs. Each of those shows the ones that its optimizer reads.
+/// The values behind the Options structs. Each of those shows the ones that its optimizer reads; what a rule reads
+/// (core/optimizers) has the rule's name here, and its default and range from there. beta1 and beta2 are `betas`.
 struct OptionValues {
   double lr = 1e-3;                     ///< finite, >= 0
   Betas betas{0.9, 0.999};              ///< each >= 0 and < 1
@@ -40,6 +41,10 @@ struct OptionValues {
   bool quantize = true;                 ///< false: states in fp32
   int64_t min_quantized_numel = 4096;   ///< smaller parameters keep fp32 states; >= 0, 0 quantizes everything
   bool stochastic_rounding = false;     ///< with master_weight_bits 0: round 16-bit parameters without bias
+  double beta3 = 0.9999;                ///< of the slow average, >= 0 and < 1
+  double alpha = 5;                     ///< share of the slow average in an update; finite, >= 0
+  int64_t t_alpha = 0;                  ///< steps in which alpha grows to its value; 0: it has it
+  int64_t t_beta3 = 0;                  ///< steps in which beta3 grows from beta1; 0: it has its value
   int64_t seed = 0;                     ///< of the dither and of stochastic rounding; >= 0 and < 2^53
 
   bool operator==(const OptionValues&) const = default;
@@ -66,6 +71,10 @@ constexpr void for_each_option(F&& f) {
   visit("min_quantized_numel", &OptionValues::min_quantized_numel);
   visit("stochastic_rounding", &OptionValues::stochastic_rounding);
   visit("seed", &OptionValues::seed);
+  visit("beta3", &OptionValues::beta3);
+  visit("alpha", &OptionValues::alpha);
+  visit("t_alpha", &OptionValues::t_alpha);
+  visit("t_beta3", &OptionValues::t_beta3);
 }
 
 /// The option's place in for_each_option; an unknown name does not compile.
@@ -88,6 +97,12 @@ class FlashOptions : public ::torch::optim::OptimizerOptions {
     mark_set<option_index("lr")>();
     values_.lr = lr;
   }
+
+  /// What a step takes by the name that the optimizer's rule gives it (optimizer_info.h): "lr", "beta1", "eps", "seed";
+  /// a flag as 0 or 1. For programs that read names and numbers from elsewhere. Throws c10::Error for another name.
+  double number(std::string_view name) const;
+  /// Sets it, which counts as setting the option; its range is looked at by check().
+  void set_number(std::string_view name, double value);
 
   /// Whether the option was set. Throws c10::Error for a name that no optimizer has.
   bool is_set(std::string_view name) const;
@@ -171,6 +186,7 @@ class FlashOptions : public ::torch::optim::OptimizerOptions {
   FLASHOPTIM_OPTION(bool, stochastic_rounding)                                                     \
   FLASHOPTIM_OPTION(int64_t, seed)
 
+/// Adam with decoupled weight decay.
 /// Defaults: lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 1e-2.
 struct FlashAdamWOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kAdamW;
@@ -181,6 +197,7 @@ struct FlashAdamWOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, initial_lr)
 };
 
+/// Adam with L2 regularization.
 /// Defaults: lr 1e-3, betas (0.9, 0.999), eps 1e-8, weight_decay 0 (L2).
 struct FlashAdamOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kAdam;
@@ -189,6 +206,7 @@ struct FlashAdamOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, eps)
 };
 
+/// SGD with momentum, dampening, Nesterov momentum and L2 regularization.
 /// Defaults: lr 1e-3, momentum 0, dampening 0, weight_decay 0 (L2), nesterov false.
 struct FlashSGDOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kSgd;
@@ -198,6 +216,7 @@ struct FlashSGDOptions final : FlashOptions {
   FLASHOPTIM_OPTION(bool, nesterov)
 };
 
+/// SGD with decoupled weight decay.
 /// Defaults: lr 1e-3, momentum 0, dampening 0, weight_decay 0 (decoupled), nesterov false.
 struct FlashSGDWOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kSgdw;
@@ -209,6 +228,7 @@ struct FlashSGDWOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, initial_lr)
 };
 
+/// Lion (sign of interpolated momentum) with decoupled weight decay.
 /// Defaults: betas (0.9, 0.99), weight_decay 0 (decoupled).
 struct FlashLionOptions final : FlashOptions {
   static constexpr OptimizerKind kKind = OptimizerKind::kLion;
@@ -218,16 +238,51 @@ struct FlashLionOptions final : FlashOptions {
   FLASHOPTIM_OPTION(double, initial_lr)
 };
 
+/// AdEMAMix (Pagliardini et al. 2024): Adam with a slow second average. The paper warms alpha and beta3 up over the
+/// run. Defaults: betas (0.9, 0.999), beta3 0.9999, alpha 5, no warm-ups, eps 1e-8, weight_decay 1e-2 (decoupled).
+struct FlashAdEMAMixOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kAdEMAMix;
+  FLASHOPTIM_COMMON_OPTIONS(FlashAdEMAMixOptions)
+  FLASHOPTIM_OPTION(Betas, betas)
+  FLASHOPTIM_OPTION(double, beta3)
+  FLASHOPTIM_OPTION(double, alpha)
+  FLASHOPTIM_OPTION(int64_t, t_alpha)
+  FLASHOPTIM_OPTION(int64_t, t_beta3)
+  FLASHOPTIM_OPTION(double, eps)
+  FLASHOPTIM_OPTION(bool, decouple_lr)
+  FLASHOPTIM_OPTION(double, initial_lr)
+};
+
+/// ADOPT (Taniguchi et al. 2024), clipped. The first step makes the variance and moves no weight.
+/// Defaults: betas (0.9, 0.9999), eps 1e-6, weight_decay 0 (decoupled).
+struct FlashADOPTOptions final : FlashOptions {
+  static constexpr OptimizerKind kKind = OptimizerKind::kAdopt;
+  FLASHOPTIM_COMMON_OPTIONS(FlashADOPTOptions)
+  FLASHOPTIM_OPTION(Betas, betas)
+  FLASHOPTIM_OPTION(double, eps)
+  FLASHOPTIM_OPTION(bool, decouple_lr)
+  FLASHOPTIM_OPTION(double, initial_lr)
+};
+
 #undef FLASHOPTIM_COMMON_OPTIONS
 #undef FLASHOPTIM_OPTION
+
+/// X(name) for every optimizer: its options are Flash<name>Options, its class Flash<name>, both in flashoptim::libtorch
+/// and in torch.
+#define FLASHOPTIM_FOR_EACH_OPTIMIZER(X) \
+  X(AdamW)                               \
+  X(Adam)                                \
+  X(SGD)                                 \
+  X(SGDW)                                \
+  X(Lion)                                \
+  X(AdEMAMix)                            \
+  X(ADOPT)
 
 }  // namespace flashoptim::libtorch
 
 namespace torch {
-using ::flashoptim::libtorch::FlashAdamOptions;
-using ::flashoptim::libtorch::FlashAdamWOptions;
-using ::flashoptim::libtorch::FlashLionOptions;
 using ::flashoptim::libtorch::FlashOptions;
-using ::flashoptim::libtorch::FlashSGDOptions;
-using ::flashoptim::libtorch::FlashSGDWOptions;
+#define FLASHOPTIM_OPTIONS(name) using ::flashoptim::libtorch::Flash##name##Options;
+FLASHOPTIM_FOR_EACH_OPTIMIZER(FLASHOPTIM_OPTIONS)
+#undef FLASHOPTIM_OPTIONS
 }  // namespace torch
