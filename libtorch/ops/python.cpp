@@ -186,6 +186,7 @@ PyObject* step(Arguments a) {
   run(store.has_cpu_plan(), [&] { store.store().step(op, groups, controls); });
   store.copy_back(step, a[2]);
   store.count(step);
+  store.bump_versions(step.stepped);
   return PyLong_FromLongLong(static_cast<long long>(step.stepped.size()));
 }
 
@@ -210,6 +211,7 @@ PyObject* step_one(Arguments a) {
   }
   if (!is_none(a[3])) store.copy_back(index, a[3]);
   store.count_one(index, a[2], one.count);
+  store.bump_versions({index});
   return PyLong_FromLongLong(1);
 }
 
@@ -262,15 +264,64 @@ PyObject* plain(Arguments a) {
   return none();
 }
 
+/// versions(function): torch's way to count up the versions of a list of tensors.
+PyObject* versions(Arguments a) {
+  Py_IncRef(a[0]);
+  python_side().bump_versions = a[0];
+  return none();
+}
+
+/// find_layout(probes: list[tuple] | None): finds where torch keeps what a step looks at, by _layout.py's probes; None:
+/// torch is asked from now on.
+PyObject* find_layout(Arguments a) {
+  tensor_layout() = {};
+  if (is_none(a[0])) return none();
+  std::vector<Probe> probes;
+  for (PySsize i = 0; i < PyList_Size(a[0]); ++i) {
+    PyObject* const facts = PyList_GetItem(a[0], i);
+    if (PyTuple_Size(facts) != 12) throw std::runtime_error("flashoptim: a probe has 12 facts");
+    PyObject* const object = PyTuple_GetItem(facts, 0);
+    const auto fact = [&](PySsize at) { return static_cast<std::intptr_t>(to_int(PyTuple_GetItem(facts, at))); };
+    const LocalTensor tensor(object);
+    Facts said;
+    if (!tensor.has_value() || !read_facts(tensor.handle(), &said)) throw std::runtime_error("a probe is no tensor");
+    Probe& probe = probes.emplace_back();
+    probe.implementation = static_cast<const char*>(implementation_of(object));
+    probe.sizes = said.sizes, probe.strides = said.strides;
+    probe.storage = fact(1), probe.data = fact(2), probe.bytes = fact(3), probe.offset = fact(4);
+    probe.numel = fact(5), probe.dim = fact(6), probe.keys = fact(7), probe.object = fact(8);
+    probe.has_autograd = fact(9), probe.gradient = fact(10), probe.version = fact(11);
+  }
+  tensor_layout() = ops::find_layout(probes);
+  return none();
+}
+
+/// looks_same(tensor, change: callable) -> bool: whether a step would take a tensor for what it was before the call.
+PyObject* looks_same(Arguments a) {
+  std::set<Shape> shapes;
+  Trace trace;
+  trace.remember(implementation_of(a[0]), &shapes);
+  const Reference done(PyObject_CallFunctionObjArgs(a[1], nullptr));
+  return PyBool_FromLong(trace.is(implementation_of(a[0])) ? 1 : 0);
+}
+
+/// bump_version(tensor): counts a tensor's version up where it stands.
+PyObject* bump_version(Arguments a) {
+  bump_version_of(a[0]);
+  return none();
+}
+
 /// steps(store) -> int: how many calls of step and step_one have stepped.
 PyObject* steps(Arguments a) { return PyLong_FromLongLong(PythonStore::of(a[0]).steps()); }
 
 #define FLASHOPTIM_FUNCTION(name, count) {#name, reinterpret_cast<void*>(&guarded<count, name>), kPyFastCall, nullptr}
 PyMethod g_functions[] = {
-    FLASHOPTIM_FUNCTION(new_store, 1), FLASHOPTIM_FUNCTION(reset, 2),         FLASHOPTIM_FUNCTION(forget, 2),
-    FLASHOPTIM_FUNCTION(describe, 12), FLASHOPTIM_FUNCTION(plan, 1),          FLASHOPTIM_FUNCTION(step, 9),
-    FLASHOPTIM_FUNCTION(step_one, 9),  FLASHOPTIM_FUNCTION(gradient_norm, 7), FLASHOPTIM_FUNCTION(same_objects, 2),
-    FLASHOPTIM_FUNCTION(wrap, 1),      FLASHOPTIM_FUNCTION(plain, 1),         FLASHOPTIM_FUNCTION(steps, 1),
+    FLASHOPTIM_FUNCTION(new_store, 1),    FLASHOPTIM_FUNCTION(reset, 2),         FLASHOPTIM_FUNCTION(forget, 2),
+    FLASHOPTIM_FUNCTION(describe, 12),    FLASHOPTIM_FUNCTION(plan, 1),          FLASHOPTIM_FUNCTION(step, 9),
+    FLASHOPTIM_FUNCTION(step_one, 9),     FLASHOPTIM_FUNCTION(gradient_norm, 7), FLASHOPTIM_FUNCTION(same_objects, 2),
+    FLASHOPTIM_FUNCTION(wrap, 1),         FLASHOPTIM_FUNCTION(plain, 1),         FLASHOPTIM_FUNCTION(steps, 1),
+    FLASHOPTIM_FUNCTION(versions, 1),     FLASHOPTIM_FUNCTION(find_layout, 1),   FLASHOPTIM_FUNCTION(looks_same, 2),
+    FLASHOPTIM_FUNCTION(bump_version, 1),
 };
 #undef FLASHOPTIM_FUNCTION
 

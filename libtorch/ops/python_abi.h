@@ -35,6 +35,7 @@ FLASHOPTIM_WEAK void PyErr_SetString(PyObject*, const char*);
 FLASHOPTIM_WEAK PyObject* PyObject_Type(PyObject*);
 FLASHOPTIM_WEAK PyObject* PyObject_GetAttr(PyObject*, PyObject*);
 FLASHOPTIM_WEAK int PyObject_RichCompareBool(PyObject*, PyObject*, int operation);
+FLASHOPTIM_WEAK PyObject* PyObject_CallFunctionObjArgs(PyObject*, ...);
 FLASHOPTIM_WEAK PyObject* PyBool_FromLong(long);
 FLASHOPTIM_WEAK long long PyLong_AsLongLong(PyObject*);
 FLASHOPTIM_WEAK PyObject* PyLong_FromLongLong(long long);

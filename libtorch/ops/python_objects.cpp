@@ -12,20 +12,23 @@ PythonSide g_side;
 
 PythonSide& python_side() { return g_side; }
 
-LocalTensor::LocalTensor(PyObject* object) {
+bool is_plain_tensor(PyObject* object) {
   const PythonSide& side = python_side();
   PyObject* const type = type_of(object);
-  const auto is_plain = [&side](PyObject* of) {
-    return of == side.tensor_type || of == side.parameter_type ||
-           std::find(side.plain_types.begin(), side.plain_types.end(), of) != side.plain_types.end();
-  };
-  if (is_plain(type)) {
+  return type == side.tensor_type || type == side.parameter_type ||
+         std::find(side.plain_types.begin(), side.plain_types.end(), type) != side.plain_types.end();
+}
+
+LocalTensor::LocalTensor(PyObject* object) {
+  const PythonSide& side = python_side();
+  if (is_plain_tensor(object)) {
     object_ = object;
     return;
   }
+  PyObject* const type = type_of(object);
   if (std::find(side.wrapper_types.begin(), side.wrapper_types.end(), type) == side.wrapper_types.end()) return;
   held_ = Reference(PyObject_GetAttr(object, side.local_tensor));
-  if (is_plain(type_of(held_.get()))) object_ = held_.get();
+  if (is_plain_tensor(held_.get())) object_ = held_.get();
 }
 
 namespace {

@@ -15,6 +15,7 @@ using namespace store;  // NOLINT: written in the store's words
 struct PythonSide {
   PyObject *tensor_type = nullptr, *parameter_type = nullptr;
   // Names of attributes: of tensors, of their wrappers, of a wrapper's description.
+  PyObject* bump_versions = nullptr;  // torch's function
   PyObject *grad = nullptr, *local_tensor = nullptr, *spec = nullptr, *mesh = nullptr, *placements = nullptr;
   std::vector<PyObject*> wrapper_types;  // of tensors whose memory is their `_local_tensor`'s
   std::vector<PyObject*> plain_types;    // subclasses of tensors whose memory is their own
@@ -43,6 +44,13 @@ class LocalTensor {
   PyObject* object_ = nullptr;
   Reference held_;
 };
+
+/// Whether the object is a tensor of a known type whose memory is its own.
+bool is_plain_tensor(PyObject* object);
+/// The implementation of an object that is a tensor, plain or not.
+inline const void* implementation_of(PyObject* object) {
+  return *reinterpret_cast<const void* const*>(reinterpret_cast<const char*>(object) + python_side().tensor_offset);
+}
 
 /// Whether both are plain tensors, or both are wrappers that are cut and placed alike. Compares objects of Python's,
 /// which can run its code.

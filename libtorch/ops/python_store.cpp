@@ -1,6 +1,7 @@
 #include "libtorch/ops/python_store.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <unordered_set>
 
@@ -51,6 +52,15 @@ bool read_gradient(const store::Record& record, const LocalTensor& grad, const v
 
 }  // namespace
 
+bool bump_version_of(PyObject* tensor) {
+  const TensorLayout& l = tensor_layout();
+  const void* const counter = l.is_known ? pointer_at(implementation_of(tensor), l.version) : nullptr;
+  if (counter == nullptr) return false;  // an inference tensor's
+  auto* const count = reinterpret_cast<uint32_t*>(reinterpret_cast<std::intptr_t>(counter) + l.count);
+  std::atomic_ref<uint32_t>(*count).fetch_add(1);
+  return true;
+}
+
 PythonStore::PythonStore(OptimizerKind optimizer) : store_(optimizer) {}
 
 PythonStore& PythonStore::of(PyObject* capsule) {
@@ -83,12 +93,17 @@ std::unique_lock<std::mutex> PythonStore::lock() {
 void PythonStore::reset(PyObject* params) {
   std::vector<Reference> held;
   std::unordered_map<PyObject*, int64_t> index;
+  bool has_wrappers = false;
   for (PySsize i = 0; i < PyList_Size(params); ++i) {
     held.push_back(Reference::borrowed(PyList_GetItem(params, i)));
     index.emplace(held.back().get(), i);
+    has_wrappers = has_wrappers || !is_plain_tensor(held.back().get());
   }
   store_.reset(static_cast<int64_t>(held.size()));
   entries_.assign(held.size(), nullptr);
+  traces_.assign(held.size(), {});
+  shapes_.clear();
+  has_wrappers_ = has_wrappers;
   order_.clear();
   index_ = std::move(index);
   params_ = std::move(held);
@@ -151,6 +166,7 @@ void PythonStore::describe(Op op, int64_t index, const std::string& name, const 
   const LocalTensor& local = read.emplace_back(param);
   if (!local.has_value()) op.fail(name + " is no plain tensor; allowed are torch.Tensor, Parameter and DTensor");
   store_.describe(op, index, name, options, local.handle(), stored, correction);
+  traces_[static_cast<size_t>(index)] = {{}, {}, std::vector<Trace>(entries->size())};
   entries_[static_cast<size_t>(index)] = entries;
 }
 
@@ -189,8 +205,7 @@ bool PythonStore::read_count(int64_t index, PyObject* value, store::StepCount* c
   return true;
 }
 
-bool PythonStore::is_current(int64_t index, PyObject* state, store::StepCount* count,
-                             std::vector<Reference>* held) const {
+bool PythonStore::is_current(int64_t index, PyObject* state, store::StepCount* count, std::vector<Reference>* held) {
   const store::Record& record = store_.record(index);
   const std::shared_ptr<const Entries>& entries = entries_[static_cast<size_t>(index)];
   if (!record.is_known() || entries == nullptr) return false;
@@ -210,6 +225,9 @@ bool PythonStore::is_current(int64_t index, PyObject* state, store::StepCount* c
       continue;
     }
     if (entry.kind != EntryKind::kCorrection && entry.slot >= slots) continue;  // SGD's buffer while momentum is 0
+    Trace& trace = traces_[static_cast<size_t>(index)].state[at];
+    const void* implementation = nullptr;
+    if (is_traced(trace, value, &implementation)) continue;
     const LocalTensor tensor(value);
     Facts facts;
     if (!tensor.has_value() || !read_facts(tensor.handle(), &facts)) return false;
@@ -217,6 +235,7 @@ bool PythonStore::is_current(int64_t index, PyObject* state, store::StepCount* c
                       : entry.kind == EntryKind::kScale ? record.is_scale(entry.slot, facts)
                                                         : record.is_correction(facts);
     if (!same) return false;
+    if (implementation != nullptr) trace.remember(implementation, &shapes_);
   }
   return at == entries->size();
 }
@@ -228,65 +247,170 @@ bool PythonStore::has_cpu_plan() const {
   return false;
 }
 
-PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool counts_on_device) {
-  struct Taken {
-    int64_t record;
-    const void* gradient;
-    store::StepCount count;
-  };
-  const PythonSide& side = python_side();
-  Step step;
-  const auto records = static_cast<size_t>(size());
-  std::vector<PyObject*> grads(records);
-  std::vector<bool> are_alike(records);
-  for (size_t i = 0; i < records; ++i) {
-    Reference grad(PyObject_GetAttr(params_[i].get(), side.grad));
-    if (is_none(grad.get())) continue;
-    grads[i] = grad.get();
-    are_alike[i] = are_placed_alike(params_[i].get(), grad.get());
-    step.held.push_back(std::move(grad));
+bool PythonStore::is_traced(const Trace& trace, PyObject* object, const void** implementation) {
+  *implementation = nullptr;
+  if (!tensor_layout().is_known || !is_plain_tensor(object)) return false;
+  *implementation = implementation_of(object);
+  return trace.is(*implementation);
+}
+
+bool PythonStore::is_parameter(int64_t index, PyObject* object) {
+  Trace& trace = traces_[static_cast<size_t>(index)].param;
+  const void* implementation = nullptr;
+  if (is_traced(trace, object, &implementation)) return true;
+  const LocalTensor param(object);
+  Facts facts;
+  if (!param.has_value() || !read_facts(param.handle(), &facts) || !store_.record(index).is_parameter(facts)) {
+    return false;
   }
-  // From here to the launch nothing runs that could change a container: no Python code, and Python's lock is kept, or
-  // (a CPU step, a Python without lock) what was looked at is held.
-  std::vector<Reference>* const held = side.is_free_threaded || has_cpu_plan() ? &step.held : nullptr;
-  std::vector<PyObject*> states(records);
-  match_states(state, &states);
-  std::vector<Taken> taken;
-  taken.reserve(records);
-  bool is_planned = true, has_counters = false;
+  if (implementation != nullptr) trace.remember(implementation, &shapes_);
+  return true;
+}
+
+bool PythonStore::take_gradient(int64_t index, PyObject* object, const void** address) {
+  const LocalTensor grad(object);
+  if (!read_gradient(store_.record(index), grad, address)) return false;
+  if (tensor_layout().is_known) {
+    traces_[static_cast<size_t>(index)].gradient.remember(implementation_of(grad.object()), &shapes_);
+  }
+  return true;
+}
+
+PythonStore::InPlace PythonStore::gradient_in_place(int64_t index, const void** address) const {
+  const auto at = static_cast<size_t>(index);
+  const TensorLayout& l = tensor_layout();
+  PyObject* const object = params_[at].get();
+  if (!is_plain_tensor(object)) return InPlace::kUnlike;
+  const void* const autograd = pointer_at(implementation_of(object), l.autograd);
+  if (autograd == nullptr) return InPlace::kNone;
+  const void* const grad = pointer_at(autograd, l.gradient);
+  if (reinterpret_cast<std::intptr_t>(grad) == l.no_gradient) return InPlace::kNone;
+  // Its Python object, if it has one, says whether it is a tensor of a type that is known.
+  auto* const of_python = reinterpret_cast<PyObject*>(word_at(grad, l.object) & ~std::intptr_t{1});
+  if (of_python != nullptr && !is_plain_tensor(of_python)) return InPlace::kUnlike;
+  const ParameterTensors& tensors = store_.record(index).tensors();
+  const int64_t element_size = tensors.gradient_dtype == DType::kFloat32 ? 4 : 2;
+  const bool is_like = traces_[at].gradient.is_like(grad, tensors.layout.numel(), element_size, address);
+  return is_like ? InPlace::kTaken : InPlace::kUnlike;
+}
+
+void PythonStore::prefetch(size_t record, PyObject* state) const {
+  const Traces& traces = traces_[record];
+  traces.param.prefetch();
+  for (const Trace& trace : traces.state) trace.prefetch();
+  if (state == nullptr) return;
+  // A dict's third word behind its head, in most Pythons, is where its keys are; elsewhere nothing is gained.
+  const auto keys = word_at(state, 4 * sizeof(void*));
+  for (const std::intptr_t line : {0, 64, 128}) __builtin_prefetch(reinterpret_cast<const void*>(keys + line));
+}
+
+/// What look() knows while it looks.
+struct PythonStore::Sight {
+  bool in_place;                  // gradients are read in place, unless asked for
+  std::vector<Reference>* held;   // where all that is looked at is to be held
+  std::vector<PyObject*> grads;   // of each record; null where not asked for
+  std::vector<bool> are_alike;    // placed as their parameters
+  std::vector<PyObject*> states;  // of each record
+  std::vector<bool> has_grad;
+  std::vector<int64_t> unlike;  // gradients to ask for
+  std::vector<store::StepCount> counts;
+  std::vector<const void*> addresses;
+  bool has_counters = false;
+};
+
+void PythonStore::look_once(Sight* sight, PyObject* state, PyObject* staged, bool counts_on_device, Step* step) {
+  const auto records = static_cast<size_t>(size());
+  std::fill(sight->states.begin(), sight->states.end(), nullptr);
+  match_states(state, &sight->states);
+  sight->has_grad.assign(records, false);
+  sight->unlike.clear();
+  sight->has_counters = false;
+  step->needs.clear();
+  step->stepped.clear();
+  constexpr size_t kAhead = 3, kFurtherAhead = 8;
+  bool is_planned = true;
   for (size_t i = 0; i < records; ++i) {
-    if (grads[i] == nullptr) continue;
+    if (i + kFurtherAhead < records) {
+      __builtin_prefetch(traces_[i + kFurtherAhead].state.data());
+      __builtin_prefetch(sight->states[i + kFurtherAhead]);
+      __builtin_prefetch(params_[i + kFurtherAhead].get());
+    }
+    if (i + kAhead < records) prefetch(i + kAhead, sight->states[i + kAhead]);
     const auto index = static_cast<int64_t>(i);
-    Taken one{index, nullptr, {}};
+    store::StepCount& count = sight->counts[i];
+    PyObject* const found = sight->states[i];
+    if (sight->grads[i] == nullptr) {
+      if (!sight->in_place) continue;
+      const InPlace gradient = gradient_in_place(index, &sight->addresses[i]);
+      if (gradient == InPlace::kNone) continue;
+      if (gradient == InPlace::kUnlike) {
+        sight->unlike.push_back(index);
+        continue;
+      }
+    }
+    sight->has_grad[i] = true;
     const auto fits = [&] {
-      if (states[i] == nullptr || !is_current(index, states[i], &one.count, held)) return false;
+      if (found == nullptr || !is_current(index, found, &count, sight->held)) return false;
       PyObject* const pair = is_none(staged) ? nullptr : find(staged, index);
-      const store::Record& record = store_.record(index);
-      const LocalTensor param(staged_or(pair, 0, params_[i].get())), grad(staged_or(pair, 1, grads[i]));
-      Facts facts;
-      if (!param.has_value() || !read_facts(param.handle(), &facts) || !record.is_parameter(facts)) return false;
-      // A gradient that is placed otherwise is redistributed first, which gives a staged one.
-      if (!are_alike[i] && staged_or(pair, 1, grads[i]) == grads[i]) return false;
-      if (!read_gradient(record, grad, &one.gradient)) return false;
-      return (one.count.on_device != nullptr || !counts_on_device);
+      if (!is_parameter(index, staged_or(pair, 0, params_[i].get()))) return false;
+      if (PyObject* const asked = sight->grads[i]; asked != nullptr) {
+        // A gradient that is placed otherwise is redistributed first, which gives a staged one.
+        PyObject* const grad = staged_or(pair, 1, asked);
+        if (!sight->are_alike[i] && grad == asked) return false;
+        if (!take_gradient(index, grad, &sight->addresses[i])) return false;
+      }
+      return count.on_device != nullptr || !counts_on_device;
     };
     if (!fits()) {
-      step.needs.push_back(index);
+      step->needs.push_back(index);
       continue;
     }
     is_planned = is_planned && store_.is_planned(index);
-    has_counters = has_counters || one.count.on_device != nullptr;
-    taken.push_back(one);
+    sight->has_counters = sight->has_counters || count.on_device != nullptr;
+    step->stepped.push_back(index);
   }
-  if (!is_planned || store_.is_stale()) step.needs.push_back(kPlanFirst);
-  if (has_counters && step.needs.empty()) {
+  if (!is_planned || store_.is_stale()) step->needs.push_back(kPlanFirst);
+}
+
+PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool counts_on_device) {
+  const PythonSide& side = python_side();
+  Step step;
+  const auto records = static_cast<size_t>(size());
+  Sight sight;
+  // From here to the launch nothing runs that could change a container: no Python code, and Python's lock is kept, or
+  // (a CPU step, a Python without lock) what was looked at is held.
+  sight.held = side.is_free_threaded || has_cpu_plan() ? &step.held : nullptr;
+  sight.in_place = tensor_layout().is_known && !has_wrappers_ && sight.held == nullptr && is_none(staged);
+  sight.grads.resize(records);
+  sight.are_alike.assign(records, true);
+  sight.states.resize(records);
+  sight.counts.resize(records);
+  sight.addresses.resize(records);
+  const auto ask = [&](size_t i) {
+    Reference grad(PyObject_GetAttr(params_[i].get(), side.grad));
+    if (is_none(grad.get())) return;
+    sight.grads[i] = grad.get();
+    sight.are_alike[i] = are_placed_alike(params_[i].get(), grad.get());
+    step.held.push_back(std::move(grad));
+  };
+  if (!sight.in_place) {
+    for (size_t i = 0; i < records; ++i) ask(i);
+  }
+  look_once(&sight, state, staged, counts_on_device, &step);
+  if (!sight.unlike.empty()) {
+    // Asking makes Python objects, for which its collector may run code that changes anything: all is looked at anew.
+    for (const int64_t index : sight.unlike) ask(static_cast<size_t>(index));
+    look_once(&sight, state, staged, counts_on_device, &step);
+    step.needs.insert(step.needs.end(), sight.unlike.begin(), sight.unlike.end());
+  }
+  if (sight.has_counters && step.needs.empty()) {
     // A counter is shared only by parameters that step together.
     std::unordered_set<const int64_t*> counters;
-    for (const Taken& one : taken) counters.insert(one.count.on_device);
+    for (const int64_t index : step.stepped) counters.insert(sight.counts[static_cast<size_t>(index)].on_device);
     for (size_t i = 0; i < records; ++i) {
       store::StepCount count;
-      if (grads[i] != nullptr || states[i] == nullptr ||
-          !is_current(static_cast<int64_t>(i), states[i], &count, held)) {
+      if (sight.has_grad[i] || sight.states[i] == nullptr ||
+          !is_current(static_cast<int64_t>(i), sight.states[i], &count, sight.held)) {
         continue;
       }
       if (count.on_device != nullptr && counters.contains(count.on_device)) step.needs.push_back(kUnshareCounters);
@@ -294,11 +418,12 @@ PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool coun
   }
   if (!step.needs.empty()) return step;
   store_.begin();
-  for (const Taken& one : taken) {
-    store_.take(one.record, one.gradient, one.count);
-    step.stepped.push_back(one.record);
-    step.states.push_back(one.count.on_device == nullptr ? states[static_cast<size_t>(one.record)] : nullptr);
-    step.counts.push_back(one.count.taken);
+  for (const int64_t index : step.stepped) {
+    const auto i = static_cast<size_t>(index);
+    const store::StepCount count = sight.counts[i];
+    store_.take(index, sight.addresses[i], count);
+    step.states.push_back(count.on_device == nullptr ? sight.states[i] : nullptr);
+    step.counts.push_back(count.taken);
   }
   return step;
 }
@@ -309,12 +434,9 @@ bool PythonStore::look_at(int64_t index, PyObject* state, PyObject* staged, One*
   const bool are_alike = are_placed_alike(object, one->held_gradient.get());
   if (is_none(state) || !is_current(index, state, &one->count, &one->held)) return false;
   PyObject* const pair = is_none(staged) ? nullptr : staged;
-  const store::Record& record = store_.record(index);
-  const LocalTensor param(staged_or(pair, 0, object)), grad(staged_or(pair, 1, one->held_gradient.get()));
-  Facts facts;
-  if (!param.has_value() || !read_facts(param.handle(), &facts) || !record.is_parameter(facts)) return false;
+  if (!is_parameter(index, staged_or(pair, 0, object))) return false;
   if (!are_alike && staged_or(pair, 1, one->held_gradient.get()) == one->held_gradient.get()) return false;
-  return read_gradient(record, grad, &one->gradient);
+  return take_gradient(index, staged_or(pair, 1, one->held_gradient.get()), &one->gradient);
 }
 
 void PythonStore::copy_back(int64_t index, PyObject* pair) {
@@ -347,6 +469,18 @@ void PythonStore::count(const Step& step) {
     last = now;
     set_count(step.stepped[i], step.states[i], value.get());
   }
+}
+
+void PythonStore::bump_versions(const std::vector<int64_t>& records) const {
+  Reference others;
+  for (const int64_t index : records) {
+    PyObject* const param = params_[static_cast<size_t>(index)].get();
+    if (bump_version_of(param)) continue;
+    if (others.get() == nullptr) others = Reference(PyList_New(0));
+    if (PyList_Append(others.get(), param) != 0) throw PythonError();
+  }
+  if (others.get() == nullptr) return;
+  const Reference done(PyObject_CallFunctionObjArgs(python_side().bump_versions, others.get(), nullptr));
 }
 
 void PythonStore::count_one(int64_t index, PyObject* state, store::StepCount count) {

@@ -9,9 +9,13 @@
 #include <vector>
 
 #include "libtorch/ops/python_objects.h"
+#include "libtorch/ops/tensor_layout.h"
 #include "libtorch/store/store.h"
 
 namespace flashoptim::ops {
+
+/// Counts a tensor's version up where it stands; false: torch must be asked to.
+bool bump_version_of(PyObject* tensor);
 
 class PythonStore {
  public:
@@ -64,6 +68,8 @@ class PythonStore {
   /// Sets the host's step counts in the dicts of what was stepped.
   void count(const Step& step);
   void count_one(int64_t index, PyObject* state, store::StepCount count);
+  /// Tells autograd that parameters have changed: the store writes behind its back.
+  void bump_versions(const std::vector<int64_t>& records) const;
   /// Steps that were done: an interrupt right behind one must not be taken for its failure.
   int64_t steps() const { return steps_; }
 
@@ -79,10 +85,25 @@ class PythonStore {
     int slot;
   };
   using Entries = std::vector<Entry>;
+  /// What a record's tensors were when it was last looked at in full (tensor_layout.h).
+  struct Traces {
+    Trace param, gradient;
+    std::vector<Trace> state;  // one an entry
+  };
+  enum class InPlace : uint8_t { kNone, kTaken, kUnlike };
 
   std::shared_ptr<const Entries> entries_of(PyObject* state);
   /// Whether a state's dict holds what the record was described with; its step count. Holds the values where asked.
-  bool is_current(int64_t index, PyObject* state, store::StepCount* count, std::vector<Reference>* held) const;
+  bool is_current(int64_t index, PyObject* state, store::StepCount* count, std::vector<Reference>* held);
+  bool is_parameter(int64_t index, PyObject* object);
+  /// Whether `object` is the tensor of the trace; an implementation to remember() where it may become it.
+  static bool is_traced(const Trace& trace, PyObject* object, const void** implementation);
+  bool take_gradient(int64_t index, PyObject* object, const void** address);
+  /// A parameter's gradient without its Python object: none, taken, or one to be looked at in full.
+  InPlace gradient_in_place(int64_t index, const void** address) const;
+  void prefetch(size_t record, PyObject* state) const;
+  struct Sight;
+  void look_once(Sight* sight, PyObject* state, PyObject* staged, bool counts_on_device, Step* step);
   bool read_count(int64_t index, PyObject* value, store::StepCount* count) const;
   void match_states(PyObject* state, std::vector<PyObject*>* states);
   void set_count(int64_t index, PyObject* state, PyObject* value);
@@ -93,6 +114,9 @@ class PythonStore {
   std::unordered_map<PyObject*, int64_t> index_;
   std::vector<std::shared_ptr<const Entries>> entries_;        // of each record
   std::vector<std::shared_ptr<const Entries>> known_entries_;  // each kind once
+  std::vector<Traces> traces_;                                 // of each record
+  std::set<Shape> shapes_;                                     // of the traces
+  bool has_wrappers_ = false;                                  // among the parameters
   std::vector<int64_t> order_;                                 // records of optimizer.state's entries, as last seen
   int64_t steps_ = 0;
 };

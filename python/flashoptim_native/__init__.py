@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from . import optimizers
 from ._alias import install_as_flashoptim
-from ._ops import cpu_isa
+from ._ops import cpu_isa, tensor_access
 from ._parameters import describe_shard
 from .arguments import parse_optimizer_arguments
 from .description import FormatDescription, OptimizerDescription
@@ -38,5 +38,6 @@ __all__ = [
     "prepare_for_gradient_release",
     "remove_gradient_release",
     "set_fp32_model_state_dict",
+    "tensor_access",
 ]
 __all__ += optimizers.__all__

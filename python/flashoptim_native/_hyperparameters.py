@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import _ops, _validate
-from ._groups import FORMAT_OPTIONS, ParamGroup
+from ._groups import FORMAT_OPTIONS, ParamGroup, description_key
 from ._store import Store
 
 
@@ -24,25 +25,43 @@ def _options_of(kind: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+class _Read(NamedTuple):
+    """A group as it was read. Looked at in every step, so without a line of Python for every option."""
+
+    keys: list[str]
+    look: Callable[[dict[str, Any]], tuple[Any, ...]]
+    options: tuple[Any, ...]  # what ``look`` saw
+    packed: dict[str, Any]  # a copy of the options under the group's one key
+    can_change: bool  # without becoming other objects: always to be read again
+    values: list[float]  # the operators' numbers
+    format: list[Any]
+
+    def is_as(self, group: ParamGroup, key: str) -> bool:
+        return (
+            not self.can_change
+            and self.keys == list(group)
+            and self.packed == group[key]
+            and self.options == self.look(group)
+        )
+
+
 class Hyperparameters:
     """The operators' numbers of every group of an optimizer."""
 
     def __init__(self, kind: str, store: Store) -> None:
         self._kind = kind
+        self._key = description_key(kind)
         self._store = store
-        # Of every group: options as they were read (None: read them again), the operators' numbers, the formats.
-        self._known: list[tuple[Any, list[float], Any]] = []
+        self._known: list[_Read | None] = []
         #: Of every group: the learning rate that is read on the device; None: the host's, among the numbers.
         self.lrs: list[Tensor | None] = []
 
     def read(self, groups: list[dict[str, Any]]) -> list[list[float]]:
         """The numbers of every group, checked; the step is still open."""
         if len(self._known) != len(groups):
-            self._known = [(None, [], None)] * len(groups)
+            self._known = [None] * len(groups)
             self.lrs = [None] * len(groups)
-        for index in range(len(groups)):
-            self._read(groups, index)
-        return [values for _, values, _ in self._known]
+        return [self._read(groups, index) for index in range(len(groups))]
 
     def read_group(self, groups: list[dict[str, Any]], index: int) -> list[float]:
         """The numbers of one group, checked; the step is still open."""
@@ -58,16 +77,10 @@ class Hyperparameters:
         group = groups[index]
         if type(group) is not ParamGroup:  # somebody has put a group of their own there
             groups[index] = group = ParamGroup.of(self._kind, group)
-        options = [group.get(name) for name in _options_of(self._kind)]
-        known, values, form = self._known[index]
-        if known is None or known != options:
-            _validate.check_hyperparameters(self._kind, group)
-            _validate.check_format(group)
-            values = _numbers(self._kind, group)
-            now = _format_of(self._kind, options)
-            if form is not None and form != now:
-                self._store.forget_group(index)
-            self._known[index] = (None if any(map(_is_mutable, options)) else options, values, now)
+        known = self._known[index]
+        if known is None or not known.is_as(group, self._key):
+            known = self._read_anew(group, index, known)
+        values = known.values
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.is_cuda and group["capturable"]:
             self.lrs[index] = _validate.check_lr_tensor(lr)
@@ -77,11 +90,19 @@ class Hyperparameters:
             values[0] = lr if type(lr) is float and 0.0 <= lr < math.inf else _validate.check_range("lr", lr, 0.0)
         return values
 
-
-def _format_of(kind: str, options: list[Any]) -> list[Any]:
-    """What of a group's options decides how its parameters are stored."""
-    by_name = dict(zip(_options_of(kind), options))
-    return [by_name[name] for name in FORMAT_OPTIONS] + [bool(by_name.get("momentum"))]
+    def _read_anew(self, group: ParamGroup, index: int, known: _Read | None) -> _Read:
+        _validate.check_hyperparameters(self._kind, group)
+        _validate.check_format(group)
+        keys = list(group)
+        # Two at least, for a tuple; none of these is packed.
+        look = itemgetter("weight_decay", *(name for name in _options_of(self._kind) if name in keys))
+        form = [group[name] for name in FORMAT_OPTIONS] + [bool(group.get("momentum"))]
+        can_change = any(_is_mutable(group.get(name)) for name in _options_of(self._kind))
+        read = _Read(keys, look, look(group), dict(group[self._key]), can_change, _numbers(self._kind, group), form)
+        if known is not None and known.format != form:
+            self._store.forget_group(index)
+        self._known[index] = read
+        return read
 
 
 def _is_mutable(option: Any) -> bool:

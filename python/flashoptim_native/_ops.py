@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _layout
+
 LIBRARY_NAME = "libflashoptim_ops.so"
 LIBRARY_VARIABLE = "FLASHOPTIM_OPS_LIBRARY"
 OLDEST_TORCH = (2, 11)
@@ -142,11 +144,23 @@ def _store_functions(path: Path | None) -> dict[str, Callable[..., Any]]:
         )
     except RuntimeError as error:
         raise ImportError(f"torch {torch.__version__} does not go with this build of flashoptim: {error}") from error
+    functions["versions"](torch.autograd.graph.increment_version)
     return functions
 
 
 #: The store's functions, each of which takes a store's handle first.
 store: SimpleNamespace = SimpleNamespace(**_store_functions(_load()))
+
+_why_asked = _layout.find(store, bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+
+
+def tensor_access() -> str:
+    """How a step looks at tensors: ``direct``, in torch's own objects, or ``ask: `` and the reason why torch is asked.
+
+    Both are right; the first is faster.
+    """
+    return f"ask: {_why_asked}" if _why_asked else "direct"
+
 
 merge_weights = torch.ops.flashoptim.merge_weights.default
 split_weights_ = torch.ops.flashoptim.split_weights_.default

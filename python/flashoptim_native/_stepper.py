@@ -13,7 +13,7 @@ from ._graph_capture import GraphCapture
 from ._hyperparameters import Hyperparameters
 from ._model_loads import WeightLoads
 from ._scaling import Scaling
-from ._store import Controls, State, Store, is_capturing, outside_compile
+from ._store import Controls, State, Store, is_capturing
 from .numerics import NumericsMonitor
 
 
@@ -39,7 +39,6 @@ class Stepper:
         self._no_controls: tuple[int, list[Controls]] = (-1, [])
         self._known_stride = (-1, 0)
 
-    @outside_compile
     def step(
         self,
         groups: list[dict[str, Any]],

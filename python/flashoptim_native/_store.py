@@ -210,10 +210,9 @@ class Store:
             state,
             False,
             lambda staged: _ops.store.gradient_norm(self._handle, state, staged, grad_scale, None, max_norm, result),
-            is_step=False,
         )
 
-    def _run(self, state: State, counts_on_device: bool, call: Callable[[Any], Any], is_step: bool = True) -> int:
+    def _run(self, state: State, counts_on_device: bool, call: Callable[[Any], Any]) -> int:
         staged: Staged = {}
         with self._lock, _Change(state, self._handle) as change:
             for _ in range(_MOST_LOOKS):
@@ -224,8 +223,6 @@ class Store:
                 self._plan()
             else:
                 raise RuntimeError(f"the records {done} cannot be described; please report this")
-        if done and is_step:
-            self._bump(self.params if done == len(self.params) else [p for p in self.params if p.grad is not None])
         return done
 
     @outside_compile
@@ -268,12 +265,6 @@ class Store:
                     self._see_to([record], state, change, staged, False)
             else:
                 raise RuntimeError(f"{self.name(record)} cannot be described; please report this")
-        self._bump([param])
-
-    @staticmethod
-    def _bump(params: Iterable[Tensor]) -> None:
-        # The store writes behind autograd's back: a graph that saved a parameter must be told that it changed.
-        torch.autograd.graph.increment_version(params)
 
     def is_on_cuda(self) -> bool:
         """Whether any parameter is on a CUDA device."""

@@ -19,6 +19,7 @@ from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._inspection import Inspection
 from ._policy import Policy
 from ._stepper import Stepper
+from ._store import outside_compile
 from .arguments import MoreArguments, check_torch_arguments, python_value
 
 
@@ -188,10 +189,15 @@ class FlashOptimizer(Inspection):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
+        self._step()
         return loss
 
+    @outside_compile
+    def _step(self) -> None:
+        self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
+
     @torch.no_grad()
+    @outside_compile
     def step_param(self, p: Tensor, group: dict[str, Any] | None = None) -> None:
         """A step of one parameter alone, if it has a gradient (``group`` is not needed).
 
@@ -209,6 +215,7 @@ class FlashOptimizer(Inspection):
         return attributes.get("grad_scale"), attributes.get("found_inf")
 
     @torch.no_grad()
+    @outside_compile
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips the next step to gradients of a total norm of at most ``max_norm``; returns the norm of what there is.
 
