@@ -103,6 +103,7 @@ STEP_TENSORS = [
 TAKEN = (
     "exp_avg]: float64",
     "exp_avg_sq]: float64",
+    "exp_avg_slow]: float64",
     "momentum_buffer]: float64",
     ": expanded",
     "_scale]: a dimension more",
