@@ -19,6 +19,8 @@ PREFIX = "flashoptim_native."
 FORMAT_OPTIONS = ("quantize", "state_codec", "master_weight_bits", "min_quantized_numel", "stochastic_rounding")
 #: What a group keeps under one key.
 PACKED_OPTIONS = (*FORMAT_OPTIONS, "capturable")
+#: Optimizers whose checkpoints may lack a description: torch.optim's, and those of format 1.
+_OF_FORMAT_1 = ("adamw", "adam", "sgd", "sgdw", "lion")
 #: Bytes of a description, so that a later version's has the same size; one that does not fit takes a power of two more.
 _DESCRIPTION_BYTES = 512
 
@@ -206,6 +208,11 @@ def read_description(kind: str, group: Mapping[str, Any], index: int) -> Descrip
     """
     keys = [key for key in group if isinstance(key, str) and key.startswith(PREFIX)]
     if not keys:
+        if kind not in _OF_FORMAT_1:
+            raise ValueError(
+                f"group {index} of the state dict does not say whose it is, and so is another optimizer's: allowed is "
+                f"one with {description_key(kind)!r}, as this optimizer writes it"
+            )
         return None
     where = f"group {index} of the state dict"
     if keys != [description_key(kind)]:
