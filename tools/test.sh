@@ -64,7 +64,7 @@ build_all() {
 python_tests() {
   PYTHONPATH=$PWD/python FLASHOPTIM_OPS_LIBRARY=$PWD/build/dev/libtorch/ops/libflashoptim_ops.so \
     FLASHOPTIM_FRONT_END_BYTES=$PWD/build/dev/tests/front_ends/front_end_bytes \
-    "$python" -m pytest tests/python --durations=5 --junitxml="$junit"
+    "$python" -m pytest tests/python tests/reliability --durations=5 --junitxml="$junit"
 }
 
 sanitizers() {

@@ -19,6 +19,8 @@ PREFIX = "flashoptim_native."
 FORMAT_OPTIONS = ("quantize", "state_codec", "master_weight_bits", "min_quantized_numel", "stochastic_rounding")
 #: What a group keeps under one key.
 PACKED_OPTIONS = (*FORMAT_OPTIONS, "capturable")
+#: Optimizers whose checkpoints may lack a description: torch.optim's, and those of format 1.
+_OF_FORMAT_1 = ("adamw", "adam", "sgd", "sgdw", "lion")
 #: Bytes of a description, so that a later version's has the same size; one that does not fit takes a power of two more.
 _DESCRIPTION_BYTES = 512
 
@@ -186,6 +188,18 @@ class Description(NamedTuple):
         return None
 
 
+_CODECS = ("default", "paper", None)
+_DTYPES = ("bfloat16", "float16", None)
+
+
+def _read_runs(runs: Any, allowed: Sequence[str | None]) -> list[list[Any]]:
+    """What ``_runs`` made; ValueError or TypeError where it is not."""
+    for length, value in runs:
+        if type(length) is not int or length < 1 or value not in allowed:
+            raise ValueError(f"{length!r} parameters of {value!r}")
+    return [list(run) for run in runs]
+
+
 def read_description(kind: str, group: Mapping[str, Any], index: int) -> Description | None:
     """What a saved group says.
 
@@ -194,6 +208,11 @@ def read_description(kind: str, group: Mapping[str, Any], index: int) -> Descrip
     """
     keys = [key for key in group if isinstance(key, str) and key.startswith(PREFIX)]
     if not keys:
+        if kind not in _OF_FORMAT_1:
+            raise ValueError(
+                f"group {index} of the state dict does not say whose it is, and so is another optimizer's: allowed is "
+                f"one with {description_key(kind)!r}, as this optimizer writes it"
+            )
         return None
     where = f"group {index} of the state dict"
     if keys != [description_key(kind)]:
@@ -206,9 +225,10 @@ def read_description(kind: str, group: Mapping[str, Any], index: int) -> Descrip
         raise ValueError(f"{keys[0]} of {where} is {held!r}; allowed is a 1-D uint8 tensor that holds JSON")
     try:
         said = json.loads(bytes(held.cpu().tolist()))
-        description = Description(int(said["parameters"]), list(said["codecs"]), list(said["dtypes"]))
+        codecs, dtypes = _read_runs(said["codecs"], _CODECS), _read_runs(said["dtypes"], _DTYPES)
+        description = Description(int(said["parameters"]), codecs, dtypes)
         named = (said["optimizer"], int(said["format"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{keys[0]} of {where} is broken ({error}); allowed is what state_dict() wrote") from error
     if named != (kind, FORMAT_VERSION):
         raise ValueError(f"{where} is {named[0]}'s, format {named[1]}; allowed is {kind}'s, format {FORMAT_VERSION}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,8 +40,8 @@ class _Read(NamedTuple):
         return (
             not self.can_change
             and self.keys == list(group)
-            and self.packed == group[key]
-            and self.options == self.look(group)
+            and _are_same(tuple(self.packed.values()), tuple(group[key].values()))
+            and _are_same(self.options, self.look(group))
         )
 
 
@@ -103,6 +103,17 @@ class Hyperparameters:
             self._store.forget_group(index)
         self._known[index] = read
         return read
+
+
+def _are_same(known: Any, options: Any) -> bool:
+    """Whether options are as they were, in type, too: 1 is no True."""
+    if not isinstance(known, tuple) or not isinstance(options, tuple):
+        return type(known) is type(options) and known == options
+    if all(map(is_, known, options)):
+        return len(known) == len(options)
+    return len(known) == len(options) and all(
+        a is b or (type(a) is type(b) and not isinstance(a, Tensor) and a == b) for a, b in zip(known, options)
+    )
 
 
 def _is_mutable(option: Any) -> bool:

@@ -24,7 +24,15 @@ class Inspection(torch.optim.Optimizer):
 
     @torch.no_grad()
     def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer."""
+        """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer.
+
+        Raises:
+            TypeError: ``p`` is no tensor.
+            ValueError: it is in no group of this optimizer, or its state is in no known format.
+        """
+        if not isinstance(p, Tensor):
+            raise TypeError(f"p is a {type(p).__name__}; allowed is a parameter of this optimizer")
+        self._store.index(p, self.param_groups)
         state = self.state.get(p, {})
         slots = _states.slots_in(self.kind, state)
         local = _parameters.local(p)
@@ -44,9 +52,15 @@ class Inspection(torch.optim.Optimizer):
             params: the parameters whose corrections are meant; None: all.
 
         Raises:
+            TypeError: ``params`` is no iterable of tensors.
             ValueError: one is in no group of this optimizer; nothing has changed then.
         """
+        if params is not None and (isinstance(params, Tensor) or not isinstance(params, Iterable)):
+            raise TypeError(f"params is a {type(params).__name__}; allowed are None and an iterable of parameters")
         chosen = [p for group in self.param_groups for p in group["params"]] if params is None else list(params)
+        for index, param in enumerate(chosen):
+            if not isinstance(param, Tensor):
+                raise TypeError(f"params[{index}] is a {type(param).__name__}; allowed are parameters")
         _corrections.reset(self._store, self.param_groups, self.state, chosen)
         self._stepper.loads.forget(chosen)
 

@@ -66,7 +66,11 @@ def describe_shard(tensor: Tensor, whole_shape: Sequence[int], first_element: in
         raise ValueError(
             f"tensor has shape {tuple(tensor.shape)} and stride {tensor.stride()}; allowed is one contiguous dimension"
         )
-    whole = tuple(int(size) for size in whole_shape)
+    if not isinstance(whole_shape, Sequence) or any(type(size) is not int for size in whole_shape):
+        raise TypeError(f"whole_shape = {whole_shape!r} is not allowed; allowed are sizes, integers >= 0")
+    if type(first_element) is not int:
+        raise TypeError(f"first_element = {first_element!r} is a {type(first_element).__name__}; allowed is an integer")
+    whole = tuple(whole_shape)
     if any(size < 0 for size in whole):
         raise ValueError(f"whole_shape = {whole} is not allowed; allowed are sizes >= 0")
     first, last = int(first_element), int(first_element) + tensor.numel()
@@ -326,6 +330,12 @@ def _check_type(tensor: Tensor, name: str) -> None:
         )
     _ops.store.plain(kind)
     _PLAIN_TYPES.add(kind)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's own, or of a subclass whose memory is its own."""
+    kind = type(tensor)
+    return kind in _PLAIN_TYPES or kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
 
 
 def has_memory(tensor: Tensor) -> bool:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checksums, _groups, _model_loads, _packing, _parameters, _states, _validate
+from . import _checksums, _groups, _load_checks, _model_loads, _packing, _parameters, _states, _validate
 from ._groups import ParamGroup, Stored
 from ._ops import StateCodec
 
@@ -37,8 +36,10 @@ def merged_groups(
                 f"group {index} of the state dict has {len(old['params'])} parameters; allowed is this optimizer's "
                 f"number, {len(group['params'])}"
             )
+        _load_checks.group(group, old, index)
         left_out = ("params", *_FOREIGN_OPTIONS, *_groups.PACKED_OPTIONS)
-        new = deepcopy({key: value for key, value in old.items() if key not in left_out and not _is_description(key)})
+        taken = {key: value for key, value in old.items() if key not in left_out and not _is_description(key)}
+        new = {key: _load_checks.copied(value, f"{key!r} of group {index}") for key, value in taken.items()}
         if old.get("amsgrad"):
             warnings.warn(
                 f"amsgrad=True of group {index} of the state dict is ignored: it is not supported", stacklevel=3
@@ -83,13 +84,15 @@ class Loaded(NamedTuple):
 
 @torch.no_grad()
 def converted_states(
-    kind: str, groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], verify: bool
+    kind: str, groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], vouched: Container[Any]
 ) -> Loaded:
-    """States by parameter, in the formats of ``groups``. Changes nothing, and shares nothing with ``state_dict``."""
+    """States by parameter, in the formats of ``groups``. Changes nothing, and shares nothing with ``state_dict``.
+
+    ``vouched``: parameters, by their numbers in ``state_dict``, whose states are as they were saved. Those of others
+    must hold what an optimizer can write.
+    """
     saved_groups = state_dict["param_groups"]
     numbers = list(chain.from_iterable(group["params"] for group in saved_groups))
-    if verify:
-        _checksums.verify(state_dict, numbers)
     said = [_groups.read_description(kind, group, index) for index, group in enumerate(saved_groups)]
     owners = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
     by_number = dict(zip(numbers, owners))
@@ -97,20 +100,23 @@ def converted_states(
     params: list[tuple[Tensor, Tensor]] = []
     unknown: set[str] = set()
     for number, saved in state_dict["state"].items():
-        if number not in by_number:
-            state[number] = deepcopy(saved)
-            continue
         g, i, param = by_number[number]
         name = _parameters.name_of(groups, g, i)
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"the state of {name} is a {type(saved).__name__}; allowed is a dict")
         local = _parameters.local(param)
         form = _states.format_of(param, groups[g])
         description = said[g]
         stored = Stored() if description is None else description.of(i, len(groups[g]["params"]))
         belongs_to = None if stored.dtype is None else getattr(torch, stored.dtype)
+        _load_checks.arrays(kind, saved, local, name)
+        if belongs_to is None and param.dtype == torch.float32 and saved.get(_states.CORRECTION) is not None:
+            raise ValueError(
+                f"state 'correction' of {name}: a torch.float32 parameter has none, and nothing says which 16-bit "
+                "dtype it belongs to; allowed is a state without, or with the description that state_dict() writes"
+            )
         held = _packing.unpacked(kind, saved, local, form, stored, name)
         state[param], rewritten = _states.converted(kind, held, local, form, name, belongs_to)
+        if number not in vouched:
+            _load_checks.values(kind, held, local, form, name)
         unknown |= {str(key) for key in saved if key not in _states.known_keys(kind)}
         if rewritten is not None:
             params.append((param, rewritten))
@@ -184,6 +190,6 @@ def shown(
     packed = [{**group, "params": [numbers[id(param)] for param in group["params"]]} for group in groups]
     result = {"state": states, "param_groups": described_groups(kind, groups, packed, state, dtype_of)}
     if compress:
-        result[_checksums.KEY] = _checksums.of_states(states, len(params))
         result[_model_loads.KEY] = _model_loads.weights_of(params, state)
+    result[_checksums.KEY] = _checksums.of_state_dict(result, len(params))
     return result

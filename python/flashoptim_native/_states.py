@@ -335,13 +335,21 @@ def is_count(step: Any) -> bool:
 
 
 def whole_number(value: Any, name: str) -> int:
-    """A step count as an int."""
-    if isinstance(value, Tensor) and (value.numel() != 1 or not has_memory(value)):
-        raise ValueError(
-            f"state 'step' of {name} has shape {tuple(value.shape)} and a storage of "
-            f"{value.untyped_storage().nbytes()} bytes; allowed is one integer >= 0"
-        )
-    number = float(value.item() if isinstance(value, Tensor) else value)
-    if not (number >= 0 and number == int(number) and number < _MOST_STEPS):
-        raise ValueError(f"state 'step' of {name} is {number!r}; allowed is an integer >= 0")
-    return int(number)
+    """A step count as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.numel() != 1 or value.device.type == "meta" or not has_memory(value):
+            held = f"a storage of {value.untyped_storage().nbytes()} bytes" if value.layout == torch.strided else "none"
+            raise ValueError(
+                f"state 'step' of {name} has layout {value.layout}, shape {tuple(value.shape)}, device {value.device} "
+                f"and {held}; allowed is one integer >= 0"
+            )
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"state 'step' of {name} is {value!r}, a {type(value).__name__}; allowed is an integer >= 0")
+    if not (0 <= value < _MOST_STEPS and value == int(value)):
+        raise ValueError(f"state 'step' of {name} is {value!r}; allowed is an integer >= 0 and below 2^53")
+    return int(value)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _collectives, _parameters, _validate
+from . import _collectives, _parameters, _states, _validate
 from ._graph_capture import GraphCapture
 from ._hyperparameters import Hyperparameters
 from ._model_loads import WeightLoads
@@ -26,18 +26,26 @@ class Stepper:
         graphs: what graphs captured so far write to; None: there are none.
     """
 
-    def __init__(self, kind: str, check_numerics: bool, graphs: GraphCapture | None = None) -> None:
+    def __init__(self, kind: str, check_numerics: bool, before: Stepper | None = None) -> None:
+        """``before``: the optimizer's stepper so far, which others may be waiting for or have captured in a graph."""
         self.kind = kind
-        self.store = Store(kind)
+        self.store: Store = Store(kind, None if before is None else before.store.lock)
         self.hyperparameters = Hyperparameters(kind, self.store)
         self.monitor = NumericsMonitor()
-        self.graphs = GraphCapture() if graphs is None else graphs
+        self.graphs: GraphCapture = GraphCapture() if before is None else before.graphs
         self.loads = WeightLoads()
         #: The coefficient of clip_grad_norm_() that waits for the next step, on its device.
         self.clip: Tensor | None = None
         self._check_numerics = check_numerics
         self._no_controls: tuple[int, list[Controls]] = (-1, [])
         self._known_stride = (-1, 0)
+
+    def remember(self, groups: list[Any], state: State) -> None:
+        """Corrections in ``state`` belong to the parameters of ``groups`` as they are."""
+        self.store.follow(groups)
+        for param, held in state.items():
+            if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
+                self.store.remember_dtype(param)
 
     def step(
         self,

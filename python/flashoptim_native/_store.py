@@ -63,10 +63,11 @@ def is_capturing() -> bool:
 class Store:
     """The parameters of an optimizer, in the order of its groups. Threads take turns."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, lock: Any = None) -> None:
         self.kind = kind
         self._handle = _ops.store.new_store(kind)
-        self._lock = threading.RLock()
+        #: Whoever steps, loads or shows states holds it; one optimizer's stores have one.
+        self.lock: Any = threading.RLock() if lock is None else lock
         self._groups: list[dict[str, Any]] = []
         self._lists: list[list[Tensor]] = []
         self.params: list[Tensor] = []
@@ -84,7 +85,7 @@ class Store:
 
     def follow(self, groups: list[dict[str, Any]]) -> None:
         """Makes the parameters of ``groups`` the records, where they are not yet."""
-        with self._lock:
+        with self.lock:
             if len(groups) == len(self._lists):
                 same = _ops.store.same_objects
                 if all(same(group["params"], known) for group, known in zip(groups, self._lists)):
@@ -101,14 +102,15 @@ class Store:
                 _parameters.check_parameter(param, _parameters.name_of(groups, index, position))
                 params.append(param)
                 places.append((index, position))
+        self._lists, self._index = [], {}  # what an interrupt leaves half done is done anew
         self._groups = groups
-        self._lists = [list(group["params"]) for group in groups]
         self.dtypes = [belonged.get(id(param)) for param in params]
         self.params, self._places = params, places
-        self._index = {id(param): record for record, param in enumerate(params)}
         self.plans, self._plan_of = [], {}
         self._seen += 1
         _ops.store.reset(self._handle, params)
+        self._index = {id(param): record for record, param in enumerate(params)}
+        self._lists = [list(group["params"]) for group in groups]
 
     def index(self, param: Tensor, groups: list[dict[str, Any]]) -> int:
         """The record of a parameter, at a cost that does not depend on their number.
@@ -162,16 +164,16 @@ class Store:
 
     def forget_group(self, group: int) -> None:
         """The options of a group have changed: its parameters are described anew at their next step."""
-        with self._lock:
+        with self.lock:
             for record, (owner, _) in enumerate(self._places):
                 if owner == group:
                     _ops.store.forget(self._handle, record)
 
-    def remember_dtype(self, param: Tensor) -> None:
-        """The correction in a parameter's state belongs to weights of the dtype that the parameter has."""
+    def remember_dtype(self, param: Tensor, dtype: torch.dtype | None = None) -> None:
+        """The correction in a parameter's state belongs to weights of a dtype; None: of the one that it has."""
         record = self._index.get(id(param))
         if record is not None:
-            self.dtypes[record] = param.dtype
+            self.dtypes[record] = param.dtype if dtype is None else dtype
 
     # Steps
 
@@ -214,7 +216,7 @@ class Store:
 
     def _run(self, state: State, counts_on_device: bool, call: Callable[[Any], Any]) -> int:
         staged: Staged = {}
-        with self._lock, _Change(state, self._handle) as change:
+        with self.lock, _Change(state, self._handle) as change:
             for _ in range(_MOST_LOOKS):
                 done = call(staged or None)
                 if type(done) is int:
@@ -240,7 +242,7 @@ class Store:
         """One step of one parameter, which has a gradient."""
         param = self.params[record]
         staged: Staged = {}
-        with self._lock, _Change(state, self._handle) as change:
+        with self.lock, _Change(state, self._handle) as change:
             for _ in range(_MOST_LOOKS):
                 held = state.get(param)
                 if counts_on_device and isinstance(held, dict) and _is_host_count(held.get(STEP)):
@@ -265,6 +267,11 @@ class Store:
                     self._see_to([record], state, change, staged, False)
             else:
                 raise RuntimeError(f"{self.name(record)} cannot be described; please report this")
+
+    def steps(self) -> int:
+        """How many calls have stepped."""
+        taken: int = _ops.store.steps(self._handle)
+        return taken
 
     def is_on_cuda(self) -> bool:
         """Whether any parameter is on a CUDA device."""
@@ -304,11 +311,14 @@ class Store:
             self._unshare_counters(state, change)
 
     def _plan(self) -> None:
+        lists, index = self._lists, self._index
+        self._lists, self._index = [], {}  # plans that an interrupt keeps from being known here are made anew
         plans = _ops.store.plan(self._handle)
         if plans is not None:
             self.plans = plans
             self._plan_of = {record: number for number, plan in enumerate(plans) for record in plan}
             self._seen += 1
+        self._index, self._lists = index, lists
 
     @property
     def generation(self) -> int:

@@ -118,6 +118,8 @@ def check_hyperparameters(kind: str, group: Mapping[str, Any]) -> None:
 def check_format(group: Mapping[str, Any]) -> None:
     """How a group's weights and states are stored."""
     check_bool("quantize", group["quantize"])
+    if "capturable" in group:
+        check_bool("capturable", group["capturable"])
     check_choice("state_codec", group["state_codec"], STATE_CODECS)
     check_choice("master_weight_bits", group["master_weight_bits"], MASTER_WEIGHT_BITS)
     check_integer("min_quantized_numel", group["min_quantized_numel"], 0)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
-from . import _model_loads
+from . import _model_loads, _validate
 from ._buffers import needs_its_precision
 from ._parameters import is_sharded, plain
 from .weights import set_weights
 
 LayerSpec = str | nn.Module
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_HOOK_MARK = "_flashoptim_cast_hooks"
 
 
 def cast_model(
@@ -61,16 +60,22 @@ def cast_model(
     A model may be cast before fully_shard (FSDP2) or tensor parallelism spreads it, or after; by FSDP2 before its first
     forward pass, at which that settles what it gathers.
 
+    Each tensor is cast with its gradient, or not at all where an interrupt comes between.
+
     Returns:
         ``model``.
 
     Raises:
         RuntimeError: FSDP2 has run a forward pass.
         ValueError: ``dtype`` is not allowed, or ``optimizer`` holds no parameter of the model.
-        TypeError: ``optimizer`` is not of this package, or layers are not in a list.
+        TypeError: ``optimizer`` is not of this package, layers are not in a list, or another argument is of a wrong
+            type. Nothing has changed where one of these is raised.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
+    _validate.check_bool("selective", selective)
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype = {dtype} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
+        raise ValueError(f"dtype = {dtype!r} is not allowed; allowed are {', '.join(map(str, _DTYPES))}")
     _check_not_gathered_yet(model)
     owners = _owners(model, optimizer)
     kept, kept_tensors = _matching(model, full_precision_layers, "full_precision_layers")
@@ -95,19 +100,17 @@ def cast_model(
         if is_sharded(tensor):
             _cast_sharded(tensor, target)
         else:
-            grad, tensor.grad = tensor.grad, None
-            tensor.data = _cast_once(tensor.data, target, cast_storage)
-            tensor.grad = None if grad is None else grad.to(target)
+            _cast_plain(tensor, target, cast_storage)
         if exact.dtype == torch.float32 and tensor.requires_grad and exact.device.type != "meta":
             for owner in owners.get(id(tensor), ()):
                 set_weights(tensor, exact, owner)
 
     for module in dict.fromkeys((*kept, *recast)):
-        if not getattr(module, _HOOK_MARK, False):
+        if _cast_inputs not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-            if module in recast:
-                module.register_forward_hook(_CastOutput(dtype))
-            setattr(module, _HOOK_MARK, True)
+        is_cast_back = any(isinstance(hook, _CastOutput) for hook in module._forward_hooks.values())
+        if module in recast and not is_cast_back:
+            module.register_forward_hook(_CastOutput(dtype))
     return model
 
 
@@ -137,11 +140,15 @@ def _exact_buffers(
     model: nn.Module, dtype: torch.dtype, cast_buffers: Sequence[str] | None
 ) -> dict[int, torch.dtype | None]:
     """By id, buffers to leave as they are."""
-    if isinstance(cast_buffers, str):
-        raise TypeError(f"cast_buffers = {cast_buffers!r} is a str; allowed is a list of patterns")
+    if isinstance(cast_buffers, str) or not isinstance(cast_buffers, (Iterable, type(None))):
+        raise TypeError(
+            f"cast_buffers = {cast_buffers!r} is a {type(cast_buffers).__name__}; allowed is a list of patterns"
+        )
     named = dict(model.named_buffers(remove_duplicate=False))
     cast = set()
-    for pattern in cast_buffers or ():
+    for index, pattern in enumerate(cast_buffers or ()):
+        if not isinstance(pattern, str):
+            raise TypeError(f"cast_buffers[{index}] = {pattern!r} is a {type(pattern).__name__}; allowed are patterns")
         hits = [name for name in named if fnmatchcase(name, pattern)]
         if not hits:
             warnings.warn(f"cast_buffers: {pattern!r} matches no buffer of the model", stacklevel=3)
@@ -159,12 +166,16 @@ def _matching(
     """Modules of the model that are named, and tensors."""
     if specs is None:
         return [], []
-    if isinstance(specs, (str, nn.Module)):
+    if isinstance(specs, (str, nn.Module)) or not isinstance(specs, Iterable):
         raise TypeError(f"{argument} = {specs!r} is a {type(specs).__name__}; allowed is a list of names and modules")
     found: dict[nn.Module, None] = {}
     tensors: list[Tensor] = []
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for spec in specs:
+    for index, spec in enumerate(specs):
+        if not isinstance(spec, (str, nn.Module)):
+            raise TypeError(
+                f"{argument}[{index}] = {spec!r} is a {type(spec).__name__}; allowed are names, patterns and modules"
+            )
         hits = list(_hits(model, spec))
         own = [tensor for name, tensor in named if isinstance(spec, str) and fnmatchcase(name, spec)]
         if not hits and not own:
@@ -179,6 +190,24 @@ def _hits(model: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         if (module is spec) if isinstance(spec, nn.Module) else fnmatchcase(name, spec):
             yield module
+
+
+def _cast_plain(tensor: Tensor, dtype: torch.dtype, done: dict[Any, Tensor]) -> None:
+    """A tensor with its gradient or, where an interrupt comes between, neither."""
+    before = tensor.data, tensor.grad
+    grad = None if tensor.grad is None else tensor.grad.to(dtype)
+    data = _cast_once(tensor.data, dtype, done)
+    try:
+        _replace(tensor, data, grad)
+    except BaseException:
+        _replace(tensor, *before)
+        raise
+
+
+def _replace(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    tensor.grad = None
+    tensor.data = data
+    tensor.grad = grad
 
 
 def _check_not_gathered_yet(model: nn.Module) -> None:

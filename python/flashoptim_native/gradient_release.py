@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ._parameters import is_sharded, name_of, plain
 from ._release_clipping import GradientClip, gradient_clip
+from ._store import Store
+from ._validate import check_bool
 from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
@@ -34,6 +36,15 @@ class _Watched(NamedTuple):
 
     param: Tensor
     hook: RemovableHandle | None
+
+
+class _Pending(NamedTuple):
+    """A release that is under way: where an interrupt comes into it, what is left to do can be told."""
+
+    param: Tensor
+    grad: Tensor
+    store: Store
+    steps: int  # of the store, before it
 
 
 class _ReleaseHook:
@@ -68,6 +79,7 @@ class _Release:
         self._watched = {id(param): _Watched(param, None) for param in left_to_step}
         self._accumulating = 0
         self._released: set[int] = set()  # since the last optimizer.step() or zero_grad()
+        self._pending: _Pending | None = None
         self._loop_calls = False  # whether the loop calls either of them
         self._steps_by_backward = 0  # steps that only the next backward() has told the end of
         self._active = True
@@ -118,6 +130,7 @@ class _Release:
         if not self._active or self._accumulating or param.grad is None:
             return
         with self._lock:
+            self._settle()
             _wait_for_offloaded(param)
             if self.clip is not None and self.clip.is_measuring:
                 self.clip.measure(param)
@@ -126,9 +139,21 @@ class _Release:
             if id(param) in self._released:
                 self._begin_next_step(param)
             if self._pre_step is None or self._wants_step(self._pre_step, param):
+                store = self._optimizer._store
+                self._pending = _Pending(param, param.grad, store, store.steps())
                 self._step(param)
             param.grad = None
             self._released.add(id(param))
+            self._pending = None
+
+    def _settle(self) -> None:
+        """Ends a release that an interrupt has left between the step and the end of its gradient."""
+        pending = self._pending
+        if pending is not None and pending.store is self._optimizer._store and pending.store.steps() != pending.steps:
+            if pending.param.grad is pending.grad:
+                pending.param.grad = None
+            self._released.add(id(pending.param))
+        self._pending = None
 
     def _step(self, param: Tensor) -> None:
         optimizer = self._optimizer
@@ -250,12 +275,14 @@ class _Release:
                 "handle.accumulate():`. From here on one backward() a step is allowed"
             )
         self._loop_calls = True
+        self._settle()
         self._watch_parameters()
         if self.clip is not None:
             vars(optimizer)["_stepper"].clip = self.clip.factor_of_step().coefficient
         self._finish()
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
+        self._settle()
         type(self._optimizer).zero_grad(self._optimizer, set_to_none)
         self._loop_calls = True
         self._finish()
@@ -429,9 +456,12 @@ def prepare_for_gradient_release(
         ignore_existing_hooks: False: raise where a parameter has a post-accumulate-grad hook already.
 
     Raises:
+        TypeError: ``model`` is no module, or ``ignore_existing_hooks`` no bool.
         ValueError: a parameter has such a hook.
         Whatever enable_gradient_release() raises.
     """
+    _check_model(model)
+    check_bool("ignore_existing_hooks", ignore_existing_hooks)
     if not ignore_existing_hooks:
         for name, param in model.named_parameters():
             if getattr(param, "_post_accumulate_grad_hooks", None):
@@ -443,12 +473,22 @@ def prepare_for_gradient_release(
 
 
 def remove_gradient_release(model: nn.Module) -> None:
-    """Ends gradient release of every optimizer that releases gradients of ``model``; does nothing where none does."""
+    """Ends gradient release of every optimizer that releases gradients of ``model``; does nothing where none does.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_model(model)
     for param in model.parameters():
         for hook in list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
             release = hook.owner() if isinstance(hook, _ReleaseHook) else None
             if release is not None:
                 release.remove()
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
 
 
 def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:

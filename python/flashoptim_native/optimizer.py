@@ -14,7 +14,7 @@ from torch.autograd import profiler
 from torch.optim import optimizer as torch_optimizer
 from typing_extensions import Unpack
 
-from . import _model_loads, _parameters, _state_dict, _states, _validate
+from . import _checksums, _load_checks, _model_loads, _parameters, _state_dict, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._inspection import Inspection
 from ._policy import Policy
@@ -101,10 +101,12 @@ class FlashOptimizer(Inspection):
 
     def _reset(self) -> None:
         # Captured CUDA graphs go on writing to what they were captured with.
-        before: Stepper | None = vars(self).get("_stepper")
-        self._stepper = Stepper(self.kind, self._check_numerics, None if before is None else before.graphs)
+        self._stepper = self._new_stepper()
         self._store = self._stepper.store
         _model_loads.watch(self)
+
+    def _new_stepper(self) -> Stepper:
+        return Stepper(self.kind, self._check_numerics, vars(self).get("_stepper"))
 
     def _warn_of_lost_precision(self) -> None:
         for group in self.param_groups:
@@ -147,19 +149,23 @@ class FlashOptimizer(Inspection):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim.Optimizer does, or with a policy one for each set of options that it makes.
 
-        Options and parameters are checked first.
+        Raises:
+            TypeError, ValueError: something in it is not allowed; nothing has been added then.
         """
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError(f"param_group lacks 'params'; it holds {', '.join(map(repr, param_group)) or 'nothing'}")
         count = len(self.param_groups)
         try:
             for part in [param_group] if self._policy is None else self._policy.split(param_group):
                 self._add_one_group(part)
-        except Exception:
+        except BaseException:
             del self.param_groups[count:]
             raise
 
     def _add_one_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+        count = len(self.param_groups)
         try:
+            super().add_param_group(param_group)
             self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
             if group.get("decouple_lr"):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
@@ -168,8 +174,8 @@ class FlashOptimizer(Inspection):
             for position, param in enumerate(group["params"]):
                 name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
                 _parameters.check_parameter(param, name)
-        except Exception:
-            self.param_groups.pop()
+        except BaseException:
+            del self.param_groups[count:]
             raise
 
     # Steps
@@ -186,6 +192,8 @@ class FlashOptimizer(Inspection):
             NumericsError: ``check_numerics=True`` and the learning rate is too small; nothing has changed then.
         """
         loss = None
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure = {closure!r} is a {type(closure).__name__}; allowed are None and a function")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -194,7 +202,8 @@ class FlashOptimizer(Inspection):
 
     @outside_compile
     def _step(self) -> None:
-        self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
+        with self._store.lock:
+            self._stepper.step(self.param_groups, self.state, *self._left_by_scaler())
 
     @torch.no_grad()
     @outside_compile
@@ -204,10 +213,14 @@ class FlashOptimizer(Inspection):
         Its cost does not depend on the number of the optimizer's parameters.
 
         Raises:
+            TypeError: ``p`` is no tensor.
             ValueError: ``p`` is in no group of this optimizer.
             RuntimeError, TypeError, NumericsError: as step(); nothing has changed then.
         """
-        self._stepper.step_param(p, self.param_groups, self.state, *self._left_by_scaler())
+        if not isinstance(p, Tensor):
+            raise TypeError(f"p is a {type(p).__name__}; allowed is a parameter of this optimizer")
+        with self._store.lock:
+            self._stepper.step_param(p, self.param_groups, self.state, *self._left_by_scaler())
 
     def _left_by_scaler(self) -> tuple[Tensor | float | None, Tensor | None]:
         """grad_scale and found_inf, which GradScaler sets for the time of a step."""
@@ -226,9 +239,12 @@ class FlashOptimizer(Inspection):
         Of DTensors it is the norm of the whole gradients, replicas counted once, as a plain tensor: all processes call.
 
         Raises:
+            TypeError: ``max_norm`` is no number.
             ValueError: ``max_norm`` is not a finite number > 0.
+            RuntimeError: as step(); nothing has changed then.
         """
-        return self._stepper.clip_grad_norm(max_norm, self.param_groups, self.state)
+        with self._store.lock:
+            return self._stepper.clip_grad_norm(max_norm, self.param_groups, self.state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim.Optimizer.zero_grad."""
@@ -238,18 +254,41 @@ class FlashOptimizer(Inspection):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32."""
+        """The state, as torch.optim.Optimizer gives it; with ``compress_state_dict=False`` its states are fp32.
+
+        Arrays are the optimizer's own, not copies, so what is kept over a step is to be copied (copy.deepcopy()).
+
+        Raises:
+            ValueError: ``optimizer.state`` holds what is no parameter's of a group, or a state in no known format.
+            RuntimeError: FullyShardedDataParallel (FSDP1) asks for it.
+        """
         _parameters.check_not_flattened(self.param_groups, sys._getframe(1).f_globals.get("__name__", ""))
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        result = _state_dict.shown(
-            self.kind, self.param_groups, self.state, self._store.dtype_of, self._compress_state_dict
-        )
+        with self._store.lock:
+            self._check_state_has_parameters()
+            result = _state_dict.shown(
+                self.kind, self.param_groups, self.state, self._store.dtype_of, self._compress_state_dict
+            )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, result)
             if replaced is not None:
                 result = replaced
+        if self._optimizer_state_dict_post_hooks:
+            _checksums.renew(result)
         return result
+
+    def _check_state_has_parameters(self) -> None:
+        owned = {id(param) for group in self.param_groups for param in group["params"]}
+        for key, held in self.state.items():
+            if id(key) not in owned:
+                what = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+                raise ValueError(
+                    f"optimizer.state holds an entry of {what}, which is in no group: nothing could load it; delete it "
+                    "(del optimizer.state[...]), or add the parameter to a group"
+                )
+            if not isinstance(held, Mapping):
+                raise ValueError(f"optimizer.state holds a {type(held).__name__} for a parameter; allowed is a dict")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], verify: bool = True) -> None:
         """Loads what state_dict() gave: this optimizer's, its plain PyTorch counterpart's, or one with other formats.
@@ -259,27 +298,49 @@ class FlashOptimizer(Inspection):
         fit, and nothing of ``state_dict`` is shared.
 
         Args:
-            verify: compare states with the checksums that state_dict() gave, where there are any. False takes states
-                that were edited.
+            verify: compare states and groups with the checksums that state_dict() gave, where there are any. False
+                takes a dict that was edited, as long as it holds what an optimizer can write.
 
         Raises:
-            ValueError: something does not fit, or is not what was saved.
+            TypeError: ``state_dict`` or something in it is of another type than state_dict() gives; nothing has
+                changed then.
+            ValueError: something does not fit, is not what was saved, or is what no optimizer writes (NaN, infinite or
+                negative scales and variances, step counts from 2^53 on); nothing has changed then.
+            RuntimeError: a DTensor has another number of local pieces than one; nothing has changed then.
         """
         _validate.check_bool("verify", verify)
+        numbers = _load_checks.structure(state_dict)
+        vouched = _checksums.verify(state_dict, numbers) if verify else frozenset()
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = replaced
+            state_dict = state_dict if replaced is None else replaced
+            _load_checks.structure(state_dict)
+            vouched = frozenset()
         groups = _state_dict.merged_groups(self.kind, self.param_groups, state_dict["param_groups"])
-        loaded = _state_dict.converted_states(self.kind, groups, state_dict, verify)
-        self.__setstate__({"state": loaded.state, "param_groups": groups})
-        self._stepper.loads.expect(loaded.origins)
-        with torch.no_grad():
-            for param, values in loaded.params:
-                _parameters.plain(param).copy_(values)
+        self._take(_state_dict.converted_states(self.kind, groups, state_dict, vouched), groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    @torch.no_grad()
+    def _take(self, loaded: _state_dict.Loaded, groups: list[ParamGroup]) -> None:
+        """Makes what was loaded the optimizer's: all of it or, where an interrupt comes between, nothing."""
+        stepper = self._new_stepper()
+        stepper.remember(groups, loaded.state)
+        stepper.loads.expect(loaded.origins)
+        new = {"state": loaded.state, "param_groups": groups, "_stepper": stepper, "_store": stepper.store}
+        params = [(_parameters.plain(param), values) for param, values in loaded.params]
+        before = [(local, local.clone()) for local, _ in params]
+        try:
+            with self._store.lock:
+                for local, values in params:
+                    local.copy_(values)
+                vars(self).update(new)  # one call: no interrupt comes into it
+        except BaseException:
+            if self.state is not loaded.state:
+                for local, values in before:
+                    local.copy_(values)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -291,10 +352,7 @@ class FlashOptimizer(Inspection):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
-        self._store.follow(self.param_groups)
-        for param, held in self.state.items():
-            if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
-                self._store.remember_dtype(param)
+        self._stepper.remember(self.param_groups, self.state)
 
 
 _seen_by_wrapper = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _ops, _parameters
+from . import _ops, _parameters, _validate
 from ._ops import CORRECTION_DTYPES, CorrectionFate, MasterWeights
 from ._states import CORRECTION, warn_of_correction
 
@@ -25,14 +25,20 @@ def reconstruct_fp32_param(param: Tensor, error_bits: Tensor) -> Tensor:
     Args:
         param: bfloat16 or float16 tensor.
         error_bits: int8 or int16 tensor of the same shape: ``optimizer.state[p]["correction"]``.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a dtype, shape or device is not allowed, or a tensor has no memory of its own.
     """
+    _check_tensor("param", param)
+    _check_tensor("error_bits", error_bits)
     _check_narrow("param", param)
+    if error_bits.dtype not in _MASTER_OF_DTYPE:
+        raise ValueError(f"error_bits has dtype {error_bits.dtype}; allowed are torch.int8 and torch.int16")
+    _check_same_shape("error_bits", error_bits, "param's", param)
     if _parameters.is_sharded(param):
         weights = reconstruct_fp32_param(_parameters.plain(param), _parameters.plain(error_bits))
         return _parameters.wrap(_parameters.local(param), weights, tuple(param.shape), "param")
-    if error_bits.dtype not in _MASTER_OF_DTYPE:
-        raise ValueError(f"error_bits has dtype {error_bits.dtype}; allowed are torch.int8 and torch.int16")
-    _check_same_shape("error_bits", error_bits, "param", param)
     merged: Tensor = _ops.merge_weights(
         param.detach().contiguous(), error_bits.contiguous(), int(_MASTER_OF_DTYPE[error_bits.dtype])
     )
@@ -49,15 +55,18 @@ def compute_ecc_bits(fp32_param: Tensor, narrow_param: Tensor, master_bytewidth:
         fp32_param: float32 tensor, the weights.
         narrow_param: bfloat16 or float16 tensor of the same shape.
         master_bytewidth: 3 for an int8 correction ("24 bit"), 4 for int16 ("32 bit").
+
+    Raises:
+        TypeError: an argument is no tensor, or ``master_bytewidth`` no integer.
+        ValueError: a dtype, shape, device or width is not allowed, or a tensor has no memory of its own.
     """
+    _check_tensor("fp32_param", fp32_param)
+    _check_tensor("narrow_param", narrow_param)
+    _validate.check_integer("master_bytewidth", master_bytewidth, 3, 4)
     if fp32_param.dtype != torch.float32:
         raise ValueError(f"fp32_param has dtype {fp32_param.dtype}; allowed is torch.float32")
     _check_narrow("narrow_param", narrow_param)
-    if master_bytewidth not in _MASTER_OF_BYTES:
-        raise ValueError(
-            f"master_bytewidth = {master_bytewidth!r} is not allowed; allowed are 3 (24 bit) and 4 (32 bit)"
-        )
-    _check_same_shape("fp32_param", fp32_param, "narrow_param", narrow_param)
+    _check_same_shape("fp32_param", fp32_param, "narrow_param's", narrow_param)
     master = _MASTER_OF_BYTES[master_bytewidth]
     weights = fp32_param.detach().contiguous()
     narrow = narrow_param.detach().contiguous()
@@ -88,6 +97,11 @@ def get_fp32_model_state_dict(
     Raises:
         TypeError: the model is wrapped in FullyShardedDataParallel (FSDP1).
     """
+    _check_model(model)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"an optimizer is a {type(optimizer).__name__}; allowed are torch.optim.Optimizers")
+    _validate.check_bool("full_state_dict", full_state_dict)
     clean = _names_without_wrappers(model)
     states = _states_by_parameter(optimizers)
     dtypes = _dtypes_by_parameter(optimizers)
@@ -137,14 +151,20 @@ def set_fp32_model_state_dict(
         are also warned of: they were not loaded.
 
     Raises:
-        KeyError: ``strict=True``, and there are such keys; or two entries have one name.
-        TypeError: an optimizer is none of this package, or the model is wrapped in FullyShardedDataParallel (FSDP1).
-        ValueError: an entry's shape is not the model's, or that of a parameter is not float32.
+        TypeError: an argument or an entry is of a wrong type, an optimizer is none of this package, or the model is
+            wrapped in FullyShardedDataParallel (FSDP1).
+        ValueError: an entry's shape is not the model's, a parameter's is not float32 or has no memory; ``strict=True``,
+            and there are such keys; two entries have one name; a state of an optimizer is in no known format.
+        RuntimeError: a parameter cannot be stepped by its optimizer.
+        Nothing has changed then, in any of the optimizers. An interrupt leaves every entry loaded or as it was.
     """
     correcting: list[Any] = list(optimizers)
-    for optimizer in correcting:
-        if not hasattr(optimizer, "_state_with_correction"):
-            raise TypeError(f"an optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
+    _check_optimizers(correcting)
+    _validate.check_bool("strict", strict)
+    _validate.check_bool("broadcast_from_rank0", broadcast_from_rank0)
+    _check_model(model)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; allowed is a dict of names and tensors")
     clean = _names_without_wrappers(model)
     held = model.state_dict(keep_vars=True).items()
     targets = {clean(key): value for key, value in held if isinstance(value, Tensor)}
@@ -152,7 +172,10 @@ def set_fp32_model_state_dict(
     known = _described_by_rank_0(state_dict) if broadcast_from_rank0 else state_dict
     missing, unexpected = sorted(targets.keys() - known.keys()), sorted(known.keys() - targets.keys())
     if strict and (missing or unexpected):
-        raise KeyError(f"state_dict lacks {missing} and holds {unexpected}, which the model lacks")
+        raise ValueError(
+            f"state_dict lacks {missing} and holds {unexpected}, which the model lacks; allowed with strict=True are "
+            "the model's own names"
+        )
     if unexpected:
         warnings.warn(
             f"{len(unexpected)} of {len(known)} entries of state_dict are not loaded, as the model lacks them: "
@@ -163,19 +186,17 @@ def set_fp32_model_state_dict(
     for key, target in targets.items():
         if key not in known:
             continue
-        value = known[key]
-        _check_same_shape(f"state_dict[{key!r}]", value, "the model's", target)
-        if key in parameters and value.dtype != torch.float32:
-            raise ValueError(f"state_dict[{key!r}] has dtype {value.dtype}; allowed for a parameter is torch.float32")
+        _check_entry(key, known[key], target, key in parameters, broadcast_from_rank0)
 
     owners = {id(p): optimizer for optimizer in correcting for group in optimizer.param_groups for p in group["params"]}
+    owned = {id(p): (owners[id(p)], p) for key, p in targets.items() if key in known and id(p) in owners}
+    states = _states_for_new_weights(list(owned.values()))
     for key, target in targets.items():
         if key not in known:
             continue
         value = _from_rank_0(state_dict.get(key), known[key], target) if broadcast_from_rank0 else state_dict[key]
         value = _parameters.part_for(value.detach(), target)
-        optimizer = owners.get(id(target))
-        set_weights(target, value, optimizer)
+        _set_local(target, value, states.get(id(target)))
     for optimizer in correcting:
         optimizer.recompute_param_stats()
     return IncompatibleKeys(missing, unexpected)
@@ -187,16 +208,79 @@ def set_weights(target: Tensor, weights: Tensor, optimizer: Any) -> None:
 
     Of a sharded parameter, ``weights`` are this process's part.
     """
+    _set_local(target, weights, None if optimizer is None else optimizer._state_with_correction(target))
+
+
+def _set_local(target: Tensor, weights: Tensor, state: Mapping[str, Any] | None) -> None:
+    """Parameter and correction or, where an interrupt comes between, neither."""
     local = _parameters.plain(target).detach()
-    state = None if optimizer is None else optimizer._state_with_correction(target)
     if state is None:
         local.copy_(weights)
         return
     correction = _parameters.plain(state[CORRECTION])
     exact = torch.empty_like(correction, dtype=torch.float32).copy_(weights)
-    narrow = torch.empty_like(correction, dtype=target.dtype)
-    _ops.split_weights_(exact, narrow, correction, int(_MASTER_OF_DTYPE[correction.dtype]))
-    local.copy_(narrow)
+    narrow, rest = torch.empty_like(correction, dtype=target.dtype), torch.empty_like(correction)
+    _ops.split_weights_(exact, narrow, rest, int(_MASTER_OF_DTYPE[correction.dtype]))
+    before = local.clone(), correction.clone()
+    try:
+        local.copy_(narrow)
+        correction.copy_(rest)
+    except BaseException:
+        local.copy_(before[0])
+        correction.copy_(before[1])
+        raise
+
+
+def _check_optimizers(optimizers: Sequence[Any]) -> None:
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "_state_with_correction"):
+            raise TypeError(f"an optimizer is a {type(optimizer).__name__}; allowed are flashoptim's optimizers")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
+
+
+def _check_entry(key: str, value: Any, target: Tensor, is_parameter: bool, is_described: bool) -> None:
+    name = f"state_dict[{key!r}]"
+    if isinstance(value, Tensor) and value.device.type == "meta" and is_described:
+        pass  # rank 0's, of which the others know as much
+    else:
+        _check_tensor(name, value)
+    _check_same_shape(name, value, "the model's", target)
+    if is_parameter and value.dtype != torch.float32:
+        raise ValueError(f"{name} has dtype {value.dtype}; allowed for a parameter is torch.float32")
+    if value.is_complex() and not target.is_complex():
+        raise ValueError(f"{name} has dtype {value.dtype}; allowed is a real one, as the model's {target.dtype}")
+    if target.device.type == "meta":
+        raise ValueError(f"the model's {key!r} is on device meta, and has no values; allowed is a device with memory")
+
+
+def _states_for_new_weights(owned: Sequence[tuple[Any, Tensor]]) -> dict[int, dict[str, Any] | None]:
+    """By id of a parameter, its state, ready to take a new correction; as they were where one cannot be made so."""
+    before = []
+    states: dict[int, dict[str, Any] | None] = {}
+    try:
+        for optimizer, param in owned:
+            store, held = optimizer._store, optimizer.state.get(param)
+            dtype = store.dtype_of(param)
+            values = None if dtype == param.dtype else param.detach().clone()
+            before.append((optimizer, param, held, dict(held) if isinstance(held, dict) else None, dtype, values))
+            states[id(param)] = optimizer._state_with_correction(param)
+    except BaseException:
+        for optimizer, param, held, entries, dtype, values in reversed(before):
+            if held is None:
+                optimizer.state.pop(param, None)
+            elif entries is not None:
+                held.clear()
+                held.update(entries)
+                optimizer.state[param] = held
+            if values is not None:
+                param.detach().copy_(values)
+            optimizer._store.remember_dtype(param, dtype)
+        raise
+    return states
 
 
 def _is_rank_0() -> bool:
@@ -307,7 +391,7 @@ def _by_names_of(state_dict: Mapping[str, Tensor], targets: Mapping[str, Any]) -
             if name not in targets:
                 name = key
         if name in result:
-            raise KeyError(f"state_dict holds {name!r} twice, once as {key!r}; allowed is one entry")
+            raise ValueError(f"state_dict holds {name!r} twice, once as {key!r}; allowed is one entry")
         result[name] = value
     return result
 
@@ -315,6 +399,22 @@ def _by_names_of(state_dict: Mapping[str, Tensor], targets: Mapping[str, Any]) -
 def _check_narrow(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _NARROW_DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}; allowed are torch.bfloat16 and torch.float16")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    """Raises where something is no tensor with values in dense memory."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor")
+    if _parameters.is_sharded(value):
+        return
+    if value.layout != torch.strided or value.device.type == "meta" or not _parameters.is_plain(value):
+        raise ValueError(
+            f"{name} is a {type(value).__name__} of layout {value.layout} on {value.device}; allowed is a plain, dense "
+            "tensor on a device with memory"
+        )
+    if not _parameters.has_memory(value):
+        raise ValueError(f"{name} of shape {tuple(value.shape)} needs more memory than its storage has; allowed is a "
+                         "tensor whose storage holds all of it")  # fmt: skip
 
 
 def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

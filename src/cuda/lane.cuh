@@ -99,9 +99,15 @@ struct UpdateLane {
     return {kZeros && a.v == 0.0f ? a.v : s, a.guard};
   }
 
-  /// Rules bound a variable by a constant, which they name first: usually the variable stays. A bound below 0 is one
-  /// half of a clamp, min(c, max(-c, a)), which is a single comparison.
+  /// Rules bound a variable by a constant, in either order: usually the variable stays. A bound below 0 is one half of a
+  /// clamp, min(c, max(-c, a)), which is a single comparison.
   friend __device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
+    if (a.guard == nullptr) {
+      if (bound.guard == nullptr) return core::max(bound.v, a.v);
+      const UpdateLane constant = a;
+      a = bound;
+      bound = constant;
+    }
     if constexpr (kBounded) return a;
     if (bound.v < 0.0f) {
       a.lower = bound.v;
@@ -111,6 +117,12 @@ struct UpdateLane {
     return a;
   }
   friend __device__ __forceinline__ UpdateLane min(UpdateLane bound, UpdateLane a) {
+    if (a.guard == nullptr) {
+      if (bound.guard == nullptr) return core::min(bound.v, a.v);
+      const UpdateLane constant = a;
+      a = bound;
+      bound = constant;
+    }
     if constexpr (kBounded) return a;
     if (a.lower == -bound.v) {
       a.guard->ok &= fabsf(a.v) <= bound.v;

@@ -359,7 +359,9 @@ TEST(Plan, StatesRoundTripThroughDecodeAndEncodeForEveryCodec) {
       EXPECT_TRUE(t[0]->guards_intact());
       for (int k = 0; k < optimizer.states; ++k) {
         const bool is_on_grid = !state_slot(optimizer.kind, k).is_signed && codec == StateCodec::kDefault;
-        if (is_on_grid || codec == StateCodec::kFloat32) EXPECT_EQ(again.slots[k], values.slots[k]) << "slot " << k;
+        if (is_on_grid || codec == StateCodec::kFloat32) {
+          EXPECT_EQ(again.slots[k], values.slots[k]) << "slot " << k;
+        }
       }
     }
   }

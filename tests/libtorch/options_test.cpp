@@ -210,7 +210,9 @@ void expect_as_the_rule_says() {
     Options options;
     const auto set = setter_of<Options>(info.name);
     if (set == nullptr || i == flashoptim::kStepIndex) continue;
-    if (i != flashoptim::kDecayLrIndex) EXPECT_EQ(options.number(info.name), info.default_value);
+    if (i != flashoptim::kDecayLrIndex) {
+      EXPECT_EQ(options.number(info.name), info.default_value);
+    }
     if (info.kind == flashoptim::HyperparameterKind::kFlag) continue;
     const double edge = std::numeric_limits<double>::denorm_min(), inf = std::numeric_limits<double>::infinity();
     const bool is_whole = info.kind == flashoptim::HyperparameterKind::kWhole;

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from flashoptim_native import _ops
 from helpers import CLASSES
 
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import optimizer_tables
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ def _held(model: Any, optimizer: Any) -> dict[str, Any]:
     }
 
 
-def _short_timeout() -> None:
-    from datetime import timedelta
-
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WAIT), dist.group.WORLD)
+def _short_timeout(model: Any) -> None:
+    mesh_group = next(
+        iter(model.parameters())
+    ).device_mesh.get_group()  # the world's own, or another, by torch's version
+    for group in (dist.group.WORLD, mesh_group):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WAIT), group)
 
 
 def faulty(rank: int, world: int, where: str, how: str, path: str) -> str:
@@ -61,7 +64,7 @@ def faulty(rank: int, world: int, where: str, how: str, path: str) -> str:
     optimizer = MAKE["adamw"](model.named_parameters())
     layouts.steps(model, optimizer, 0, 2)
     dcp.save(_held(model, optimizer), checkpoint_id=path + "/complete")
-    _short_timeout()
+    _short_timeout(model)
     fails = rank == world - 1
     try:
         if where == "step":
