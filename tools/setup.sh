@@ -17,6 +17,7 @@ command -v python3 >/dev/null || want_apt python3
 [[ -e /usr/include/benchmark/benchmark.h ]] || want_apt libbenchmark-dev
 [[ -e /usr/include/CLI/CLI.hpp ]] || want_apt libcli11-dev
 [[ -e /usr/include/nlohmann/json.hpp ]] || want_apt nlohmann-json3-dev
+[[ -e /usr/include/zlib.h ]] || want_apt zlib1g-dev
 
 if ((${#apt_packages[@]})); then
   if ! command -v apt-get >/dev/null; then

@@ -1,7 +1,6 @@
 #include "checkpoint.h"
 
-#include <fcntl.h>
-#include <unistd.h>
+#include <flashoptim/torch/file.h>
 
 #include <cstdio>
 #include <filesystem>
@@ -12,7 +11,7 @@
 namespace train_gpt {
 namespace {
 
-constexpr int kFormatVersion = 1;
+constexpr int kFormatVersion = 2;
 
 void hash_tensors(const std::vector<torch::Tensor>& tensors, std::uint64_t& hash) {
   for (const auto& tensor : tensors) {
@@ -23,13 +22,6 @@ void hash_tensors(const std::vector<torch::Tensor>& tensors, std::uint64_t& hash
 
 // A handle to torch's own generator: setting its state sets torch's.
 at::Generator default_generator(const torch::Device& device) { return at::globalContext().defaultGenerator(device); }
-
-void flush_to_disk(const std::string& path) {
-  const int file = ::open(path.c_str(), O_RDONLY);
-  if (file < 0) return;
-  ::fsync(file);
-  ::close(file);
-}
 
 std::string stored_string(torch::serialize::InputArchive& archive, const std::string& key) {
   c10::IValue value;
@@ -56,10 +48,7 @@ std::int64_t save_checkpoint(const std::string& path, const CheckpointHeader& he
   if (device.is_cuda()) {
     archive.write("random_cuda", default_generator(device).get_state(), /*is_buffer=*/true);
   }
-  const std::string partial = path + ".partial";
-  archive.save_to(partial);
-  flush_to_disk(partial);
-  std::filesystem::rename(partial, path);
+  flashoptim::torch::save_archive(path, archive);
   return static_cast<std::int64_t>(std::filesystem::file_size(path));
 }
 
@@ -67,7 +56,7 @@ CheckpointHeader read_checkpoint_header(const std::string& path) {
   if (!std::filesystem::exists(path)) throw UserError("--resume: there is no checkpoint " + path);
   try {
     torch::serialize::InputArchive archive;
-    archive.load_from(path);
+    flashoptim::torch::load_archive(path, archive, torch::kCPU);
     const auto json = nlohmann::json::parse(stored_string(archive, "header"));
     if (json.at("format") != kFormatVersion) throw std::runtime_error("written by another version of train_gpt");
     CheckpointHeader header;
@@ -86,7 +75,7 @@ CheckpointHeader read_checkpoint_header(const std::string& path) {
 void load_checkpoint(const std::string& path, torch::nn::Module& model, torch::optim::Optimizer& optimizer,
                      const torch::Device& device) {
   torch::serialize::InputArchive archive, model_archive, optimizer_archive;
-  archive.load_from(path, device);
+  flashoptim::torch::load_archive(path, archive, device);
   archive.read("model", model_archive);
   model.load(model_archive);
   archive.read("optimizer", optimizer_archive);

@@ -20,14 +20,15 @@ struct CheckpointHeader {
 };
 
 // Writes header, model, optimizer and torch's random state. The file appears under its name complete or not at all:
-// a crash while saving leaves the previous checkpoint. Returns its size in bytes.
+// a crash, or an error (c10::Error), leaves the previous checkpoint. Returns its size in bytes.
 std::int64_t save_checkpoint(const std::string& path, const CheckpointHeader& header, const torch::nn::Module& model,
                              const torch::optim::Optimizer& optimizer, const torch::Device& device);
 
 // Reads the header alone. UserError if there is no checkpoint or it cannot be read.
 CheckpointHeader read_checkpoint_header(const std::string& path);
 
-// Puts the saved state into a model and an optimizer of the kind that was saved.
+// Puts the saved state into a model and an optimizer of the kind that was saved. c10::Error where it is not what was
+// written.
 void load_checkpoint(const std::string& path, torch::nn::Module& model, torch::optim::Optimizer& optimizer,
                      const torch::Device& device);
 

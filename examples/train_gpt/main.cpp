@@ -65,7 +65,9 @@ void write_sample(Trainer& trainer) {
   const RunOptions& run = trainer.options().run;
   if (run.sample == 0) return;
   const std::string text = trainer.sample(run.sample);
-  std::ofstream(run.out + "/sample.txt") << text << "\n";
+  std::ofstream file(run.out + "/sample.txt");
+  file << text << "\n" << std::flush;
+  if (!file) throw std::runtime_error("cannot write " + run.out + "/sample.txt");
   std::printf("\n--- sample ---\n%s\n--------------\n", text.c_str());
 }
 

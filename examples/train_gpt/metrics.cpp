@@ -20,11 +20,12 @@ std::string kept_lines(const std::string& path, std::int64_t last_step) {
 
 }  // namespace
 
-MetricsLog::MetricsLog(const std::string& path, std::int64_t resume_step) {
+MetricsLog::MetricsLog(const std::string& path, std::int64_t resume_step) : path_(path) {
   const std::string kept = resume_step > 0 ? kept_lines(path, resume_step) : "";
   file_.open(path, std::ios::trunc);
   if (!file_) throw std::runtime_error("cannot write " + path);
   file_ << kept << std::flush;
+  if (!file_) throw std::runtime_error("cannot write " + path + ": is there room on the disk?");
 }
 
 void MetricsLog::write(const StepMetrics& metrics) {
@@ -36,13 +37,14 @@ void MetricsLog::write(const StepMetrics& metrics) {
   line["optimizer_ms"] = metrics.optimizer_ms;
   line["tokens_per_s"] = metrics.tokens_per_second;
   file_ << line.dump() << "\n" << std::flush;
+  if (!file_) throw std::runtime_error("cannot write " + path_ + ": is there room on the disk?");
 }
 
 void write_json(const std::string& path, const nlohmann::json& json) {
   const std::string partial = path + ".partial";
   {
     std::ofstream file(partial);
-    file << json.dump(2) << "\n";
+    file << json.dump(2) << "\n" << std::flush;
     if (!file) throw std::runtime_error("cannot write " + partial);
   }
   std::filesystem::rename(partial, path);

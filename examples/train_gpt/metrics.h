@@ -32,6 +32,7 @@ class MetricsLog {
   void write(const StepMetrics& metrics);
 
  private:
+  std::string path_;
   std::ofstream file_;
 };
 

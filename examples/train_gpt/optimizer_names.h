@@ -8,11 +8,7 @@ namespace train_gpt {
 
 // Every optimizer this build offers.
 inline std::vector<std::string> optimizer_names() {
-#ifdef FLASHOPTIM_EXAMPLE_TORCH_ONLY
-  return {"torch-adamw"};
-#else
   return {"torch-adamw", "flash-adamw", "flash-adam", "flash-sgd", "flash-sgdw", "flash-lion"};
-#endif
 }
 
 // Whether the optimizer is one of flashoptim's, which keep parameters and gradients in bf16.

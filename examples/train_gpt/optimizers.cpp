@@ -3,9 +3,7 @@
 #include "model.h"
 #include "optimizer_names.h"
 
-#ifndef FLASHOPTIM_EXAMPLE_TORCH_ONLY
 #include <flashoptim/torch/flashoptim.h>
-#endif
 
 namespace train_gpt {
 namespace {
@@ -53,7 +51,6 @@ OptimizerPtr make(torch::nn::Module& model, const GroupOptions& options) {
   return std::make_unique<Optimizer>(make_groups(model, options), options);
 }
 
-#ifndef FLASHOPTIM_EXAMPLE_TORCH_ONLY
 OptimizerPtr make_flash(torch::nn::Module& model, const TrainOptions& options, double lr, double weight_decay) {
   namespace flash = flashoptim::torch;
   const auto with_common = [&](auto flash_options) {
@@ -78,33 +75,24 @@ OptimizerPtr make_flash(torch::nn::Module& model, const TrainOptions& options, d
   }
   return make<flash::FlashLion>(model, with_common(flash::FlashLionOptions(lr).betas(kLionBetas)));
 }
-#endif
 
 }  // namespace
 
 void cast_parameters(torch::nn::Module& model, const TrainOptions& options) {
   if (!is_flash(options.optimizer)) return;
-#ifndef FLASHOPTIM_EXAMPLE_TORCH_ONLY
   flashoptim::torch::cast_model(model, torch::kBFloat16);
-#else
-  (void)model;
-#endif
 }
 
 OptimizerPtr make_optimizer(torch::nn::Module& model, const TrainOptions& options) {
   const Defaults defaults = defaults_of(options);
   const double lr = options.lr > 0 ? options.lr : defaults.lr;
   const double weight_decay = options.weight_decay >= 0 ? options.weight_decay : defaults.weight_decay;
-#ifndef FLASHOPTIM_EXAMPLE_TORCH_ONLY
   if (is_flash(options.optimizer)) return make_flash(model, options, lr, weight_decay);
-#endif
   return make<torch::optim::AdamW>(model, torch::optim::AdamWOptions(lr).betas(kAdamBetas).weight_decay(weight_decay));
 }
 
 std::vector<torch::Tensor> optimizer_tensors(torch::optim::Optimizer& optimizer) {
-#ifndef FLASHOPTIM_EXAMPLE_TORCH_ONLY
   if (dynamic_cast<torch::optim::AdamW*>(&optimizer) == nullptr) return flashoptim::torch::state_tensors(optimizer);
-#endif
   std::vector<torch::Tensor> tensors;
   for (const auto& group : optimizer.param_groups()) {
     for (const auto& parameter : group.params()) {

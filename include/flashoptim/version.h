@@ -8,6 +8,6 @@
 namespace flashoptim {
 
 /// Changes whenever the meaning of stored codes, scales or corrections does.
-inline constexpr int kStateFormatVersion = 1;
+inline constexpr int kStateFormatVersion = 2;
 
 }  // namespace flashoptim

@@ -75,47 +75,76 @@ at::Tensor FlashOptimizer::fp32_weight(const at::Tensor& param) const {
   return merged_weights(next.values.defined() ? next.values : param, *next.state);
 }
 
-void FlashOptimizer::set_fp32_weight(const at::Tensor& param, const at::Tensor& weight) {
-  const Position position = position_of("set_fp32_weight", param);
-  const std::string where = std::string(class_name(kind_)) + "::set_fp32_weight: weight ";
+struct FlashOptimizer::NewWeight {
+  at::Tensor param, nearest, correction;  // correction: undefined where none is kept
+  MasterWeights master_weights;
+  std::unique_ptr<FlashParamState> state;  // null: the parameter's own
+};
+
+FlashOptimizer::NewWeight FlashOptimizer::new_weight(const std::string& where, const at::Tensor& param,
+                                                     const at::Tensor& weight) {
   TORCH_CHECK(weight.defined() && at::isFloatingType(weight.scalar_type()), where, "is ",
               weight.defined() ? toString(weight.scalar_type()) : "undefined", "; must be a floating tensor");
+  TORCH_CHECK(weight.layout() == at::kStrided && weight.has_storage() && (!weight.is_meta() || param.is_meta()), where,
+              "has layout ", weight.layout(), " on ", weight.device(), "; must be a dense tensor with values");
   TORCH_CHECK(weight.sizes() == param.sizes(), where, "has shape ", weight.sizes(), "; must be the parameter's, ",
               param.sizes());
-  const at::NoGradGuard no_grad;
+  in_store([&] { store::read_tensor(kOp, {"weight"}, handle_of(weight)); });  // its storage, too
+  const Position position = position_of("set_fp32_weight", param);
   const std::string name = class_name(kind_) + (": " + position.str());
   check_param(name, param);
   const Form form = form_of(group_options(position.group), param);
-  FlashParamState* state = find_state(param);
-  std::unique_ptr<FlashParamState> made;
+  NewWeight made{param, {}, {}, form.format.master_weights, nullptr};
+  const FlashParamState* state = find_state(param);
   if (state == nullptr) {
-    made = make_state(kind_, param, form);
+    made.state = make_state(kind_, param, form);
   } else if (fit_of(kind_, name, *state, param, form) == store::Fit::kNo) {
     FlashParamState without = *state;  // the correction will be another
     without.master_weights = MasterWeights::kNone;
-    made = convert_state(kind_, name, without, param, form).state;
+    made.state = convert_state(kind_, name, without, param, form).state;
   }
-  if (made != nullptr) state = made.get();
+  if (made.state != nullptr) state = made.state.get();
   const std::vector<int64_t> strides = strides_of(kind_, *state, form, param);
-  const bool is_own = lies(param, strides);
-  const at::Tensor values =
-      at::empty_strided(param.sizes(), strides, param.options().dtype(at::kFloat).requires_grad(false))
-          .copy_(weight.detach());
-  const at::Tensor nearest =
-      is_own ? param.detach() : at::empty_strided(param.sizes(), strides, param.options().requires_grad(false));
-  const bool has_bits = store::correction_bits(form.format.master_weights) != 0;
+  const auto like = [&](at::ScalarType dtype) {
+    return at::empty_strided(param.sizes(), strides, param.options().dtype(dtype).requires_grad(false));
+  };
+  const at::Tensor values = like(at::kFloat).copy_(weight.detach());
+  made.nearest = like(param.scalar_type());
+  if (store::correction_bits(form.format.master_weights) != 0) made.correction = like(state->correction.scalar_type());
   in_store([&] {
-    store::split_weights(kOp, handle_of(values), handle_of(nearest), has_bits ? handle_of(state->correction) : nullptr,
-                         form.format.master_weights);
+    store::split_weights(kOp, handle_of(values), handle_of(made.nearest),
+                         made.correction.defined() ? handle_of(made.correction) : nullptr, form.format.master_weights);
   });
-  if (is_own) {
-    param.unsafeGetTensorImpl()->bump_version();
-  } else {
-    param.detach().copy_(nearest);
+  return made;
+}
+
+void FlashOptimizer::write(NewWeight weight) {
+  FlashParamState* state = weight.state == nullptr ? find_state(weight.param) : weight.state.get();
+  weight.param.detach().copy_(weight.nearest);
+  if (weight.correction.defined()) state->correction.copy_(weight.correction);
+  state->master_weights = weight.master_weights;
+  state->param_dtype = weight.param.scalar_type();
+  if (weight.state != nullptr) state_[weight.param.unsafeGetTensorImpl()] = std::move(weight.state);
+}
+
+void FlashOptimizer::set_fp32_weight(const at::Tensor& param, const at::Tensor& weight) {
+  position_of("set_fp32_weight", param);
+  const at::NoGradGuard no_grad;
+  write(new_weight(std::string(class_name(kind_)) + "::set_fp32_weight: weight ", param, weight));
+}
+
+void FlashOptimizer::set_fp32_weights(const std::vector<std::pair<at::Tensor, at::Tensor>>& weights) {
+  const at::NoGradGuard no_grad;
+  std::vector<NewWeight> made;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::string where = std::string(class_name(kind_)) + "::set_fp32_weights: weights[" + std::to_string(i) + "]";
+    const at::Tensor& param = weights[i].first;
+    TORCH_CHECK(param.defined() && holds(param), where, ".first ",
+                param.defined() ? "is no parameter of this optimizer" : "is undefined",
+                "; must be one of param_groups");
+    made.push_back(new_weight(where + ".second ", param, weights[i].second));
   }
-  state->master_weights = form.format.master_weights;
-  state->param_dtype = param.scalar_type();
-  if (made != nullptr) state_[param.unsafeGetTensorImpl()] = std::move(made);
+  for (NewWeight& weight : made) write(std::move(weight));
 }
 
 void FlashOptimizer::reset_corrections() {

@@ -1,5 +1,6 @@
 #include "flashoptim/torch/model.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <fnmatch.h>
@@ -10,8 +11,10 @@
 #include <map>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "flashoptim/torch/optimizer.h"
+#include "libtorch/optim/handles.h"
 
 namespace flashoptim::libtorch {
 namespace {
@@ -154,11 +157,19 @@ void set_fp32_model_state(Module& module, ::torch::optim::Optimizer& optimizer, 
   const auto check = [&](const auto& item) {
     const at::Tensor* value = state.find(item.key());
     TORCH_CHECK(value != nullptr, where, "state[\"", item.key(), "\"] is missing; the module has it");
+    TORCH_CHECK(value->defined() && value->layout() == at::kStrided && value->has_storage() &&
+                    (!value->is_meta() || item.value().is_meta()),
+                where, "state[\"", item.key(), "\"] is undefined, sparse or without values; must be a dense tensor");
+    const std::string entry = "state[\"" + item.key() + "\"]";
+    in_store([&] { store::read_tensor({"set_fp32_model_state"}, {entry.c_str()}, handle_of(*value)); });
     TORCH_CHECK(value->sizes() == item.value().sizes(), where, "state[\"", item.key(), "\"] has shape ", value->sizes(),
                 "; must be ", item.value().sizes());
     TORCH_CHECK(at::isFloatingType(value->scalar_type()) == at::isFloatingType(item.value().scalar_type()), where,
                 "state[\"", item.key(), "\"] has dtype ", value->scalar_type(), "; must go with the module's ",
                 item.value().scalar_type());
+    TORCH_CHECK(item.value().numel() == 0 || at::has_internal_overlap(item.value()) != at::MemOverlap::Yes, where,
+                item.key(), " of the module has strides ", item.value().strides(),
+                ", by which elements share memory; each must be its own to be written");
     const auto [found, is_new] = given.emplace(item.value().unsafeGetTensorImpl(), std::pair{item.key(), *value});
     TORCH_CHECK(is_new || at::equal(found->second.second, *value), where, "state[\"", item.key(),
                 "\"] differs from state[\"", found->second.first, "\"], but they are one tied tensor; must be equal");
@@ -169,19 +180,22 @@ void set_fp32_model_state(Module& module, ::torch::optim::Optimizer& optimizer, 
     TORCH_CHECK(parameters.contains(item.key()) || buffers.contains(item.key()), where, "state[\"", item.key(),
                 "\"] is unexpected; the module has no such parameter or buffer");
   }
+  // Whatever can fail is done before the first value is written.
   const at::NoGradGuard no_grad;
+  std::vector<std::pair<at::Tensor, at::Tensor>> weights, copies;
+  const auto copy = [&](const auto& item) {
+    copies.emplace_back(item.value().detach(), state[item.key()].detach().to(item.value().options()));
+  };
   for (const auto& item : parameters) {
-    at::Tensor param = item.value();
-    if (flash.holds(param)) {
-      flash.set_fp32_weight(param, state[item.key()]);
+    if (flash.holds(item.value())) {
+      weights.emplace_back(item.value(), state[item.key()]);
     } else {
-      param.copy_(state[item.key()]);
+      copy(item);
     }
   }
-  for (const auto& item : buffers) {
-    at::Tensor buffer = item.value();
-    buffer.copy_(state[item.key()]);
-  }
+  for (const auto& item : buffers) copy(item);
+  flash.set_fp32_weights(weights);
+  for (auto& [to, from] : copies) to.copy_(from);
 }
 
 }  // namespace flashoptim::libtorch

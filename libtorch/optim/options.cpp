@@ -61,10 +61,6 @@ bool reads(OptimizerKind kind, std::string_view name) {
   return false;
 }
 
-bool is_archived(OptimizerKind kind, int index, std::string_view name) {
-  return index < kOptionsOfAll || reads(kind, name);
-}
-
 constexpr uint32_t all_options() {
   int count = 0;
   for_each_option([&](int index, const char*, auto) { count = index + 1; });
@@ -74,6 +70,10 @@ constexpr uint32_t all_options() {
 constexpr const char* kSetKey = "explicitly_set";
 
 }  // namespace
+
+bool is_archived(OptimizerKind kind, int index, std::string_view name) {
+  return index < kOptionsOfAll || reads(kind, name);
+}
 
 Hyperparameters hyperparameters_of(OptimizerKind kind, const OptionValues& values) {
   Hyperparameters hyper = default_hyperparameters(kind);

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "flashoptim/torch/optimizer.h"
@@ -31,6 +32,8 @@ struct Form {
   store::Format format;
   bool has_momentum = true;
 };
+/// Whether archives of `kind` hold the option, of for_each_option()'s index and name.
+bool is_archived(OptimizerKind kind, int index, std::string_view name);
 /// What a group's options mean for a parameter.
 Form form_of(const OptionValues& values, bool has_momentum, const at::Tensor& param);
 inline Form form_of(const FlashOptions& options, const at::Tensor& param) {

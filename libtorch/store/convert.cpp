@@ -75,15 +75,53 @@ void copy_elements(AtenTensorHandle to, AtenTensorHandle from) {
   check_torch(aoti_torch_copy_(to, owned, /*non_blocking=*/0), "copy_");
 }
 
+/// Dimensions of more than one element, the outermost in memory first.
+std::vector<int64_t> extended(const std::vector<int64_t>& sizes, const StorageOrder& order) {
+  std::vector<int64_t> dims;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const int64_t d = order.empty() ? static_cast<int64_t>(i) : order[i];
+    if (sizes[static_cast<size_t>(d)] != 1) dims.push_back(d);
+  }
+  return dims;
+}
+
+/// The scales of a tensor that lies in order `from`, as a view in the shape and order of one that lies in order `to`;
+/// none where rows consist of other elements there, or of the same in another order.
+Tensor permuted_scales(const std::vector<int64_t>& sizes, const StorageOrder& from, const StorageOrder& to,
+                       AtenTensorHandle scales) {
+  const std::vector<int64_t> before = extended(sizes, from), after = extended(sizes, to);
+  int64_t row = 1;
+  size_t inner = 0;  // dimensions of a row
+  while (inner < before.size() && row < kGroupSize) {
+    const int64_t d = before[before.size() - ++inner];
+    if (after[after.size() - inner] != d) return {};
+    row *= sizes[static_cast<size_t>(d)];
+  }
+  const std::vector<int64_t> shape = scale_sizes_of(sizes, to, {});
+  std::vector<int64_t> strides(shape.size(), 1);
+  std::vector<int64_t> of_dim(sizes.size(), 1);
+  int64_t next = shape.back();
+  for (size_t i = before.size() - inner; i-- > 0;) {
+    of_dim[static_cast<size_t>(before[i])] = next;
+    next *= sizes[static_cast<size_t>(before[i])];
+  }
+  for (size_t i = 0; i + 1 < shape.size(); ++i) strides[i] = of_dim[to.empty() ? i : static_cast<size_t>(to[i])];
+  AtenTensorHandle view = nullptr;
+  check_torch(aoti_torch__reinterpret_tensor(scales, static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                             /*offset_increment=*/0, &view),
+              "reinterpret_tensor");
+  return Tensor(view);
+}
+
 void convert_states(Op op, const std::string& name, OptimizerKind optimizer, const TensorInfo& param,
                     const StateTensors& saved, Format to, const Shard& shard, const StateTensors& made) {
   const std::vector<int64_t> sizes(param.sizes, param.sizes + param.dim);
   const StateCodec codec = stored_codec(op, optimizer, saved, name);
   std::vector<Dense> states, scales;
-  bool same = codec == to.codec;
+  bool same = codec == to.codec, same_order = true;
   for (size_t k = 0; k < saved.states.size(); ++k) {
     states.emplace_back(op, Name{"states", static_cast<int64_t>(k)}, saved.states[k], param.device);
-    same = same && order_of(read_tensor(op, {"states"}, states[k].get())) == order_of(param);
+    same_order = same_order && order_of(read_tensor(op, {"states"}, states[k].get())) == order_of(param);
     if (codec == StateCodec::kFloat32) continue;
     scales.emplace_back(op, Name{"scales", static_cast<int64_t>(k)}, saved.scales[k], param.device);
   }
@@ -97,10 +135,21 @@ void convert_states(Op op, const std::string& name, OptimizerKind optimizer, con
     const bool has_whole_groups = found.row_size % kGroupSize == 0 && layout.row_size % kGroupSize == 0;
     same = same && (found == layout || has_whole_groups);
   }
-  if (same) {
+  // In another order rows of the same elements are the same groups, too: codes and scales move with their elements.
+  TensorList permuted;
+  for (size_t k = 0; same && !same_order && codec != StateCodec::kFloat32 && k < scales.size(); ++k) {
+    permuted.push_back(permuted_scales(sizes, from_order, order_of(param), scales[k].get()));
+    same = !shard.is_set() && permuted.back().has_value();
+  }
+  if (same && (same_order || codec != StateCodec::kFloat32)) {
     for (size_t k = 0; k < states.size(); ++k) {
       check_torch(aoti_torch_copy_(made.states[k], states[k].get(), 0), "copy_");
-      if (codec != StateCodec::kFloat32) copy_elements(made.scales[k], scales[k].get());
+      if (codec == StateCodec::kFloat32) continue;
+      if (same_order) {
+        copy_elements(made.scales[k], scales[k].get());
+      } else {
+        check_torch(aoti_torch_copy_(made.scales[k], permuted[k], 0), "copy_");
+      }
     }
     return;
   }

@@ -2,9 +2,7 @@
 // is lost that could be kept.
 #include <c10/util/Exception.h>
 
-#include <sstream>
-
-#include "tests/libtorch/support.h"
+#include "tests/libtorch/archives.h"
 
 namespace flashoptim_test {
 namespace {
@@ -28,35 +26,10 @@ void cast(const Tensor& param, torch::Dtype dtype) {
   Tensor(param).set_data(param.detach().to(dtype));
 }
 
-void step(flash::FlashOptimizer& optimizer, const std::vector<Tensor>& params, int64_t number) {
-  set_gradients(params, number);
-  optimizer.step();
-}
-
 /// A step whose gradient is 0.
 void rest(flash::FlashOptimizer& optimizer, const Tensor& param) {
   Tensor(param).mutable_grad() = torch::zeros_like(param.detach());
   optimizer.step();
-}
-
-std::vector<Tensor> copies(const std::vector<Tensor>& params) {
-  std::vector<Tensor> result;
-  for (const Tensor& param : params) result.push_back(param.detach().clone().set_requires_grad(true));
-  return result;
-}
-
-std::stringstream saved(const flash::FlashOptimizer& optimizer) {
-  std::stringstream stream;
-  torch::serialize::OutputArchive archive;
-  optimizer.save(archive);
-  archive.save_to(stream);
-  return stream;
-}
-
-void load(flash::FlashOptimizer& optimizer, std::stringstream& stream) {
-  torch::serialize::InputArchive archive;
-  archive.load_from(stream);
-  optimizer.load(archive);
 }
 
 template <class Options>

@@ -176,6 +176,29 @@ TEST(Fp32State, BadStatesSetNothing) {
         return s;
       },
       {"head.weight", "embedding.weight", "tied"});
+  // The last of all names, when the others would have been written already.
+  const std::vector<std::pair<Tensor, std::string>> strange{{torch::zeros({16}).to_sparse(), "sparse"},
+                                                            {torch::empty({16}, torch::kMeta), "without values"},
+                                                            {Tensor(), "undefined"}};
+  for (const auto& [value, part] : strange) {
+    for (const std::string name : {"body.bias", "final_norm.weight"}) {
+      refuse(
+          [&, &bad = value] {
+            auto s = good();
+            s[name] = bad;
+            return s;
+          },
+          {"state[\"" + name + "\"]", part});
+    }
+  }
+  // Several weights at once: all, or none.
+  const Tensor bias = trained.net.body->bias, weight = trained.net.body->weight;
+  expect_error([&] { trained.optimizer->set_fp32_weights({{bias, torch::ones({16})}, {weight, torch::ones({3})}}); },
+               {"set_fp32_weights: weights[1].second has shape [3]", "[16, 16]"});
+  expect_error(
+      [&] { trained.optimizer->set_fp32_weights({{bias, torch::ones({16})}, {parameter({3}, 1), torch::ones({3})}}); },
+      {"set_fp32_weights: weights[1].first", "no parameter of this optimizer"});
+  EXPECT_TRUE(before == Snapshot(*trained.optimizer));
   torch::optim::SGD other(trained.net.parameters(), 0.1);
   expect_error([&] { flash::get_fp32_model_state(trained.net, other); }, {"get_fp32_model_state", "flashoptim"});
 }

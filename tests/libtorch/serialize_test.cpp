@@ -1,35 +1,9 @@
 // torch::save and torch::load: nothing is lost, a resumed run equals the uninterrupted one bit for bit.
-#include <sstream>
-
-#include "tests/libtorch/support.h"
+#include "flashoptim/version.h"
+#include "tests/libtorch/archives.h"
 
 namespace flashoptim_test {
 namespace {
-
-std::vector<Tensor> copies(const std::vector<Tensor>& params) {
-  std::vector<Tensor> result;
-  for (const Tensor& param : params) result.push_back(param.detach().clone().set_requires_grad(true));
-  return result;
-}
-
-std::stringstream saved(const flash::FlashOptimizer& optimizer) {
-  std::stringstream stream;
-  torch::serialize::OutputArchive archive;
-  optimizer.save(archive);
-  archive.save_to(stream);
-  return stream;
-}
-
-void load(flash::FlashOptimizer& optimizer, std::stringstream& stream) {
-  torch::serialize::InputArchive archive;
-  archive.load_from(stream);
-  optimizer.load(archive);
-}
-
-void step(flash::FlashOptimizer& optimizer, const std::vector<Tensor>& params, int64_t number) {
-  set_gradients(params, number);
-  optimizer.step();
-}
 
 TEST(Serialize, ResumedEqualsUninterrupted) {
   for (const NamedOptimizer& named : all_optimizers()) {
@@ -101,10 +75,110 @@ TEST(Serialize, KeepsElementOrderOfChannelsLast) {
   step(optimizer, params, 2);
   step(loaded, other, 2);
   EXPECT_TRUE(Snapshot(optimizer) == Snapshot(loaded));
-  const std::vector<Tensor> contiguous{parameter({16, 20, 5, 5}, 1)};
-  flash::FlashAdamW wrong(contiguous);
-  stream = saved(optimizer);
-  expect_error([&] { load(wrong, stream); }, {"params[0]", "correction", "strides"});
+}
+
+/// An archive of parameters that lie in `from`'s order, loaded for the same weights in `to`'s.
+struct Reordered {
+  Tensor before, after;
+  std::unique_ptr<flash::FlashOptimizer> saved_from, loaded;
+
+  Reordered(const NamedOptimizer& named, const Tensor& weights, const Tensor& from, const Tensor& to)
+      : before(torch::empty_like(from).copy_(weights).set_requires_grad(true)),
+        after(torch::empty_like(to).copy_(weights).set_requires_grad(true)),
+        saved_from(named.make({before})),
+        loaded(named.make({after})) {
+    for (int64_t i = 0; i < 3; ++i) step(*saved_from, {before}, i);
+    {
+      const torch::NoGradGuard no_grad;
+      after.copy_(before);
+    }
+    std::stringstream stream = saved(*saved_from);
+    load(*loaded, stream);
+  }
+};
+
+TEST(Serialize, AnArchiveLoadsIntoAnotherOrderInMemory) {
+  const torch::NoGradGuard no_grad;
+  const Tensor leading = torch::randn({6, 8, 64}), image = torch::randn({16, 20, 5, 5}).to(torch::kBFloat16);
+  const Tensor narrow = leading.to(torch::kBFloat16);
+  for (const NamedOptimizer& named : all_optimizers()) {
+    SCOPED_TRACE(named.name);
+    for (const bool back : {false, true}) {
+      // Rows stay what they were, in another order: the same groups, and the same numbers to the last bit.
+      const Tensor swapped = narrow.transpose(0, 1).contiguous().transpose(0, 1);
+      const Reordered rows(named, narrow, back ? swapped : narrow, back ? narrow : swapped);
+      EXPECT_TRUE(same_bytes(rows.saved_from->fp32_weight(rows.before), rows.loaded->fp32_weight(rows.after)));
+      const auto values = rows.saved_from->decoded_state(rows.before), found = rows.loaded->decoded_state(rows.after);
+      for (const auto& item : values) EXPECT_TRUE(same_bytes(item.value(), found[item.key()])) << item.key();
+      if (const auto* state = rows.loaded->param_state(rows.after); state != nullptr && !state->states.empty()) {
+        EXPECT_EQ(state->states[0].strides(), rows.after.strides()) << "no step has to copy the parameter";
+      }
+      // Groups of other elements: through fp32, and to the nearest codes.
+      const Tensor last = image.contiguous(at::MemoryFormat::ChannelsLast);
+      const Reordered other(named, image, back ? last : image, back ? image : last);
+      EXPECT_TRUE(same_bytes(other.saved_from->fp32_weight(other.before), other.loaded->fp32_weight(other.after)));
+      EXPECT_EQ(other.loaded->param_state(other.after)->step, 3);
+      const auto coarse = other.loaded->decoded_state(other.after);
+      for (const auto& item : other.saved_from->decoded_state(other.before)) {
+        const double error = (coarse[item.key()] - item.value()).norm().item<double>();
+        EXPECT_LE(error, 0.05 * item.value().norm().item<double>()) << item.key();
+      }
+      step(*other.loaded, {other.after}, 4);
+    }
+  }
+}
+
+TEST(Serialize, ArchivesSayTheirFormat) {
+  const Tensor param = parameter({70, 80}, 1);
+  flash::FlashAdamW optimizer(std::vector<Tensor>{param});
+  std::stringstream stream = saved(optimizer);
+  torch::serialize::InputArchive archive;
+  archive.load_from(stream);
+  c10::IValue version;
+  archive.read("state_format_version", version);
+  EXPECT_EQ(version.toInt(), 2);
+  EXPECT_EQ(flashoptim::kStateFormatVersion, 2);
+}
+
+/// tests/data/archives: what commit b9225ff wrote, of state format 1, with weights and decoded states as it saw them.
+template <class Optimizer>
+void expect_loads(const std::string& file) {
+  SCOPED_TRACE(file);
+  torch::serialize::InputArchive archive, optimizer_archive;
+  archive.load_from(std::string(FLASHOPTIM_TEST_DATA "/archives/") + file);
+  std::vector<Tensor> params;
+  const auto read = [&](const std::string& key) {
+    Tensor tensor;
+    archive.read(key, tensor, /*is_buffer=*/true);
+    return tensor;
+  };
+  for (size_t i = 0; i < 6; ++i) params.push_back(read("param" + std::to_string(i)).set_requires_grad(true));
+  Optimizer optimizer(params);
+  archive.read("optimizer", optimizer_archive);
+  optimizer.load(optimizer_archive);
+  for (size_t i = 0; i < params.size(); ++i) {
+    SCOPED_TRACE(i);
+    const std::string number = std::to_string(i);
+    EXPECT_EQ(optimizer.param_state(params[i])->step, 3);
+    EXPECT_TRUE(same_bytes(optimizer.fp32_weight(params[i]), read("weight" + number)));
+    const auto decoded = optimizer.decoded_state(params[i]);
+    EXPECT_FALSE(decoded.is_empty());
+    for (const auto& item : decoded) {
+      const Tensor then = read(item.key() + number);
+      // Where a row was no whole number of groups, groups are others now: through fp32.
+      const bool same_groups = i != 2 && i != 5;
+      const double error = (item.value() - then).norm().template item<double>();
+      EXPECT_TRUE(!same_groups || same_bytes(item.value(), then)) << item.key();
+      EXPECT_LE(error, 0.02 * then.norm().template item<double>()) << item.key();
+    }
+  }
+  step(optimizer, params, 7);
+  for (const Tensor& param : params) EXPECT_TRUE(param.isfinite().all().template item<bool>());
+}
+
+TEST(Serialize, ArchivesOfBeforeChecksumsAndFormat2Load) {
+  expect_loads<flash::FlashAdamW>("adamw_format1.pt");
+  expect_loads<flash::FlashLion>("lion_paper_format1.pt");
 }
 
 TEST(Serialize, BadArchivesChangeNothing) {

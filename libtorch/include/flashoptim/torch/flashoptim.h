@@ -6,6 +6,7 @@
 //   optimizer.step();
 #pragma once
 
+#include "flashoptim/torch/file.h"
 #include "flashoptim/torch/model.h"
 #include "flashoptim/torch/optimizer.h"
 #include "flashoptim/torch/optimizers.h"

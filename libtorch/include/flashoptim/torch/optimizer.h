@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "flashoptim/torch/namespace.h"
@@ -77,7 +78,9 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   void reset_corrections(const std::vector<::torch::Tensor>& params);
 
   /// Everything but the parameters themselves, bit-exactly; before the first step, too. Parameters are told apart by
-  /// their order. load() replaces options and states, or throws and changes nothing.
+  /// their order. load() replaces options and states, or throws c10::Error that names the entry and changes nothing:
+  /// for archives of another optimizer, of other parameters, and for everything that save() does not write or a
+  /// checksum does not bear out. Files on a disk: save_archive() and load_archive() (file.h).
   void save(::torch::serialize::OutputArchive& archive) const override;
   void load(::torch::serialize::InputArchive& archive) override;
 
@@ -97,6 +100,8 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   ::torch::Tensor fp32_weight(const ::torch::Tensor& param) const;
   /// Sets parameter and correction to the nearest of `weight` (any floating dtype, the parameter's shape).
   void set_fp32_weight(const ::torch::Tensor& param, const ::torch::Tensor& weight);
+  /// The same for several pairs of parameter and weight: all of them, or none where one is refused.
+  void set_fp32_weights(const std::vector<std::pair<::torch::Tensor, ::torch::Tensor>>& weights);
   /// Corrections, states and scales that exist, those of 0 elements left out.
   std::vector<::torch::Tensor> state_tensors() const;
   /// Elements of gradients that were NaN or infinite, over all steps of this object. Waits for the device.
@@ -132,6 +137,10 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   Position position_of(const char* function, const ::torch::Tensor& param) const;
   FlashParamState* find_state(const ::torch::Tensor& param) const;
   void reset_correction(const ::torch::Tensor& param);
+  /// What set_fp32_weight() writes, made before anything is written.
+  struct NewWeight;
+  NewWeight new_weight(const std::string& where, const ::torch::Tensor& param, const ::torch::Tensor& weight);
+  void write(NewWeight weight);
 
   OptimizerKind kind_;
   std::unique_ptr<ParamStore> store_;
