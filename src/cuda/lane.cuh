@@ -99,8 +99,8 @@ struct UpdateLane {
     return {kZeros && a.v == 0.0f ? a.v : s, a.guard};
   }
 
-  /// Rules bound a variable by a constant, in either order: usually the variable stays. A bound below 0 is one half of a
-  /// clamp, min(c, max(-c, a)), which is a single comparison.
+  /// Rules bound a variable by a constant, in either order: usually the variable stays. A bound below 0 is one half of
+  /// a clamp, min(c, max(-c, a)), which is a single comparison.
   friend __device__ __forceinline__ UpdateLane max(UpdateLane bound, UpdateLane a) {
     if (a.guard == nullptr) {
       if (bound.guard == nullptr) return core::max(bound.v, a.v);

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,9 @@ from flashoptim_native import _ops
 from helpers import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import optimizer_tables
+_spec = importlib.util.spec_from_file_location("optimizer_tables", ROOT / "tools" / "optimizer_tables.py")
+optimizer_tables = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(optimizer_tables)
 
 
 @pytest.mark.parametrize("name", optimizer_tables.DOCUMENTS)

@@ -90,7 +90,21 @@ def test_items_are_at_most_those_of_torch():
     assert counts[0] <= counts[1]
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+YOUNGER = ("ademamix", "adopt")  # than format 1
+
+
+@pytest.mark.parametrize("kind", YOUNGER)
+def test_a_dict_without_a_description_is_no_younger_optimizers(kind):
+    """AdamW's has ADOPT's names and other meanings."""
+    params = make_params()
+    optimizer = CLASSES[kind](params, **HYPERS[kind])
+    run(optimizer, params, 0, 2)
+    saved = format_1(optimizer)
+    with pytest.raises(ValueError, match=rf"does not say whose it is.*flashoptim_native\.{kind}\.2"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in YOUNGER])
 def test_format_1_loads(kind):
     shapes = [shape for shape in SHAPES if len(shape) < 3]
     params, others = make_params(shapes=shapes), make_params(shapes=shapes)
