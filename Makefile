@@ -7,7 +7,7 @@ help:  ## this list
 demo:  ## train a GPT on real text with FlashAdamW and with torch's fp32 AdamW, and compare (7 minutes)
 	tools/demo.sh
 
-test:  ## check style, build everything and run the tests (under 20 minutes on 2 cores)
+test:  ## check style, build everything and run the tests (half an hour on 2 cores)
 	tools/test.sh
 
 test-all:  ## the tests with the long sweeps too
