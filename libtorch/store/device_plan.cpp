@@ -55,6 +55,16 @@ cuda::StepOptions cuda_options(const StepControls& controls, void* stream) {
   return options;
 }
 
+/// Counts the device's counters up, each once.
+Status count_on_device(const StepControls& controls, Device device, void* stream) {
+  for (auto counter = controls.steps.begin(); counter != controls.steps.end(); ++counter) {
+    if (*counter == nullptr || std::find(controls.steps.begin(), counter, *counter) != counter) continue;
+    const Status status = cuda::advance_step(*counter, controls.found_inf, device.index, stream);
+    if (!status.is_ok()) return status;
+  }
+  return Status::ok();
+}
+
 /// Device memory from torch's allocator, as tensors that nobody sees. Lives as long as the process: captured graphs may
 /// keep a plan's memory beyond the plan.
 class TorchMemory {
@@ -155,6 +165,28 @@ Status DevicePlan::step_some(const int64_t* indices, int64_t count, std::vector<
   return run(indices, count, hypers, controls);
 }
 
+Status DevicePlan::count(std::vector<Hyperparameters>& hypers, const StepControls& controls) {
+#if FLASHOPTIM_HAS_CUDA
+  if (std::holds_alternative<cuda::Plan>(plan_)) {
+    return controls.steps.empty() ? Status::ok() : count_on_device(controls, device_, current_stream(device_));
+  }
+#endif
+  read_lrs(controls, hypers);
+  count_steps(controls, hypers);
+  return Status::ok();
+}
+
+Status DevicePlan::step_counted(const int64_t* indices, int64_t count, std::vector<Hyperparameters>& hypers,
+                                const StepControls& controls) {
+  const auto sets = static_cast<int64_t>(hypers.size());
+#if FLASHOPTIM_HAS_CUDA
+  if (auto* plan = std::get_if<cuda::Plan>(&plan_)) {
+    return plan->step_some(indices, count, hypers.data(), sets, cuda_options(controls, current_stream(device_)));
+  }
+#endif
+  return std::get<Plan>(plan_).step_some(indices, count, hypers.data(), sets, cpu_options(controls));
+}
+
 Status DevicePlan::check_step(const std::vector<Hyperparameters>& hypers, const StepControls& controls) const {
   const auto count = static_cast<int64_t>(hypers.size());
 #if FLASHOPTIM_HAS_CUDA
@@ -174,12 +206,8 @@ Status DevicePlan::run(const int64_t* some, int64_t some_count, std::vector<Hype
     const cuda::StepOptions options = cuda_options(controls, stream);
     if (!controls.steps.empty()) {
       // Counters count up in launches of their own: nothing may be left to refuse after them.
-      const Status status = plan->check_step(hypers.data(), count, options);
-      if (!status.is_ok()) return status;
-    }
-    for (auto counter = controls.steps.begin(); counter != controls.steps.end(); ++counter) {
-      if (*counter == nullptr || std::find(controls.steps.begin(), counter, *counter) != counter) continue;
-      const Status status = cuda::advance_step(*counter, controls.found_inf, device_.index, stream);
+      Status status = plan->check_step(hypers.data(), count, options);
+      if (status.is_ok()) status = count_on_device(controls, device_, stream);
       if (!status.is_ok()) return status;
     }
     if (controls.telemetry != nullptr) {

@@ -47,6 +47,11 @@ class DevicePlan {
   /// The same over some of the tensors alone.
   Status step_some(const int64_t* indices, int64_t count, std::vector<Hyperparameters>& hypers,
                    const StepControls& controls);
+  /// For steps in several calls: counts the step counters of `controls` up, once for all of them.
+  Status count(std::vector<Hyperparameters>& hypers, const StepControls& controls);
+  /// step_some() behind count(), with the same hyperparameters and controls.
+  Status step_counted(const int64_t* indices, int64_t count, std::vector<Hyperparameters>& hypers,
+                      const StepControls& controls);
   /// What step() checks before it changes anything.
   Status check_step(const std::vector<Hyperparameters>& hypers, const StepControls& controls) const;
   /// The CPU has none: kUnsupported.
