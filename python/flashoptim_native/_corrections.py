@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _ops, _parameters, _states
-from ._store import State, Store
+from ._preparation import State
+from ._store import Store
 
 Groups = list[dict[str, Any]]
 
@@ -29,25 +30,25 @@ def reset(store: Store, groups: Groups, state: State, params: Iterable[Tensor]) 
     """
     chosen = list(params)
     for param in chosen:
-        store.index(param, groups)
+        store.records.index(param, groups)
     for param in chosen:
         correction = of(state, param)
         if correction is not None:
             _parameters.plain(correction).zero_()
-            store.remember_dtype(param)
+            store.records.remember_dtype(param)
 
 
 def dtypes(store: Store, groups: Groups) -> dict[int, torch.dtype]:
     """By id of a parameter, the dtype that it had when its correction was made, where that is known."""
-    store.follow(groups)
-    return {id(p): dtype for p, dtype in zip(store.params, store.dtypes) if dtype is not None}
+    store.records.follow(groups)
+    return {id(p): dtype for p, dtype in zip(store.records.params, store.records.dtypes) if dtype is not None}
 
 
 def state_for_new_weights(store: Store, groups: Groups, state: State, param: Tensor) -> dict[str, Any] | None:
     """The state of a parameter that gets new weights, made if there is none; None where they have no correction."""
-    record = store.index(param, groups)
-    store.remember_dtype(param)
-    if store.form(record).master_weights not in _ops.CORRECTION_DTYPES:
+    record = store.records.index(param, groups)
+    store.records.remember_dtype(param)
+    if store.records.form(record).master_weights not in _ops.CORRECTION_DTYPES:
         state.get(param, {}).pop(_states.CORRECTION, None)
         return None
     return store.conforming_state(record, state)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._store import Controls, State
+from ._preparation import State
+from ._store import Controls
 
 
 class GraphCapture:

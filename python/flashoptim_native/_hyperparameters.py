@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _ops, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup, description_key
-from ._store import Store
+from ._records import Records
 
 
 @functools.cache
@@ -48,10 +48,10 @@ class _Read(NamedTuple):
 class Hyperparameters:
     """The operators' numbers of every group of an optimizer."""
 
-    def __init__(self, kind: str, store: Store) -> None:
+    def __init__(self, kind: str, records: Records) -> None:
         self._kind = kind
         self._key = description_key(kind)
-        self._store = store
+        self._records = records
         self._known: list[_Read | None] = []
         #: Of every group: the learning rate that is read on the device; None: the host's, among the numbers.
         self.lrs: list[Tensor | None] = []
@@ -100,7 +100,7 @@ class Hyperparameters:
         can_change = any(_is_mutable(group.get(name)) for name in _options_of(self._kind))
         read = _Read(keys, look, look(group), dict(group[self._key]), can_change, _numbers(self._kind, group), form)
         if known is not None and known.format != form:
-            self._store.forget_group(index)
+            self._records.forget_group(index)
         self._known[index] = read
         return read
 

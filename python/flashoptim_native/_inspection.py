@@ -32,7 +32,7 @@ class Inspection(torch.optim.Optimizer):
         """
         if not isinstance(p, Tensor):
             raise TypeError(f"p is a {type(p).__name__}; allowed is a parameter of this optimizer")
-        self._store.index(p, self.param_groups)
+        self._store.records.index(p, self.param_groups)
         state = self.state.get(p, {})
         slots = _states.slots_in(self.kind, state)
         local = _parameters.local(p)

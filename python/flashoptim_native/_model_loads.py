@@ -174,7 +174,7 @@ def _settle(owned: Sequence[tuple[Any, Tensor, Tensor]], before: Sequence[int]) 
         if old != new:
             changed[id(optimizer)] = optimizer
             if not optimizer._stepper.loads.settle(param, correction, old, new):
-                optimizer._store.remember_dtype(param)
+                optimizer._store.records.remember_dtype(param)
     for optimizer in changed.values():
         optimizer.recompute_param_stats()
 

@@ -169,6 +169,20 @@ def _device_of(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) ->
     return torch.device("cpu") if first is None else _parameters.plain(first).device
 
 
+def check_owned(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
+    """ValueError unless every entry of ``state`` is a dict of a parameter of ``groups``."""
+    owned = {id(param) for group in groups for param in group["params"]}
+    for key, held in state.items():
+        if id(key) not in owned:
+            what = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+            raise ValueError(
+                f"optimizer.state holds an entry of {what}, which is in no group: nothing could load it; delete it "
+                "(del optimizer.state[...]), or add the parameter to a group"
+            )
+        if not isinstance(held, Mapping):
+            raise ValueError(f"optimizer.state holds a {type(held).__name__} for a parameter; allowed is a dict")
+
+
 def shown(
     kind: str,
     groups: Sequence[Mapping[str, Any]],

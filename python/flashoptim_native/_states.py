@@ -54,6 +54,13 @@ def format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
     return Format(master_weights, codec, has_momentum(group))
 
 
+def loses_small_updates(group: Mapping[str, Any]) -> bool:
+    """Whether a group keeps 16-bit parameters without anything below them, rounded to nearest."""
+    if group["master_weight_bits"] is not None or group["stochastic_rounding"]:
+        return False
+    return any(param.dtype != torch.float32 for param in group["params"])
+
+
 def slots_of(kind: str, form: Format) -> tuple[str, ...]:
     """Names of a parameter's slots."""
     return _ops.state_names(kind, form.has_momentum)

@@ -12,8 +12,10 @@ from . import _collectives, _parameters, _states, _validate
 from ._graph_capture import GraphCapture
 from ._hyperparameters import Hyperparameters
 from ._model_loads import WeightLoads
+from ._preparation import State
 from ._scaling import Scaling
-from ._store import Controls, State, Store, is_capturing
+from ._store import Controls, Store
+from ._tracing import is_capturing
 from .numerics import NumericsMonitor
 
 
@@ -30,7 +32,8 @@ class Stepper:
         """``before``: the optimizer's stepper so far, which others may be waiting for or have captured in a graph."""
         self.kind = kind
         self.store: Store = Store(kind, None if before is None else before.store.lock)
-        self.hyperparameters = Hyperparameters(kind, self.store)
+        self.records = self.store.records
+        self.hyperparameters = Hyperparameters(kind, self.records)
         self.monitor = NumericsMonitor()
         self.graphs: GraphCapture = GraphCapture() if before is None else before.graphs
         self.loads = WeightLoads()
@@ -42,10 +45,10 @@ class Stepper:
 
     def remember(self, groups: list[Any], state: State) -> None:
         """Corrections in ``state`` belong to the parameters of ``groups`` as they are."""
-        self.store.follow(groups)
+        self.records.follow(groups)
         for param, held in state.items():
             if isinstance(param, Tensor) and isinstance(held, dict) and _states.CORRECTION in held:
-                self.store.remember_dtype(param)
+                self.records.remember_dtype(param)
 
     def step(
         self,
@@ -66,10 +69,10 @@ class Stepper:
         if all(param.grad is None for group in groups for param in group["params"]):
             self.clip = None  # gradient release has stepped, or there was nothing to step
             return
-        store = self.store
-        store.follow(groups)
-        found_inf = _found_anywhere(store.params, found_inf)
-        scaling = Scaling.of(grad_scale, found_inf, self.clip, store.is_on_cuda())
+        records = self.records
+        records.follow(groups)
+        found_inf = _found_anywhere(records.params, found_inf)
+        scaling = Scaling.of(grad_scale, found_inf, self.clip, records.is_on_cuda())
         if scaling is None:  # the gradients overflowed: nothing changes
             self.clip = None
             return
@@ -77,11 +80,11 @@ class Stepper:
         if capturing:
             self.graphs.check(groups)
         if self._check_numerics:
-            self._check_learning_rates(dict(enumerate(hypers)), range(len(store.params)))
+            self._check_learning_rates(dict(enumerate(hypers)), range(len(records.params)))
         lrs = self.hyperparameters.lrs_on_device()
         # Where the host cannot know how many steps were taken, or a graph replays them, the device counts.
         counts_on_device = scaling.found_inf is not None or lrs is not None
-        store.step(
+        self.store.step(
             state,
             hypers,
             lrs,
@@ -90,7 +93,7 @@ class Stepper:
             self._telemetry_stride(),
             counts_on_device or any(group["capturable"] for group in groups),
         )
-        self.loads.forget(param for param in store.params if param.grad is not None)
+        self.loads.forget(param for param in records.params if param.grad is not None)
         if capturing:
             self.graphs.keep_step(state, self._controls(scaling), self.hyperparameters.lrs)
         self.clip = None
@@ -104,19 +107,19 @@ class Stepper:
         found_inf: Tensor | None,
     ) -> None:
         """One step of one parameter, if it has a gradient."""
-        store = self.store
-        record = store.index(param, groups)
-        index = store.group_of(record)
+        records = self.records
+        record = records.index(param, groups)
+        index = records.group_of(record)
         hypers = self.hyperparameters.read_group(groups, index)
         if param.grad is None:
             return
-        scaling = Scaling.of(grad_scale, _found_anywhere([param], found_inf), self.clip, store.is_on_cuda())
+        scaling = Scaling.of(grad_scale, _found_anywhere([param], found_inf), self.clip, records.is_on_cuda())
         if scaling is None:
             return
         if self._check_numerics:
             self._check_learning_rates({index: hypers}, [record])
         lr = self.hyperparameters.lrs[index]
-        store.step_one(
+        self.store.step_one(
             record,
             state,
             hypers,
@@ -139,7 +142,7 @@ class Stepper:
         if max_norm == 0.0:
             raise ValueError("max_norm = 0.0 is not allowed; allowed is a finite number > 0")
         self.hyperparameters.read(groups)
-        self.store.follow(groups)
+        self.records.follow(groups)
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         kinds = {
             (p.device, _parameters.has_momentum(group))
@@ -193,7 +196,7 @@ class Stepper:
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         if not params or not _collectives.are_zero(params):
             return False
-        self.store.follow(groups)
+        self.records.follow(groups)
         self.store.make_states(state, params)
         self.clip = None
         return True
@@ -202,52 +205,52 @@ class Stepper:
 
     def _controls(self, scaling: Scaling) -> list[Controls]:
         """One entry a plan."""
-        store = self.store
+        records = self.records
         if scaling.has_no_tensors() and not self._check_numerics:
             generation, known = self._no_controls
-            if generation != store.generation:
-                counters = [self.monitor.counter(store.device(plan)) for plan in range(len(store.plans))]
+            if generation != records.generation:
+                counters = [self.monitor.counter(records.device(plan)) for plan in range(len(records.plans))]
                 known = [(counter, None, None, None, None) for counter in counters]
-                self._no_controls = (store.generation, known)
+                self._no_controls = (records.generation, known)
             return known
         result: list[Controls] = []
-        for plan, records in enumerate(store.plans):
-            device = store.device(plan)
+        for plan, members in enumerate(records.plans):
+            device = records.device(plan)
             telemetry = None
             if self._check_numerics:
-                telemetry = self.monitor.table((store.generation, plan), store.names(records), device)
+                telemetry = self.monitor.table((records.generation, plan), records.names(members), device)
             result.append((self.monitor.counter(device), *scaling.on(device), telemetry))
         return result
 
     def _controls_of_one(self, record: int, scaling: Scaling) -> Controls:
-        store = self.store
-        device = _parameters.plain(store.params[record]).device
+        records = self.records
+        device = _parameters.plain(records.params[record]).device
         telemetry = None
         if self._check_numerics:
-            plan = store.plan_of(record)
-            key = (store.generation, -1 - record) if plan is None else (store.generation, plan)
-            records = [record] if plan is None else store.plans[plan]
-            telemetry = self.monitor.table(key, store.names(records), device)
+            plan = records.plan_of(record)
+            key = (records.generation, -1 - record) if plan is None else (records.generation, plan)
+            members = [record] if plan is None else records.plans[plan]
+            telemetry = self.monitor.table(key, records.names(members), device)
         return (self.monitor.counter(device), *scaling.on(device), telemetry)
 
     def _telemetry_stride(self) -> int:
         if not self._check_numerics:
             return 0
         generation, stride = self._known_stride
-        if generation != self.store.generation:
-            stride = self.monitor.stride(self.store.params)
-            self._known_stride = (self.store.generation, stride)
+        if generation != self.records.generation:
+            stride = self.monitor.stride(self.records.params)
+            self._known_stride = (self.records.generation, stride)
         return stride
 
-    def _check_learning_rates(self, hypers: Mapping[int, list[float]], records: Iterable[int]) -> None:
-        store = self.store
-        for record in records:
-            group, param = store.group_of(record), store.params[record]
+    def _check_learning_rates(self, hypers: Mapping[int, list[float]], chosen: Iterable[int]) -> None:
+        records = self.records
+        for record in chosen:
+            group, param = records.group_of(record), records.params[record]
             if param.grad is None:
                 continue
             lr = self.hyperparameters.lrs[group]
             value = hypers[group][0] if lr is None else float(lr)
-            self.monitor.check_learning_rate(self.kind, param, store.name(record), store.form(record), value)
+            self.monitor.check_learning_rate(self.kind, param, records.name(record), records.form(record), value)
 
 
 def _found_anywhere(params: Sequence[Tensor], found_inf: Tensor | None) -> Tensor | None:

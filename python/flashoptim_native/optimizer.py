@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,16 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
-from torch.optim import optimizer as torch_optimizer
 from typing_extensions import Unpack
 
-from . import _checksums, _load_checks, _model_loads, _parameters, _state_dict, _validate
+from . import _checksums, _load_checks, _model_loads, _parameters, _state_dict, _states, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._inspection import Inspection
 from ._policy import Policy
+from ._profiling import profile_hook_step
 from ._stepper import Stepper
-from ._store import outside_compile
+from ._tracing import outside_compile
 from .arguments import MoreArguments, check_torch_arguments, python_value
 
 
@@ -97,7 +95,12 @@ class FlashOptimizer(Inspection):
         super().__init__(params, defaults)
         for pattern in () if self._policy is None else self._policy.patterns.keys() - self._policy.matched:
             warnings.warn(f"policy: {pattern!r} matches no parameter", stacklevel=3)
-        self._warn_of_lost_precision()
+        if any(_states.loses_small_updates(group) for group in self.param_groups):
+            warnings.warn(
+                "master_weight_bits=None with 16-bit parameters keeps no bits below the parameters' own, and rounds to "
+                "nearest: small updates are lost. Use master_weight_bits=24, or stochastic_rounding=True",
+                stacklevel=3,
+            )
 
     def _reset(self) -> None:
         # Captured CUDA graphs go on writing to what they were captured with.
@@ -108,41 +111,7 @@ class FlashOptimizer(Inspection):
     def _new_stepper(self) -> Stepper:
         return Stepper(self.kind, self._check_numerics, vars(self).get("_stepper"))
 
-    def _warn_of_lost_precision(self) -> None:
-        for group in self.param_groups:
-            is_narrow = any(p.dtype != torch.float32 for p in group["params"])
-            if is_narrow and group["master_weight_bits"] is None and not group["stochastic_rounding"]:
-                warnings.warn(
-                    "master_weight_bits=None with 16-bit parameters keeps no bits below the parameters' own, and "
-                    "rounds to nearest: small updates are lost. Use master_weight_bits=24, or stochastic_rounding=True",
-                    stacklevel=4,
-                )
-                return
-
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """torch.optim.Optimizer's wrapper of step(), left out where there is neither a profiler nor a hook to see it.
-
-        It costs 5 us, on a slow host 50.
-        """
-        hooked: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(func)
-        if any(not hasattr(place, name) for place, name in _seen_by_wrapper):
-            return hooked  # a torch that keeps them elsewhere
-
-        @functools.wraps(func)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self = args[0]
-            if (
-                profiler._is_profiler_enabled
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or torch_optimizer._global_optimizer_pre_hooks
-                or torch_optimizer._global_optimizer_post_hooks
-            ):
-                return hooked(*args, **kwargs)
-            return func(*args, **kwargs)
-
-        return step
+    profile_hook_step = staticmethod(profile_hook_step)  # torch.optim.Optimizer wraps step() in it
 
     # Groups
 
@@ -266,9 +235,9 @@ class FlashOptimizer(Inspection):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         with self._store.lock:
-            self._check_state_has_parameters()
+            _state_dict.check_owned(self.param_groups, self.state)
             result = _state_dict.shown(
-                self.kind, self.param_groups, self.state, self._store.dtype_of, self._compress_state_dict
+                self.kind, self.param_groups, self.state, self._store.records.dtype_of, self._compress_state_dict
             )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, result)
@@ -277,18 +246,6 @@ class FlashOptimizer(Inspection):
         if self._optimizer_state_dict_post_hooks:
             _checksums.renew(result)
         return result
-
-    def _check_state_has_parameters(self) -> None:
-        owned = {id(param) for group in self.param_groups for param in group["params"]}
-        for key, held in self.state.items():
-            if id(key) not in owned:
-                what = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-                raise ValueError(
-                    f"optimizer.state holds an entry of {what}, which is in no group: nothing could load it; delete it "
-                    "(del optimizer.state[...]), or add the parameter to a group"
-                )
-            if not isinstance(held, Mapping):
-                raise ValueError(f"optimizer.state holds a {type(held).__name__} for a parameter; allowed is a dict")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], verify: bool = True) -> None:
         """Loads what state_dict() gave: this optimizer's, its plain PyTorch counterpart's, or one with other formats.
@@ -355,9 +312,4 @@ class FlashOptimizer(Inspection):
         self._stepper.remember(self.param_groups, self.state)
 
 
-_seen_by_wrapper = (
-    (profiler, "_is_profiler_enabled"),
-    (torch_optimizer, "_global_optimizer_pre_hooks"),
-    (torch_optimizer, "_global_optimizer_post_hooks"),
-)
 __all__ = ["FORMAT_OPTIONS", "FlashOptimizer"]

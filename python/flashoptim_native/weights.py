@@ -263,8 +263,8 @@ def _states_for_new_weights(owned: Sequence[tuple[Any, Tensor]]) -> dict[int, di
     states: dict[int, dict[str, Any] | None] = {}
     try:
         for optimizer, param in owned:
-            store, held = optimizer._store, optimizer.state.get(param)
-            dtype = store.dtype_of(param)
+            records, held = optimizer._store.records, optimizer.state.get(param)
+            dtype = records.dtype_of(param)
             values = None if dtype == param.dtype else param.detach().clone()
             before.append((optimizer, param, held, dict(held) if isinstance(held, dict) else None, dtype, values))
             states[id(param)] = optimizer._state_with_correction(param)
@@ -278,7 +278,7 @@ def _states_for_new_weights(owned: Sequence[tuple[Any, Tensor]]) -> dict[int, di
                 optimizer.state[param] = held
             if values is not None:
                 param.detach().copy_(values)
-            optimizer._store.remember_dtype(param, dtype)
+            optimizer._store.records.remember_dtype(param, dtype)
         raise
     return states
 

@@ -71,10 +71,10 @@ def measure_parts(count, *shape):
 
     def looked_at():
         # A scale that is no number is refused behind the look at all tensors, before anything is changed.
-        store = optimizer._store
-        controls = [(None,) * 5] * len(store.plans)
+        records = optimizer._store.records
+        controls = [(None,) * 5] * len(records.plans)
         try:
-            _ops.store.step(store._handle, state, None, False, [], None, controls, float("nan"), 1)
+            _ops.store.step(records.handle, state, None, False, [], None, controls, float("nan"), 1)
         except RuntimeError:
             return
         raise AssertionError("the step was taken")

@@ -77,7 +77,7 @@ def test_several_groups_and_dtypes_share_the_step():
         both.append((params, flashoptim_native.FlashAdamW(groups, lr=1e-3, min_quantized_numel=64)))
     run_both(*both, 0, 5)
     assert_same_bits(*both)
-    assert len(both[1][1]._store.plans) == 1
+    assert len(both[1][1]._store.records.plans) == 1
 
 
 def test_sgd_groups_with_and_without_momentum():

@@ -382,4 +382,4 @@ def test_a_parameter_sits_out_a_step():
             take_step(optimizer, params, one_by_one=optimizer is b[1])
     assert_same_bits(a, b)
     assert [a[1].state[p]["step"] for p in a[0][:2]] == [4, 6]
-    assert len(a[1]._store.plans) == 1
+    assert len(a[1]._store.records.plans) == 1

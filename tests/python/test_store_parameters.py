@@ -73,7 +73,7 @@ def test_one_odd_parameter_beside_fifty(what, one_by_one, monkeypatch):
     described = []
     describe = flashoptim_native._ops.store.describe
     monkeypatch.setattr(flashoptim_native._ops.store, "describe", lambda *a: (described.append(a[1]), describe(*a))[1])
-    generation = optimizer._store.generation
+    generation = optimizer._store.records.generation
     for step in range(2, 6):
         for tensors in (params, plain[0]):
             set_grads(tensors, step)
@@ -90,8 +90,8 @@ def test_one_odd_parameter_beside_fifty(what, one_by_one, monkeypatch):
         assert_same_bits((params, optimizer), plain)
     assert set(described) <= {len(params) - 1}
     if "precision" not in what and "sign" not in what:  # another dtype of gradient is another plan
-        assert optimizer._store.generation == generation
-    assert len(optimizer._store.plans) == 1
+        assert optimizer._store.records.generation == generation
+    assert len(optimizer._store.records.plans) == 1
 
 
 @pytest.mark.parametrize("kind", list(CLASSES))

@@ -230,15 +230,15 @@ def test_two_numbers_of_states_are_two_plans():
             set_grads(params, step)
             take_step(optimizer, params, one_by_one=optimizer is b[1])
     assert_same_bits(a, b)
-    assert sorted(map(sorted, a[1]._store.plans)) == [[0, 1], [2]]
+    assert sorted(map(sorted, a[1]._store.records.plans)) == [[0, 1], [2]]
 
 
 def test_counts_that_are_the_same_number_change_nothing():
     params, optimizer = make(steps=300, shapes=[(64, 64), (0,), (3, 0), ()])
-    generation = optimizer._store.generation
+    generation = optimizer._store.records.generation
     optimizer.state[params[0]]["step"] = int("300")
     run(optimizer, params, 0, 1)
-    assert optimizer._store.generation == generation
+    assert optimizer._store.records.generation == generation
     assert [optimizer.state[p]["step"] for p in params] == [301] * 4
 
 
