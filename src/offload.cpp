@@ -278,6 +278,10 @@ Status OffloadRing::synchronize() {
   return status;
 }
 
+void OffloadRing::drop_all() {
+  for (int64_t u = 0; u < units(); ++u) drop(u);
+}
+
 void OffloadRing::drop(int64_t number) {
   Unit& unit = units_[static_cast<size_t>(number)];
   if (unit.slot < 0 || number == open_) return;

@@ -90,6 +90,7 @@ class OffloadRing {
   /// The host's memory of a unit was written by others: a copy on the device is no longer it. (What has been stepped
   /// and is not home yet is lost: synchronize() before writing.)
   void drop(int64_t unit);
+  void drop_all();
 
   int64_t units() const { return static_cast<int64_t>(units_.size()); }
   const OffloadCounts& counts() const { return counts_; }

@@ -8,6 +8,7 @@
 
 #include "libtorch/ops/boxed.h"
 #include "libtorch/ops/checks.h"
+#include "libtorch/store/host_memory.h"
 #include "libtorch/store/store.h"
 
 namespace flashoptim::ops {
@@ -216,8 +217,8 @@ constexpr const char* kNewStatesSchema =
     "new_states(str optimizer, Tensor[] params, int[] has_momentum, int[] master_weights, int[] codecs, int[] places) "
     "-> Tensor[]";
 
-void new_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
-  const Op op{"new_states"};
+/// The arrays that new_states' arguments ask for, and the parameters' device.
+std::vector<store::ArraySpec> wanted_arrays(Op op, StableIValue* stack, Device* device) {
   const std::string name = take_string(stack[0]);
   const TensorList params = take_tensors(stack[1]);
   const std::vector<int64_t> has_momentum = take_ints(stack[2]), master_weights = take_ints(stack[3]),
@@ -228,12 +229,11 @@ void new_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
   check_count(op, "codecs", codecs.size(), params.size());
   if (!places.empty()) check_count(op, "places", places.size(), static_cast<size_t>(kPlaceNumbers) * params.size());
   std::vector<store::ArraySpec> specs;
-  Device device;
   for (size_t i = 0; i < params.size(); ++i) {
     const auto index = static_cast<int64_t>(i);
     const TensorInfo info = read_tensor(op, {"params", index}, params[i]);
-    if (i == 0) device = info.device;
-    check_device(op, {"params", index}, info.device, {"params", 0}, device);
+    if (i == 0) *device = info.device;
+    check_device(op, {"params", index}, info.device, {"params", 0}, *device);
     const store::Format format{parse_master_weights(op, Name{"master_weights", index}.str(), master_weights[i]),
                                parse_state_codec(op, Name{"codecs", index}.str(), codecs[i])};
     store::Shard shard;
@@ -246,8 +246,33 @@ void new_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
                          store::storage_order(info.sizes, info.strides, info.dim), shard);
     specs.insert(specs.end(), arrays.begin(), arrays.end());
   }
+  return specs;
+}
+
+void new_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"new_states"};
+  Device device;
+  const std::vector<store::ArraySpec> specs = wanted_arrays(op, stack, &device);
   stack[0] = give_tensors(store::new_arrays(op, specs, device));
 }
+
+// The same on the host, for offloaded states: in one stretch of memory, pinned where asked (store::host_arrays).
+constexpr const char* kHostStatesSchema =
+    "host_states(str optimizer, Tensor[] params, int[] has_momentum, int[] master_weights, int[] codecs, int[] places, "
+    "bool pin) -> Tensor[]";
+
+void host_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"host_states"};
+  Device device;
+  const bool pin = take_bool(stack[6]);
+  const std::vector<store::ArraySpec> specs = wanted_arrays(op, stack, &device);
+  stack[0] = give_tensors(store::host_arrays(op, specs, device, pin));
+}
+
+constexpr const char* kHostMemorySchema = "host_memory() -> int";
+
+/// Bytes of memory for offloaded states that the process has.
+void host_memory_kernel(StableIValue* stack, uint64_t, uint64_t) { stack[0] = give_int(store::host_memory_held()); }
 
 /// states ... correction of fit_state and convert_state, taken off the stack.
 struct StoredArguments {
@@ -267,7 +292,7 @@ struct StoredArguments {
 // belongs to, 0: the parameter's own. name: the parameter's, for messages.
 constexpr const char* kFitSchema =
     "fit_state(str optimizer, bool has_momentum, Tensor param, Tensor[] states, Tensor[] scales, Tensor? correction, "
-    "int correction_of, int master_weights, int codec, int[] place, str name) -> int";
+    "int correction_of, int master_weights, int codec, int[] place, str name, bool on_host) -> int";
 
 void fit_kernel(StableIValue* stack, uint64_t, uint64_t) {
   const Op op{"fit_state"};
@@ -279,8 +304,9 @@ void fit_kernel(StableIValue* stack, uint64_t, uint64_t) {
                              parse_state_codec(op, "codec", take_int(stack[8]))};
   const store::Shard shard = parse_shard(op, take_ints(stack[9]));
   const std::string name = take_string(stack[10]);
-  stack[0] = give_int(
-      static_cast<int64_t>(store::fit(optimizer, has_momentum, param, arguments.stored(), format, shard, name)));
+  const bool on_host = take_bool(stack[11]);
+  stack[0] = give_int(static_cast<int64_t>(
+      store::fit(optimizer, has_momentum, param, arguments.stored(), format, shard, name, on_host)));
 }
 
 // The arrays of a state in another format (store::convert): the arrays, the parameter's new values (one tensor, or
@@ -419,6 +445,8 @@ STABLE_TORCH_LIBRARY(flashoptim, m) {
                              kFormatSchema,
                              kArrayNamesSchema,
                              kNewStatesSchema,
+                             kHostStatesSchema,
+                             kHostMemorySchema,
                              kPlaceOfBoxSchema,
                              kScaleSizesSchema,
                              kFitSchema,
@@ -446,6 +474,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("format_of", format_kernel);
   m.impl("array_names", array_names_kernel);
   m.impl("new_states", new_states_kernel);
+  m.impl("host_states", host_states_kernel);
+  m.impl("host_memory", host_memory_kernel);
   m.impl("place_of_box", place_of_box_kernel);
   m.impl("scale_sizes", scale_sizes_kernel);
   m.impl("fit_state", fit_kernel);

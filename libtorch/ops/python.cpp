@@ -74,7 +74,7 @@ store::Shard to_shard(Op op, PyObject* tuple) {
 }
 
 /// describe(store, index: int, name: str, group: int, master_weights: int, codec: int, has_momentum: int,
-///          gradient_dtype: int, place: tuple | None, param: Tensor, is_copy: int, state: dict)
+///          gradient_dtype: int, place: tuple | None, param: Tensor, is_copy: int, state: dict, is_offloaded: int)
 PyObject* describe(Arguments a) {
   const Op op{"describe"};
   PythonStore& store = PythonStore::of(a[0]);
@@ -87,6 +87,7 @@ PyObject* describe(Arguments a) {
   options.gradient_dtype = static_cast<DType>(to_int(a[7]));
   options.shard = to_shard(op, a[8]);
   options.is_copy = to_int(a[10]) != 0;
+  options.is_offloaded = to_int(a[12]) != 0;
   store.describe(op, to_int(a[1]), to_string(a[2]), options, a[9], a[11]);
   return none();
 }
@@ -157,7 +158,7 @@ PyObject* step(Arguments a) {
   const Op op{"step"};
   PythonStore& store = PythonStore::of(a[0]);
   const auto lock = store.lock();
-  const PythonStore::Step step = store.look(a[1], a[2], to_int(a[3]) != 0);
+  PythonStore::Step step = store.look(a[1], a[2], to_int(a[3]) != 0);
   if (!step.needs.empty()) return to_list(step.needs);
   if (step.stepped.empty()) return PyLong_FromLongLong(0);
   const double grad_scale = PyFloat_AsDouble(a[7]);
@@ -183,10 +184,20 @@ PyObject* step(Arguments a) {
     groups.push_back(to_group(op, store, PyList_GetItem(a[4], at), lr, devices[g]));
   }
   if (PyErr_Occurred() != nullptr) throw PythonError();
-  run(store.has_cpu_plan(), [&] { store.store().step(op, groups, controls); });
-  store.copy_back(step, a[2]);
-  store.count(step);
-  store.bump_versions(step.stepped);
+  const auto conclude = [&] {
+    store.copy_back(step, a[2]);
+    store.count(step);
+    store.bump_versions(step.stepped);
+  };
+  try {
+    run(store.has_cpu_plan(), [&] { store.store().step(op, groups, controls); });
+  } catch (const std::exception&) {
+    // Offloaded states are stepped one behind the other: those before the failure have been, and are counted so.
+    store.keep_stepped(&step);
+    if (!step.stepped.empty()) conclude();
+    throw;
+  }
+  conclude();
   return PyLong_FromLongLong(static_cast<long long>(step.stepped.size()));
 }
 
@@ -202,16 +213,24 @@ PyObject* step_one(Arguments a) {
   if (!store.look_at(index, a[2], a[3], &one)) return PyLong_FromLongLong(0);
   if (store.store().wants_plan(index)) return PyLong_FromLongLong(-1);
   const store::Record& record = store.store().record(index);
+  const auto conclude = [&] {
+    if (!is_none(a[3])) store.copy_back(index, a[3]);
+    store.count_one(index, a[2], one.count);
+    store.bump_versions({index});
+  };
   if (record.backend() != Backend::kMeta) {
     const store::GroupHyperparameters group = to_group(op, store, a[4], a[5], record.device());
     const store::Controls controls =
         to_controls(op, a[6], record.device(), store.store().plan_size(index), PyFloat_AsDouble(a[7]), to_int(a[8]));
-    run(record.backend() == Backend::kCpu,
-        [&] { store.store().step_one(op, index, one.gradient, one.count, group, controls); });
+    try {
+      run(record.backend() == Backend::kCpu,
+          [&] { store.store().step_one(op, index, one.gradient, one.count, group, controls); });
+    } catch (const std::exception&) {
+      if (!store.store().stepped().empty()) conclude();  // what failed came behind the step
+      throw;
+    }
   }
-  if (!is_none(a[3])) store.copy_back(index, a[3]);
-  store.count_one(index, a[2], one.count);
-  store.bump_versions({index});
+  conclude();
   return PyLong_FromLongLong(1);
 }
 
@@ -314,14 +333,47 @@ PyObject* bump_version(Arguments a) {
 /// steps(store) -> int: how many calls of step and step_one have stepped.
 PyObject* steps(Arguments a) { return PyLong_FromLongLong(PythonStore::of(a[0]).steps()); }
 
+/// set_ring(store, slot_bytes: int, slots: int, is_simulated: int): what offloaded states stream through from the next
+/// plan on.
+PyObject* set_ring(Arguments a) {
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  store.store().set_ring({to_int(a[1]), to_int(a[2]), to_int(a[3]) != 0});
+  return none();
+}
+
+/// flush(store): a pass over offloaded states is over.
+PyObject* flush(Arguments a) {
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  store.store().flush({"flush"});
+  return none();
+}
+
+/// synchronize(store): waits until every offloaded state is home.
+PyObject* synchronize(Arguments a) {
+  PythonStore& store = PythonStore::of(a[0]);
+  const auto lock = store.lock();
+  run(/*on_cpu=*/true, [&] { store.store().synchronize({"synchronize"}); });
+  return none();
+}
+
+/// copied(store) -> list[int]: bytes up and down, copies up and down, units found on the device and not, so far.
+PyObject* copied(Arguments a) {
+  const OffloadCounts counts = PythonStore::of(a[0]).store().offload_counts();
+  return to_list({counts.up_bytes, counts.down_bytes, counts.up_copies, counts.down_copies, counts.prefetched,
+                  counts.fetched});
+}
+
 #define FLASHOPTIM_FUNCTION(name, count) {#name, reinterpret_cast<void*>(&guarded<count, name>), kPyFastCall, nullptr}
 PyMethod g_functions[] = {
     FLASHOPTIM_FUNCTION(new_store, 1),    FLASHOPTIM_FUNCTION(reset, 2),         FLASHOPTIM_FUNCTION(forget, 2),
-    FLASHOPTIM_FUNCTION(describe, 12),    FLASHOPTIM_FUNCTION(plan, 1),          FLASHOPTIM_FUNCTION(step, 9),
+    FLASHOPTIM_FUNCTION(describe, 13),    FLASHOPTIM_FUNCTION(plan, 1),          FLASHOPTIM_FUNCTION(step, 9),
     FLASHOPTIM_FUNCTION(step_one, 9),     FLASHOPTIM_FUNCTION(gradient_norm, 7), FLASHOPTIM_FUNCTION(same_objects, 2),
     FLASHOPTIM_FUNCTION(wrap, 1),         FLASHOPTIM_FUNCTION(plain, 1),         FLASHOPTIM_FUNCTION(steps, 1),
     FLASHOPTIM_FUNCTION(versions, 1),     FLASHOPTIM_FUNCTION(find_layout, 1),   FLASHOPTIM_FUNCTION(looks_same, 2),
-    FLASHOPTIM_FUNCTION(bump_version, 1),
+    FLASHOPTIM_FUNCTION(bump_version, 1), FLASHOPTIM_FUNCTION(set_ring, 4),      FLASHOPTIM_FUNCTION(flush, 1),
+    FLASHOPTIM_FUNCTION(synchronize, 1),  FLASHOPTIM_FUNCTION(copied, 1),
 };
 #undef FLASHOPTIM_FUNCTION
 

@@ -237,7 +237,25 @@ bool PythonStore::is_current(int64_t index, PyObject* state, store::StepCount* c
     if (!same) return false;
     if (implementation != nullptr) trace.remember(implementation, &shapes_);
   }
+  if (at == entries->size() && record.options().is_offloaded) look_at_versions(index, state);
   return at == entries->size();
+}
+
+void PythonStore::look_at_versions(int64_t index, PyObject* state) {
+  static PyObject* const name = Reference(PyUnicode_InternFromString("_version")).release();
+  int64_t versions = 0;
+  PyObject *key = nullptr, *value = nullptr;
+  PySsize position = 0;
+  for (const Entry& entry : *entries_[static_cast<size_t>(index)]) {
+    if (PyDict_Next(state, &position, &key, &value) == 0) return;
+    if (entry.kind == EntryKind::kOther || entry.kind == EntryKind::kStep) continue;
+    const LocalTensor local(value);
+    const Reference version(PyObject_GetAttr(local.has_value() ? local.object() : value, name));
+    versions += PyLong_AsLongLong(version.get());
+  }
+  int64_t& known = traces_[static_cast<size_t>(index)].versions;
+  if (known >= 0 && known != versions) store_.drop(index);
+  known = versions;
 }
 
 bool PythonStore::has_cpu_plan() const {
@@ -456,6 +474,20 @@ void PythonStore::set_count(int64_t index, PyObject* state, PyObject* value) {
     if (PyDict_SetItem(state, entry.key.get(), value) != 0) throw PythonError();
     return;
   }
+}
+
+void PythonStore::keep_stepped(Step* step) const {
+  std::vector<bool> is_stepped(static_cast<size_t>(size()));
+  for (const int64_t index : store_.stepped()) is_stepped[static_cast<size_t>(index)] = true;
+  Step kept;
+  for (size_t i = 0; i < step->stepped.size(); ++i) {
+    if (!is_stepped[static_cast<size_t>(step->stepped[i])]) continue;
+    kept.stepped.push_back(step->stepped[i]);
+    kept.states.push_back(step->states[i]);
+    kept.counts.push_back(step->counts[i]);
+  }
+  kept.held = std::move(step->held);
+  *step = std::move(kept);
 }
 
 void PythonStore::count(const Step& step) {

@@ -65,6 +65,8 @@ class PythonStore {
   /// Copies a staged parameter, the first of `pair` (null: none), back to where it belongs.
   void copy_back(int64_t index, PyObject* pair);
   void copy_back(const Step& step, PyObject* staged);
+  /// Leaves those in a step that the store has stepped: one that failed on the way, over offloaded states.
+  void keep_stepped(Step* step) const;
   /// Sets the host's step counts in the dicts of what was stepped.
   void count(const Step& step);
   void count_one(int64_t index, PyObject* state, store::StepCount count);
@@ -89,12 +91,15 @@ class PythonStore {
   struct Traces {
     Trace param, gradient;
     std::vector<Trace> state;  // one an entry
+    int64_t versions = -1;     // of the state's tensors, together: of offloaded ones
   };
   enum class InPlace : uint8_t { kNone, kTaken, kUnlike };
 
   std::shared_ptr<const Entries> entries_of(PyObject* state);
   /// Whether a state's dict holds what the record was described with; its step count. Holds the values where asked.
   bool is_current(int64_t index, PyObject* state, store::StepCount* count, std::vector<Reference>* held);
+  /// Drops copies of an offloaded state that were made before somebody wrote to its tensors.
+  void look_at_versions(int64_t index, PyObject* state);
   bool is_parameter(int64_t index, PyObject* object);
   /// Whether `object` is the tensor of the trace; an implementation to remember() where it may become it.
   static bool is_traced(const Trace& trace, PyObject* object, const void** implementation);

@@ -86,13 +86,13 @@ Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool 
                   const Stored& stored, Format to, const Shard& shard = {});
 
 /// Whether a step can run on what is stored as it is. `name` stands for the parameter in messages, of storages that are
-/// too small.
+/// too small. `on_host`: its arrays must be in host_arrays()' memory, wherever the parameter is.
 enum class Fit : int64_t {
   kNo = 0,        ///< it must be converted
   kYes = 1,       ///< and lies as the parameter does
   kOwnOrder = 2,  ///< in a storage order of its own: the parameter must be copied to be stepped
 };
 Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, const Stored& stored, Format format,
-        const Shard& shard = {}, const std::string& name = "param");
+        const Shard& shard = {}, const std::string& name = "param", bool on_host = false);
 
 }  // namespace flashoptim::store

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "libtorch/store/arrays.h"
+#include "libtorch/store/host_memory.h"
 
 namespace flashoptim::store {
 namespace {
@@ -280,7 +281,7 @@ Converted convert(Op op, const std::string& name, OptimizerKind optimizer, bool 
 }
 
 Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, const Stored& stored, Format format,
-        const Shard& shard, const std::string& name) {
+        const Shard& shard, const std::string& name, bool on_host) {
   const Op op{"fit"};
   const TensorInfo info = read_tensor(op, {name.c_str()}, param);
   const std::vector<int64_t> sizes(info.sizes, info.sizes + info.dim);
@@ -308,7 +309,11 @@ Fit fit(OptimizerKind optimizer, bool has_momentum, AtenTensorHandle param, cons
     const TensorInfo read = read_tensor(op, {array.c_str()}, tensor);
     const bool same_dtype =
         read.dtype == spec.dtype || (spec.role == Role::kScale && accepts_scale_dtype(format.codec, read.dtype));
-    if (!same_dtype || read.device != info.device || !same_sizes(read, spec.sizes)) return Fit::kNo;
+    const bool is_on_cpu = read.device.type == aoti_torch_device_type_cpu();
+    const bool is_in_host_memory = is_on_cpu && is_host_memory(const_data(tensor));
+    const bool is_there = on_host ? is_on_cpu && (is_in_host_memory || read.numel == 0)
+                                  : read.device == info.device && !is_in_host_memory;
+    if (!same_dtype || !is_there || !same_sizes(read, spec.sizes)) return Fit::kNo;
     if (!is_dense(read) || (read.numel != 0 && order_of(read) != order_of_spec(spec))) return Fit::kNo;
   }
   if (format.codec == StateCodec::kFloat32) {

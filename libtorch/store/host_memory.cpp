@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <map>
@@ -17,23 +18,31 @@
 namespace flashoptim::store {
 namespace {
 
+class HostMemory;
+
 /// Every stretch that is alive, by where it begins. Never destroyed: tensors may go behind everything else.
 struct Stretches {
+  struct Stretch {
+    int64_t bytes;
+    std::weak_ptr<HostMemory> memory;
+  };
   std::mutex mutex;
-  std::map<uintptr_t, int64_t> bytes;
+  std::map<uintptr_t, Stretch> known;
 
   static Stretches& instance() {
     static Stretches& all = *new Stretches;
     return all;
   }
   /// Where the stretch with an address begins; 0: in none.
-  uintptr_t begin_of(const void* data) {
+  uintptr_t begin_of(const void* data, std::weak_ptr<HostMemory>* memory = nullptr) {
     const auto at = reinterpret_cast<uintptr_t>(data);
     const std::lock_guard lock(mutex);
-    auto found = bytes.upper_bound(at);
-    if (found == bytes.begin()) return 0;
+    auto found = known.upper_bound(at);
+    if (found == known.begin()) return 0;
     --found;
-    return at < found->first + static_cast<uintptr_t>(found->second) ? found->first : 0;
+    if (at >= found->first + static_cast<uintptr_t>(found->second.bytes)) return 0;
+    if (memory != nullptr) *memory = found->second.memory;
+    return found->first;
   }
 };
 
@@ -58,10 +67,6 @@ class HostMemory {
     static_cast<void>(device);
     if (pin) status_ = Status::unsupported("this build has no CUDA, for which memory would be pinned");
 #endif
-    if (!status_.is_ok()) return;
-    Stretches& all = Stretches::instance();
-    const std::lock_guard lock(all.mutex);
-    all.bytes.emplace(reinterpret_cast<uintptr_t>(data_), bytes_);
   }
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
@@ -70,7 +75,7 @@ class HostMemory {
     {
       Stretches& all = Stretches::instance();
       const std::lock_guard lock(all.mutex);
-      all.bytes.erase(reinterpret_cast<uintptr_t>(data_));
+      all.known.erase(reinterpret_cast<uintptr_t>(data_));
     }
 #if FLASHOPTIM_HAS_CUDA
     if (is_pinned_) cuda::unpin_host_memory(data_);
@@ -79,6 +84,11 @@ class HostMemory {
   }
 
   const Status& status() const { return status_; }
+  static void remember(const std::shared_ptr<HostMemory>& memory) {
+    Stretches& all = Stretches::instance();
+    const std::lock_guard lock(all.mutex);
+    all.known[reinterpret_cast<uintptr_t>(memory->data_)] = {memory->bytes_, memory};
+  }
   char* data() const { return static_cast<char*>(data_); }
 
  private:
@@ -113,13 +123,14 @@ TensorList host_arrays(Op op, const std::vector<ArraySpec>& specs, Device device
   // (A kilobyte where all arrays are empty: every tensor has an address.)
   const Owner memory = std::make_shared<HostMemory>(std::max(host_bytes(specs), int64_t{1024}), device, pin);
   op.check(memory->status());
+  HostMemory::remember(memory);
   int64_t offset = 0;
   for (const ArraySpec& spec : specs) {
     auto owner = std::make_unique<Owner>(memory);
     AtenTensorHandle handle = nullptr;
     check_torch(torch_from_blob(
                     memory->data() + offset, static_cast<int64_t>(spec.sizes.size()), spec.sizes.data(),
-                    spec.strides.data(), /*storage_offset=*/0, spec.dtype, aoti_torch_device_type_cpu(), 0, &handle,
+                    spec.strides.data(), /*storage_offset=*/0, spec.dtype, aoti_torch_device_type_cpu(), -1, &handle,
                     aoti_torch_layout_strided(), nullptr, 0,
                     [](void*, void* context) { delete static_cast<Owner*>(context); }, owner.get()),
                 "from_blob");
@@ -141,8 +152,13 @@ int64_t host_memory_held() {
   Stretches& all = Stretches::instance();
   const std::lock_guard lock(all.mutex);
   int64_t held = 0;
-  for (const auto& [begin, bytes] : all.bytes) held += bytes;
+  for (const auto& [begin, stretch] : all.known) held += stretch.bytes;
   return held;
+}
+
+std::shared_ptr<void> hold_host_memory(const void* data) {
+  std::weak_ptr<HostMemory> memory;
+  return Stretches::instance().begin_of(data, &memory) == 0 ? nullptr : memory.lock();
 }
 
 }  // namespace flashoptim::store

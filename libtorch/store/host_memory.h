@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "libtorch/store/arrays.h"
@@ -22,6 +23,8 @@ TensorList host_arrays(Op op, const std::vector<ArraySpec>& specs, Device device
 /// Whether an address is in such memory, and in the same as another.
 bool is_host_memory(const void* data);
 bool is_same_host_memory(const void* a, const void* b);
+/// Keeps the memory that an address is in; null where it is in none. Who copies to it by itself holds this.
+std::shared_ptr<void> hold_host_memory(const void* data);
 /// Bytes of such memory that this process has at the moment.
 int64_t host_memory_held();
 

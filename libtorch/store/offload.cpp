@@ -164,6 +164,8 @@ Offload::Offload(Op op, Backend backend, Device device, OptimizerKind optimizer,
     if (units.empty() || is_cut || units.back().is_cut || units.back().bytes + most > wanted) units.emplace_back();
     Unit& unit = units.back();
     unit.is_cut = is_cut;
+    for_each_array(piece.tensors, piece.states_at, piece.scales_at, &piece.correction_at,
+                   [&](void* host, int64_t*, int64_t, int64_t) { host_.insert(hold_host_memory(host)); });
     unit.bytes = place(&piece, unit.bytes, &unit.copies, !is_cut);
     piece.unit = static_cast<int64_t>(units.size()) - 1;
     piece.part = unit.parts++;
@@ -298,7 +300,9 @@ Status Offload::flush() {
 
 Status Offload::synchronize() {
   use_stream();
-  return ring_.synchronize();
+  const Status status = ring_.synchronize();
+  if (status.is_ok()) ring_.drop_all();
+  return status;
 }
 
 }  // namespace flashoptim::store

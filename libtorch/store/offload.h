@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "flashoptim/offload.h"
@@ -59,7 +60,7 @@ class Offload {
 
   /// A pass is over; everything that was stepped goes home.
   Status flush();
-  /// And the host waits for it.
+  /// And the host waits for it; what it then writes is what the next step reads.
   Status synchronize();
   const OffloadCounts& counts() const { return ring_.counts(); }
   int64_t units() const { return ring_.units(); }
@@ -85,6 +86,7 @@ class Offload {
   Backend backend_;
   Device device_;
   std::unique_ptr<OffloadDevice> copies_;
+  std::set<std::shared_ptr<void>> host_;  // copies may be on their way to it when its tensors go
   Tensor memory_;
   OffloadRing ring_;
   DevicePlan plan_;

@@ -4,6 +4,8 @@
 #include <tuple>
 #include <utility>
 
+#include "libtorch/store/host_memory.h"
+
 namespace flashoptim::store {
 namespace {
 
@@ -119,6 +121,17 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
   next.dtype_ = info.dtype;
   next.storage_ = info.storage_needed;
   const bool is_meta = next.backend_ == Backend::kMeta;
+  if (options.is_offloaded && next.backend_ == Backend::kCpu && !ring_.is_simulated) {
+    op.fail(name + " is on the CPU, where its states are; offload is for parameters on CUDA devices: move the model "
+            "there before the first step, or leave the group without offload");
+  }
+  // What is stored lies as the parameter does, on the host where it is offloaded.
+  TensorInfo like = info;
+  if (options.is_offloaded) like.device = {aoti_torch_device_type_cpu(), info.device.index};
+  const auto check_home = [&](Name array, const void* data) {
+    if (!options.is_offloaded || data == nullptr || is_host_memory(data)) return;
+    op.fail(array.str() + " is in memory of its own; offloaded states must be in the optimizer's host memory");
+  };
 
   ParameterTensors& t = next.tensors_;
   t.parameter_dtype = parse_param_dtype(op, param_name, info.dtype);
@@ -152,9 +165,11 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
     const TensorInfo codes_info = read_tensor(op, state, stored.states[at]);
     next.state_dtypes_[k] = state_dtype(optimizer_, k, t.state_codec);
     check_dtype(op, state, codes_info.dtype, next.state_dtypes_[k], "its state codec");
-    check_like(op, state, codes_info, param_name, info);
+    if (options.is_offloaded) like.device = {aoti_torch_device_type_cpu(), codes_info.device.index};
+    check_like(op, state, codes_info, param_name, like);
     next.state_storages_[k] = codes_info.storage_needed;
     t.states[k] = is_meta ? nullptr : mutable_data(stored.states[at]);
+    check_home(state, t.states[k]);
     if (!quantized) continue;
     const TensorInfo scale_info = read_tensor(op, scale, stored.scales[at]);
     if (!accepts_scale_dtype(t.state_codec, scale_info.dtype)) {
@@ -164,12 +179,14 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
     next.scale_dtypes_[k] = scale_info.dtype;
     next.scale_storages_[k] = scale_info.storage_needed;
     check_contiguous(op, scale, scale_info);
-    check_device(op, scale, scale_info.device, param_name, info.device);
+    if (options.is_offloaded) like.device = {aoti_torch_device_type_cpu(), scale_info.device.index};
+    check_device(op, scale, scale_info.device, param_name, like.device);
     if (scale_info.numel != t.layout.groups()) {
       op.fail(scale_name + " has shape " + ints(scale_info.sizes, scale_info.dim) + "; needed are " +
               std::to_string(t.layout.rows) + " x " + std::to_string(t.layout.groups_per_row()) + " elements");
     }
     t.scales[k] = is_meta ? nullptr : mutable_data(stored.scales[at]);
+    check_home(scale, t.scales[k]);
   }
   if (correction_bits(t.master_weights) != 0) {
     const std::string correction_name = "state 'correction' of " + name;
@@ -177,15 +194,20 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
     const TensorInfo read = read_tensor(op, corrected, correction);
     next.correction_dtype_ = correction_dtype(t.master_weights);
     check_dtype(op, corrected, read.dtype, next.correction_dtype_, "its master_weights");
-    check_like(op, corrected, read, param_name, info);
+    if (options.is_offloaded) like.device = {aoti_torch_device_type_cpu(), read.device.index};
+    check_like(op, corrected, read, param_name, like);
     next.correction_storage_ = read.storage_needed;
     t.correction = is_meta ? nullptr : mutable_data(correction);
+    check_home(corrected, t.correction);
   }
 
   if (!is_meta) check_no_overlap(op, {t}, {index});
   Record& record = records_[static_cast<size_t>(index)];
   const bool stays = record.plan_ >= 0 && record.device_ == next.device_ &&
                      record.options_.has_momentum == options.has_momentum &&
+                     record.options_.is_offloaded == options.is_offloaded &&
+                     // Arrays that follow each other are copied together: other arrays make other units.
+                     (!options.is_offloaded || same_addresses(record.tensors_, next.tensors_, /*is_copy=*/true)) &&
                      same_but_addresses(record.tensors_, next.tensors_);
   if (stays) {
     next.plan_ = record.plan_;
@@ -196,6 +218,7 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
       moved.gradient = nullptr;
       moved.hyper_index = planned.hyper_index[static_cast<size_t>(next.index_)];
       op.check(planned.plan.set_tensor(next.index_, moved));
+      if (planned.offload != nullptr && options.is_offloaded) planned.offload->move(index, next.tensors_);
     }
     next.is_apart_ = record.is_apart_ && same_addresses(record.tensors_, next.tensors_, options.is_copy);
   } else {
@@ -207,8 +230,27 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
   record = std::move(next);
 }
 
+std::unique_ptr<Offload> Store::make_offload(Op op, const Planned& planned) const {
+  std::vector<OffloadedRecord> offloaded;
+  std::vector<int64_t> order;
+  for (const int64_t i : planned.records) {
+    const Record& one = record(i);
+    if (!one.options_.is_offloaded) continue;
+    offloaded.push_back({i, one.tensors_});
+    if (one.touched_ >= 0) order.push_back(i);
+  }
+  if (offloaded.empty()) return nullptr;
+  auto made = std::make_unique<Offload>(op, planned.backend, planned.device, optimizer_, planned.has_momentum,
+                                        static_cast<int64_t>(planned.records.size()), offloaded, ring_);
+  std::sort(order.begin(), order.end(), [this](int64_t a, int64_t b) { return record(a).touched_ < record(b).touched_; });
+  made->expect(order);
+  return made;
+}
+
 bool Store::plan(Op op) {
   if (!is_stale_) return false;
+  synchronize(op);
+  for (const auto& planned : plans_) planned->offload.reset();  // its ring's memory is the next one's
   std::map<std::tuple<int32_t, int32_t, bool>, std::unique_ptr<Planned>> made;
   for (size_t i = 0; i < records_.size(); ++i) {
     const Record& record = records_[i];
@@ -231,6 +273,7 @@ bool Store::plan(Op op) {
       for (const int64_t i : planned->records) tensors.push_back(record(i).tensors_);
       op.check(DevicePlan::make(planned->backend, planned->device, optimizer_, planned->has_momentum, tensors,
                                 &planned->plan));
+      planned->offload = make_offload(op, *planned);
     }
     plans.push_back(std::move(planned));
   }
@@ -250,6 +293,37 @@ bool Store::plan(Op op) {
 size_t Store::plan_size(int64_t index) const {
   const int32_t plan = record(index).plan_;
   return plan < 0 ? 1 : plans_[static_cast<size_t>(plan)]->records.size();
+}
+
+void Store::drop(int64_t index) {
+  const Record& one = record(index);
+  if (one.plan_ < 0 || !one.options_.is_offloaded) return;
+  Offload* const offload = plans_[static_cast<size_t>(one.plan_)]->offload.get();
+  if (offload != nullptr) offload->drop(index);
+}
+
+void Store::flush(Op op) {
+  for (const auto& planned : plans_) {
+    if (planned->offload != nullptr) op.check(planned->offload->flush());
+  }
+}
+
+void Store::synchronize(Op op) {
+  for (const auto& planned : plans_) {
+    if (planned->offload != nullptr) op.check(planned->offload->synchronize());
+  }
+}
+
+OffloadCounts Store::offload_counts() const {
+  OffloadCounts sum;
+  for (const auto& planned : plans_) {
+    if (planned->offload == nullptr) continue;
+    const OffloadCounts& one = planned->offload->counts();
+    sum.up_bytes += one.up_bytes, sum.down_bytes += one.down_bytes;
+    sum.up_copies += one.up_copies, sum.down_copies += one.down_copies;
+    sum.prefetched += one.prefetched, sum.fetched += one.fetched;
+  }
+  return sum;
 }
 
 Store::PlanView Store::plan_view(int64_t plan) const {
@@ -348,6 +422,7 @@ void Store::step(Op op, const std::vector<GroupHyperparameters>& groups, const s
     std::vector<Hyperparameters> hypers;
     StepControls controls;
   };
+  stepped_.clear();
   if (has_moved_) check_moved(op);
   std::vector<Work> works;
   for (size_t p = 0; p < plans_.size(); ++p) {
@@ -361,13 +436,47 @@ void Store::step(Op op, const std::vector<GroupHyperparameters>& groups, const s
   if (works.size() > 1) {
     for (Work& work : works) op.check(work.planned->plan.check_step(work.hypers, work.controls));
   }
-  for (Work& work : works) op.check(work.planned->plan.step(work.hypers, work.controls));
+  for (Work& work : works) {
+    Planned& planned = *work.planned;
+    if (planned.offload != nullptr) {
+      step_offloaded(op, planned, work.hypers, work.controls);
+    } else {
+      op.check(planned.plan.step(work.hypers, work.controls));
+    }
+    for (size_t at = 0; at < planned.records.size(); ++at) {
+      const bool is_stepped = planned.gradients[at] != nullptr && !record(planned.records[at]).options_.is_offloaded;
+      if (is_stepped) stepped_.push_back(planned.records[at]);
+    }
+  }
+}
+
+void Store::step_offloaded(Op op, Planned& planned, std::vector<Hyperparameters>& hypers,
+                           const StepControls& controls) {
+  std::vector<OffloadedStep> taken;
+  std::vector<int64_t> others;  // places in the plan of those whose states are on the device
+  for (size_t at = 0; at < planned.records.size(); ++at) {
+    if (planned.gradients[at] == nullptr) continue;
+    const int64_t index = planned.records[at];
+    if (record(index).options_.is_offloaded) {
+      taken.push_back({index, planned.gradients[at], planned.hyper_index[at]});
+    } else {
+      others.push_back(static_cast<int64_t>(at));
+    }
+  }
+  op.check(planned.plan.check_step(hypers, controls));
+  op.check(planned.plan.count(hypers, controls));
+  if (!others.empty()) {
+    op.check(planned.plan.step_counted(others.data(), static_cast<int64_t>(others.size()), hypers, controls));
+  }
+  op.check(planned.offload->step(taken, /*is_alone=*/false, hypers, controls, &stepped_));
 }
 
 void Store::step_one(Op op, int64_t index, const void* gradient, StepCount count, const GroupHyperparameters& group,
                      const Controls& controls) {
   Record& record = records_[static_cast<size_t>(index)];
+  stepped_.clear();
   if (record.backend_ == Backend::kMeta) return;
+  if (record.options_.is_offloaded) return step_one_offloaded(op, index, gradient, count, group, controls);
   Planned alone, *planned = &alone;
   int64_t at = 0;
   if (record.plan_ >= 0) {
@@ -393,6 +502,29 @@ void Store::step_one(Op op, int64_t index, const void* gradient, StepCount count
   const Status status = planned->plan.step_some(&at, 1, hypers, step);
   if (record.plan_ >= 0) static_cast<void>(planned->plan.set_gradient(at, nullptr));
   op.check(status);
+  stepped_.push_back(index);
+}
+
+void Store::step_one_offloaded(Op op, int64_t index, const void* gradient, StepCount count,
+                               const GroupHyperparameters& group, const Controls& controls) {
+  Record& record = records_[static_cast<size_t>(index)];
+  Planned one;
+  one.sets = {{0, count}};
+  std::vector<Hyperparameters> hypers;
+  StepControls step;
+  fill_in(one, {group}, controls, &hypers, &step);
+  Offload* offload = nullptr;
+  std::unique_ptr<Offload> alone;
+  if (record.plan_ >= 0) offload = plans_[static_cast<size_t>(record.plan_)]->offload.get();
+  if (offload == nullptr) {
+    alone = std::make_unique<Offload>(op, record.backend_, record.device_, optimizer_, record.options_.has_momentum, 1,
+                                      std::vector<OffloadedRecord>{{index, record.tensors_}}, ring_);
+    offload = alone.get();
+    record.was_stepped_alone_ = true;
+    record.touched_ = touches_++;
+  }
+  op.check(offload->plan().count(hypers, step));
+  op.check(offload->step({{index, gradient, 0}}, /*is_alone=*/true, hypers, step, &stepped_));
 }
 
 void Store::gradient_norm(Op op, int64_t plan, float gradient_scale, const float* gradient_divisor, float max_norm,

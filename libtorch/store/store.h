@@ -21,6 +21,7 @@
 #include "libtorch/store/arrays.h"
 #include "libtorch/store/device_plan.h"
 #include "libtorch/store/format.h"
+#include "libtorch/store/offload.h"
 
 namespace flashoptim::store {
 
@@ -32,6 +33,8 @@ struct RecordOptions {
   DType gradient_dtype = DType::kFloat32;
   /// The tensor is a copy for one step, of a parameter that lies otherwise than its state.
   bool is_copy = false;
+  /// States and correction are on the host, in host_arrays()' memory, wherever the parameter is.
+  bool is_offloaded = false;
   /// Where the local tensor lies in the whole; as it stands for a tensor that is the whole.
   Shard shard;
 };
@@ -86,6 +89,7 @@ class Record {
   // Of the plan that it is in; -1: none yet.
   int32_t plan_ = -1, index_ = -1;
   bool was_stepped_alone_ = false;
+  int64_t touched_ = -1;  // when it was, among the others
   bool is_apart_ = false;  // from the arrays of the records that it was stepped with, as far as it has not moved since
 };
 
@@ -125,6 +129,8 @@ class Store {
 
   /// `count` records, none of them known.
   void reset(int64_t count);
+  /// The ring that offloaded states stream through, from the next plan on.
+  void set_ring(const RingOptions& ring) { ring_ = ring; }
 
   /// What record `index` is from now on, checked. `stored` lies as the parameter does; `name` stands for the parameter
   /// in messages. Where only addresses are new, plans stay.
@@ -154,6 +160,17 @@ class Store {
   int64_t taken() const { return taken_; }
   /// The plan of everything that was taken; throws where there are several.
   int64_t only_plan(Op op) const;
+
+  /// The host's memory of an offloaded record was written by others since it was copied to the device.
+  void drop(int64_t index);
+  /// A pass over offloaded states is over: what was stepped goes home.
+  void flush(Op op);
+  /// The same, and the host waits until everything is home: state tensors hold what the last step left.
+  void synchronize(Op op);
+  /// What has been copied for offloaded states since the plans were made.
+  OffloadCounts offload_counts() const;
+  /// Records of which the last step() or step_one() has stepped all, also where it has failed.
+  const std::vector<int64_t>& stepped() const { return stepped_; }
 
   /// Steps what was taken; `groups` has one entry a group, `controls` one a plan. All plans are checked before one
   /// changes anything, and that no two arrays share memory: among what was taken, for others may be gone by now.
@@ -187,8 +204,13 @@ class Store {
     std::vector<Set> sets;               // one hyperparameter set each
     std::map<Set, int32_t> places;       // among them
     int64_t taken = 0;
+    std::unique_ptr<Offload> offload;  // of the offloaded ones; null: there are none
   };
 
+  std::unique_ptr<Offload> make_offload(Op op, const Planned& planned) const;
+  void step_offloaded(Op op, Planned& planned, std::vector<Hyperparameters>& hypers, const StepControls& controls);
+  void step_one_offloaded(Op op, int64_t index, const void* gradient, StepCount count,
+                          const GroupHyperparameters& group, const Controls& controls);
   static int32_t place_of(Planned& planned, const Set& set);
   void check_moved(Op op);
   void fill_in(const Planned& planned, const std::vector<GroupHyperparameters>& groups, const Controls& controls,
@@ -200,6 +222,9 @@ class Store {
   bool is_stale_ = false;   // there are known records in no plan, or plans of records that have changed
   bool has_moved_ = false;  // one that was taken has
   int64_t taken_ = 0;
+  RingOptions ring_;
+  std::vector<int64_t> stepped_;
+  int64_t touches_ = 0;
 };
 
 }  // namespace flashoptim::store

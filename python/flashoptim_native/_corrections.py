@@ -31,6 +31,7 @@ def reset(store: Store, groups: Groups, state: State, params: Iterable[Tensor]) 
     chosen = list(params)
     for param in chosen:
         store.records.index(param, groups)
+    store.synchronize()
     for param in chosen:
         correction = of(state, param)
         if correction is not None:
@@ -41,6 +42,7 @@ def reset(store: Store, groups: Groups, state: State, params: Iterable[Tensor]) 
 def dtypes(store: Store, groups: Groups) -> dict[int, torch.dtype]:
     """By id of a parameter, the dtype that it had when its correction was made, where that is known."""
     store.records.follow(groups)
+    store.synchronize()
     return {id(p): dtype for p, dtype in zip(store.records.params, store.records.dtypes) if dtype is not None}
 
 

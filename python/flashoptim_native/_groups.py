@@ -19,6 +19,8 @@ PREFIX = "flashoptim_native."
 FORMAT_OPTIONS = ("quantize", "state_codec", "master_weight_bits", "min_quantized_numel", "stochastic_rounding")
 #: What a group keeps under one key.
 PACKED_OPTIONS = (*FORMAT_OPTIONS, "capturable")
+#: The same, and what no checkpoint says: it is the same whatever this is.
+_KEPT_OPTIONS = (*PACKED_OPTIONS, "offload")
 #: Optimizers whose checkpoints may lack a description: torch.optim's, and those of format 1.
 _OF_FORMAT_1 = ("adamw", "adam", "sgd", "sgdw", "lion")
 #: Bytes of a description, so that a later version's has the same size; one that does not fit takes a power of two more.
@@ -57,15 +59,15 @@ class ParamGroup(dict[str, Any]):
         key = description_key(kind)
         held = group.get(key)
         options = dict(held) if isinstance(held, Mapping) else {}
-        options |= {name: python_value(group[name]) for name in PACKED_OPTIONS if name in group}
+        options |= {name: python_value(group[name]) for name in _KEPT_OPTIONS if name in group}
         packed = cls()
         for name, value in group.items():
             check_not_the_optimizers(name)
             if name in TORCH_ARGUMENTS:
                 check_torch_argument(kind, name, value)
-            elif name not in PACKED_OPTIONS and name != key:
+            elif name not in _KEPT_OPTIONS and name != key:
                 dict.__setitem__(packed, name, python_value(value))
-        dict.__setitem__(packed, key, {name: options[name] for name in PACKED_OPTIONS if name in options})
+        dict.__setitem__(packed, key, {name: options[name] for name in _KEPT_OPTIONS if name in options})
         return packed
 
     def _description(self) -> tuple[str, dict[str, Any]]:
@@ -79,19 +81,19 @@ class ParamGroup(dict[str, Any]):
         return self._description()[1]
 
     def __missing__(self, key: str) -> Any:
-        if key in PACKED_OPTIONS:
+        if key in _KEPT_OPTIONS:
             return self.options[key]
         raise KeyError(key)
 
     def __contains__(self, key: object) -> bool:
-        return dict.__contains__(self, key) or (key in PACKED_OPTIONS and key in self.options)
+        return dict.__contains__(self, key) or (key in _KEPT_OPTIONS and key in self.options)
 
     def __setitem__(self, key: str, value: Any) -> None:
         check_not_the_optimizers(key)
         if key in TORCH_ARGUMENTS:
             kind = self._description()[0].removeprefix(PREFIX).rpartition(".")[0]
             check_torch_argument(kind, key, value)
-        elif key in PACKED_OPTIONS:
+        elif key in _KEPT_OPTIONS:
             self.options[key] = python_value(value)
         else:
             dict.__setitem__(self, key, python_value(value))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import _ops, _validate
+from . import _offload, _ops, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup, description_key
 from ._records import Records
 
@@ -48,8 +48,9 @@ class _Read(NamedTuple):
 class Hyperparameters:
     """The operators' numbers of every group of an optimizer."""
 
-    def __init__(self, kind: str, records: Records) -> None:
+    def __init__(self, kind: str, records: Records, check_numerics: bool = False) -> None:
         self._kind = kind
+        self._check_numerics = check_numerics
         self._key = description_key(kind)
         self._records = records
         self._known: list[_Read | None] = []
@@ -93,10 +94,11 @@ class Hyperparameters:
     def _read_anew(self, group: ParamGroup, index: int, known: _Read | None) -> _Read:
         _validate.check_hyperparameters(self._kind, group)
         _validate.check_format(group)
+        _offload.check_group(group, self._check_numerics)
         keys = list(group)
         # Two at least, for a tuple; none of these is packed.
         look = itemgetter("weight_decay", *(name for name in _options_of(self._kind) if name in keys))
-        form = [group[name] for name in FORMAT_OPTIONS] + [bool(group.get("momentum"))]
+        form = [group[name] for name in FORMAT_OPTIONS] + [bool(group.get("momentum")), group.get("offload")]
         can_change = any(_is_mutable(group.get(name)) for name in _options_of(self._kind))
         read = _Read(keys, look, look(group), dict(group[self._key]), can_change, _numbers(self._kind, group), form)
         if known is not None and known.format != form:

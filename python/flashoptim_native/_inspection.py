@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _corrections, _parameters, _states, weights
+from . import _corrections, _parameters, _states, _validate, weights
+from ._offload import STATES, check_group
 from ._stepper import Stepper
 from ._store import Store
 from .description import OptimizerDescription, describe
@@ -21,6 +22,7 @@ class Inspection(torch.optim.Optimizer):
     kind: str
     _store: Store
     _stepper: Stepper
+    _check_numerics: bool
 
     @torch.no_grad()
     def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -33,11 +35,40 @@ class Inspection(torch.optim.Optimizer):
         if not isinstance(p, Tensor):
             raise TypeError(f"p is a {type(p).__name__}; allowed is a parameter of this optimizer")
         self._store.records.index(p, self.param_groups)
+        self._store.synchronize()
         state = self.state.get(p, {})
         slots = _states.slots_in(self.kind, state)
         local = _parameters.local(p)
         values = _states.decode(self.kind, state, slots, local)
         return {slot: _parameters.wrap(local, value, local.whole, slot) for slot, value in zip(slots, values)}
+
+    @torch.no_grad()
+    def to(self, *, states: str) -> None:
+        """Moves the states of every group, and keeps them there from now on; what they took where they were is free.
+
+        The bits are the same wherever states are, so this can be done between any two steps.
+
+        Args:
+            states: "host": as ``offload="states"``; "device": beside the parameters.
+
+        Raises:
+            ValueError: ``states`` is neither; or "host" with ``check_numerics=True``; nothing has changed then.
+            RuntimeError: a parameter is not on a CUDA device, or memory runs out: groups keep their option, and the
+                states that have not been moved are where they were.
+        """
+        _validate.check_choice("states", states, ("host", "device"))
+        offload = STATES if states == "host" else None
+        check_group({"offload": offload}, self._check_numerics)
+        with self._store.lock:
+            self._stepper.move_states(self.param_groups, self.state, offload)
+
+    def synchronize(self) -> None:
+        """Waits for copies of offloaded states that are under way.
+
+        State tensors in ``optimizer.state`` then hold what the last step left, and the next step reads what is written
+        to them. state_dict(), load_state_dict() and everything else here do so by themselves.
+        """
+        self._store.synchronize()
 
     @torch.no_grad()
     def reset_corrections(self, params: Iterable[Tensor] | None = None) -> None:

@@ -162,6 +162,7 @@ def _owned(module: nn.Module) -> list[tuple[Any, Tensor, Tensor]]:
     for optimizer, param in owners(module):
         correction = _corrections.of(optimizer.state, param)
         if correction is not None:
+            optimizer._store.synchronize()
             found.append((optimizer, param, correction))
     return found
 

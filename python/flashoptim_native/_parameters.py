@@ -171,6 +171,14 @@ def _check_stretch(param: Local, place: Sequence[int], name: str) -> None:
     )
 
 
+def beside(tensor: Tensor, param: Tensor) -> Tensor:
+    """A tensor of a parameter's state on the parameter's own device; a DTensor whose local part is not there, too."""
+    device = plain(param).device
+    if plain(tensor).device == device:
+        return tensor
+    return wrap(local(param), plain(tensor).to(device), tuple(tensor.shape), "state")
+
+
 def wrap(param: Local, tensor: Tensor, whole: Sequence[int], name: str) -> Tensor:
     """A tensor of a sharded parameter's state as a DTensor of global sizes ``whole``, placed as the parameter is.
 

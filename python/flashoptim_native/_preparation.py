@@ -96,6 +96,7 @@ class Preparation:
                 "step() cannot be captured in a CUDA graph as things are: call step() once before the capture, and "
                 "keep parameters, their states and the set of those with gradients as they are then"
             )
+        _ops.store.synchronize(self._records.handle)  # states are read, and may go to other memory
         records = [need for need in needs if need >= 0]
         self.make_missing(records)
         for record in records:
@@ -108,11 +109,12 @@ class Preparation:
     def conforming_state(self, record: int) -> dict[str, Any]:
         """The state of a parameter in the format of now: as it is, converted, or new."""
         records = self._records
+        _ops.store.synchronize(records.handle)
         param, form, name = records.params[record], records.form(record), records.name(record)
         local = _parameters.local(param)
         held = self._state.get(param)
         if held is None or _is_missing(held):
-            held = _states.new_states(records.kind, [(local, form, name)])[0]
+            held = records.new_state(record, form)
             self._change.put(param, held)
         elif _states.fit(records.kind, held, local, form, name, records.dtypes[record]) == Fit.NO:
             held = self._convert(record, held, local, form)
@@ -128,8 +130,13 @@ class Preparation:
             if param.grad is None or not _is_missing(self._state.get(param)):
                 continue
             self._check(record)
+            form = records.form(record)
+            if form.offload is not None:
+                self._change.put(param, records.new_state(record, form))
+                self._change.set(records.dtypes, record, param.dtype)
+                continue
             local = _parameters.local(param)
-            by_device.setdefault(local.tensor.device, []).append((record, local, records.form(record)))
+            by_device.setdefault(local.tensor.device, []).append((record, local, form))
         for items in by_device.values():
             named = [(local, form, records.name(record)) for record, local, form in items]
             made = _states.new_states(records.kind, named)
@@ -188,6 +195,7 @@ class Preparation:
             local.tensor if weights is None else weights,
             weights is not None,
             held,
+            form.offload is not None,
         )
         self._change.set(records.dtypes, record, param.dtype)
 
@@ -198,6 +206,8 @@ class Preparation:
         # ZeroRedundancyOptimizer puts what a state dict holds into optimizer.state.
         unpacked = _packing.unpacked(records.kind, held, local, form, Stored(), name)
         new, rewritten = _states.converted(records.kind, unpacked, local, form, name, records.dtypes[record])
+        if form.offload is not None:
+            new = records.host.place(new, records.new_state(record, form))
         self._change.put(param, new)
         if rewritten is not None:
             self._change.rewrite(param, rewritten)

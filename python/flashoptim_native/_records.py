@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, _parameters, _states
+from . import _offload, _ops, _parameters, _states
+from ._offload import HostStates, OffloadOptions
+from ._parameters import Local
 from ._states import Format
 
 
@@ -18,13 +20,17 @@ class Records:
     Args:
         kind: name of the update rule, as the operators know it.
         lock: held while records change.
+        offload: how offloaded states are kept.
     """
 
-    def __init__(self, kind: str, lock: Any) -> None:
+    def __init__(self, kind: str, lock: Any, offload: OffloadOptions) -> None:
         self.kind = kind
         self._lock = lock
         #: The C++ store: what functions of ``_ops.store`` take.
         self.handle = _ops.store.new_store(kind)
+        _ops.store.set_ring(self.handle, *offload.ring(), _offload.is_simulated())
+        #: The memory of offloaded states.
+        self.host = HostStates(kind, offload)
         self._groups: list[dict[str, Any]] = []
         self._lists: list[list[Tensor]] = []
         self.params: list[Tensor] = []
@@ -63,6 +69,7 @@ class Records:
         self.params, self._places = params, places
         self.plans, self._plan_of = [], {}
         self._seen += 1
+        self.host.clear()
         _ops.store.reset(self.handle, params)
         self._index = {id(param): record for record, param in enumerate(params)}
         self._lists = [list(group["params"]) for group in groups]
@@ -115,6 +122,33 @@ class Records:
     def form(self, record: int) -> Format:
         """How a parameter is to be stored, by the options of its group as they are."""
         return _states.format_of(self.params[record], self._groups[self.group_of(record)])
+
+    def new_state(self, record: int, form: Format | None = None) -> dict[str, Any]:
+        """A state of zeros for one parameter, where its group keeps states."""
+        param, name = self.params[record], self.name(record)
+        form = self.form(record) if form is None else form
+        local = _parameters.local(param)
+        if form.offload is None:
+            return _states.new_states(self.kind, [(local, form, name)])[0]
+        return self.host.new_state(param, local, form, name, self._offloaded)
+
+    def placed(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """A state in the format of now where its group keeps states: the same, or a copy on the host."""
+        record = self.first_of(param)
+        form = self.form(record)
+        return state if form.offload is None else self.host.place(state, self.new_state(record, form))
+
+    def _offloaded(self) -> list[tuple[Tensor, Local, Format, str]]:
+        """Every parameter that keeps, or will keep, states on the host."""
+        found = []
+        for record, param in enumerate(self.params):
+            if self._groups[self.group_of(record)].get("offload") is not None and param.requires_grad:
+                found.append((param, _parameters.local(param), self.form(record), self.name(record)))
+        return found
+
+    def is_offloading(self) -> bool:
+        """Whether any group does."""
+        return any(group.get("offload") is not None for group in self._groups)
 
     def forget_group(self, group: int) -> None:
         """The options of a group have changed: its parameters are described anew at their next step."""

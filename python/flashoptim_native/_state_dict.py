@@ -84,12 +84,16 @@ class Loaded(NamedTuple):
 
 @torch.no_grad()
 def converted_states(
-    kind: str, groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], vouched: Container[Any]
+    kind: str,
+    groups: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
+    vouched: Container[Any],
+    place: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
 ) -> Loaded:
     """States by parameter, in the formats of ``groups``. Changes nothing, and shares nothing with ``state_dict``.
 
     ``vouched``: parameters, by their numbers in ``state_dict``, whose states are as they were saved. Those of others
-    must hold what an optimizer can write.
+    must hold what an optimizer can write. ``place`` puts the state of a parameter where its group keeps states.
     """
     saved_groups = state_dict["param_groups"]
     numbers = list(chain.from_iterable(group["params"] for group in saved_groups))
@@ -114,7 +118,8 @@ def converted_states(
                 "dtype it belongs to; allowed is a state without, or with the description that state_dict() writes"
             )
         held = _packing.unpacked(kind, saved, local, form, stored, name)
-        state[param], rewritten = _states.converted(kind, held, local, form, name, belongs_to)
+        new, rewritten = _states.converted(kind, held, local, form, name, belongs_to)
+        state[param] = place(param, new)
         if number not in vouched:
             _load_checks.values(kind, held, local, form, name)
         unknown |= {str(key) for key in saved if key not in _states.known_keys(kind)}

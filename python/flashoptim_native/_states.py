@@ -9,7 +9,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,8 @@ class Format(NamedTuple):
     master_weights: MasterWeights
     codec: StateCodec
     has_momentum: bool
+    #: Where states are between steps: None: beside the parameter; "states": on the host.
+    offload: str | None = None
 
 
 def format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
@@ -51,7 +53,7 @@ def format_of(param: Tensor, group: Mapping[str, Any]) -> Format:
         group["stochastic_rounding"],
         group["min_quantized_numel"],
     )
-    return Format(master_weights, codec, has_momentum(group))
+    return Format(master_weights, codec, has_momentum(group), group.get("offload"))
 
 
 def loses_small_updates(group: Mapping[str, Any]) -> bool:
@@ -107,6 +109,21 @@ def new_states(kind: str, items: Sequence[tuple[Local, Format, str]]) -> list[di
 
     Each is given with its name for messages.
     """
+    return _new_states(kind, items, _ops.new_states)
+
+
+def host_states(kind: str, items: Sequence[tuple[Local, Format, str]], pin: bool) -> list[dict[str, Any]]:
+    """The same on the host, in one stretch of memory of their own, pinned where asked.
+
+    Raises:
+        RuntimeError: the host does not give or pin it; the message says how much was wanted, and the limits.
+    """
+    return _new_states(kind, items, functools.partial(_ops.host_states, pin=pin))
+
+
+def _new_states(
+    kind: str, items: Sequence[tuple[Local, Format, str]], make: Callable[..., list[Tensor]]
+) -> list[dict[str, Any]]:
     if not items:
         return []
     for param, form, name in items:
@@ -116,7 +133,7 @@ def new_states(kind: str, items: Sequence[tuple[Local, Format, str]]) -> list[di
     if any(param.place is not None for param, _, _ in items):
         for param, _, _ in items:
             places += param.place or (0,) * 6
-    arrays = _ops.new_states(
+    arrays = make(
         kind,
         [param.tensor.detach() for param, _, _ in items],
         [int(form.has_momentum) for _, form, _ in items],
@@ -179,6 +196,7 @@ def fit(
             int(form.codec),
             param.place or _NO_PLACE,
             name,
+            form.offload is not None,
         )
     )
 

@@ -15,8 +15,11 @@ from ._model_loads import WeightLoads
 from ._preparation import State
 from ._scaling import Scaling
 from ._store import Controls, Store
+from ._offload import OffloadOptions
 from ._tracing import is_capturing
 from .numerics import NumericsMonitor
+
+_BESIDE = OffloadOptions()
 
 
 class Stepper:
@@ -26,14 +29,17 @@ class Stepper:
         kind: name of the update rule, as the operators know it.
         check_numerics: raise where updates would be lost, and count those that are.
         graphs: what graphs captured so far write to; None: there are none.
+        offload: how offloaded states are kept.
     """
 
-    def __init__(self, kind: str, check_numerics: bool, before: Stepper | None = None) -> None:
+    def __init__(
+        self, kind: str, check_numerics: bool, before: Stepper | None = None, offload: OffloadOptions = _BESIDE
+    ) -> None:
         """``before``: the optimizer's stepper so far, which others may be waiting for or have captured in a graph."""
         self.kind = kind
-        self.store: Store = Store(kind, None if before is None else before.store.lock)
+        self.store: Store = Store(kind, None if before is None else before.store.lock, offload)
         self.records = self.store.records
-        self.hyperparameters = Hyperparameters(kind, self.records)
+        self.hyperparameters = Hyperparameters(kind, self.records, check_numerics)
         self.monitor = NumericsMonitor()
         self.graphs: GraphCapture = GraphCapture() if before is None else before.graphs
         self.loads = WeightLoads()
@@ -68,6 +74,7 @@ class Stepper:
             return
         if all(param.grad is None for group in groups for param in group["params"]):
             self.clip = None  # gradient release has stepped, or there was nothing to step
+            self.store.flush()
             return
         records = self.records
         records.follow(groups)
@@ -79,6 +86,11 @@ class Stepper:
         capturing = is_capturing()
         if capturing:
             self.graphs.check(groups)
+            if records.is_offloading():
+                raise RuntimeError(
+                    "step() of offloaded states cannot be captured in a CUDA graph: their copies go by streams of "
+                    "their own. Allowed are groups without offload, or optimizer.to(states='device') before the capture"
+                )
         if self._check_numerics:
             self._check_learning_rates(dict(enumerate(hypers)), range(len(records.params)))
         lrs = self.hyperparameters.lrs_on_device()
@@ -131,6 +143,27 @@ class Stepper:
         )
         self.loads.forget([param])
         self.clip = None
+
+    def move_states(self, groups: list[dict[str, Any]], state: State, offload: str | None) -> None:
+        """Gives every group this ``offload``, and moves the states that there are."""
+        records = self.records
+        records.follow(groups)
+        self.store.synchronize()
+        before = [group.get("offload") for group in groups]
+        try:
+            for group in groups:
+                group["offload"] = offload
+            for record, param in enumerate(records.params):
+                if isinstance(state.get(param), dict) and state[param]:
+                    self.store.conforming_state(record, state)
+        except BaseException:
+            for group, option in zip(groups, before):
+                group["offload"] = option
+            raise
+        for index in range(len(groups)):
+            records.forget_group(index)
+        records.host.clear()
+        records.plan()
 
     def clip_grad_norm(self, max_norm: float, groups: list[dict[str, Any]], state: State) -> Tensor:
         """The norm of all gradients; the next step multiplies them so that theirs is at most ``max_norm``.

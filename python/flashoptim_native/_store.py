@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _ops
+from ._offload import OffloadOptions
 from ._preparation import PLAN_FIRST, Preparation, State
 from ._records import Records
 from ._tracing import outside_compile
@@ -23,6 +24,7 @@ from ._tracing import outside_compile
 #: Tensors of one plan that a step reads or writes: nonfinite, grad_divisor, clip_coefficient, found_inf, telemetry.
 Controls = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
+_BESIDE = OffloadOptions()
 #: Looks after which a store that still is not content has a fault.
 _MOST_LOOKS = 5
 
@@ -33,12 +35,13 @@ class Store:
     Args:
         kind: name of the update rule, as the operators know it.
         lock: another store's, of the same optimizer; None: a new one.
+        offload: how offloaded states are kept.
     """
 
-    def __init__(self, kind: str, lock: Any = None) -> None:
+    def __init__(self, kind: str, lock: Any = None, offload: OffloadOptions = _BESIDE) -> None:
         #: Whoever steps, loads or shows states holds it; one optimizer's stores have one.
         self.lock: Any = threading.RLock() if lock is None else lock
-        self.records = Records(kind, self.lock)
+        self.records = Records(kind, self.lock, offload)
 
     @outside_compile
     def step(
@@ -130,6 +133,17 @@ class Store:
                     preparation.see_to([record], False)
             else:
                 raise RuntimeError(f"{records.name(record)} cannot be described; please report this")
+
+    def flush(self) -> None:
+        """A pass over offloaded states is over: what it has stepped goes home."""
+        if self.records.is_offloading():
+            with self.lock:
+                _ops.store.flush(self.records.handle)
+
+    def synchronize(self) -> None:
+        """Waits until state tensors hold what the last step left, and steps will read what is written to them now."""
+        with self.lock:
+            _ops.store.synchronize(self.records.handle)
 
     def steps(self) -> int:
         """How many calls have stepped."""

@@ -9,12 +9,16 @@ from typing import Any, TypedDict
 
 
 class MoreArguments(TypedDict, total=False):
-    """What every constructor takes beside its own arguments: ``policy`` (docs/python_api.md, "Sensitive layers").
+    """What every constructor takes beside its own arguments: ``policy`` (docs/python_api.md, "Sensitive layers"), and
+    ``offload``, ``offload_pin`` and ``offload_buffer`` (docs/offload.md).
 
     The others are torch.optim's, mean nothing here, and are taken at the values that ask nothing.
     """
 
     policy: Mapping[str, Mapping[str, Any]] | None
+    offload: str | None
+    offload_pin: bool
+    offload_buffer: int
     amsgrad: bool
     foreach: bool | None
     differentiable: bool
@@ -28,7 +32,7 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "differentiable": ((False,), "a step is not recorded by autograd"),
 }
 #: Arguments of the whole optimizer, which a group cannot have of its own.
-_OF_THE_OPTIMIZER = ("compress_state_dict", "check_numerics")
+_OF_THE_OPTIMIZER = ("compress_state_dict", "check_numerics", "offload_pin", "offload_buffer")
 TORCH_ARGUMENTS = (*_NEUTRAL, "decoupled_weight_decay", "fused")
 
 

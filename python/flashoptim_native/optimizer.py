@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from . import _checksums, _load_checks, _model_loads, _parameters, _state_dict, _states, _validate
 from ._groups import FORMAT_OPTIONS, ParamGroup
 from ._inspection import Inspection
+from ._offload import DEFAULT_BUFFER, OffloadOptions, check_group
 from ._policy import Policy
 from ._profiling import profile_hook_step
 from ._stepper import Stepper
@@ -51,6 +52,7 @@ class FlashOptimizer(Inspection):
     #: Name of the update rule, as the operators know it.
     kind: str
     _policy: Policy | None = None
+    _offload: OffloadOptions = OffloadOptions()
     # torch.amp.GradScaler then leaves gradients as they are and hands over grad_scale and found_inf.
     _step_supports_amp_scaling = True
 
@@ -73,6 +75,10 @@ class FlashOptimizer(Inspection):
         **more: Unpack[MoreArguments],
     ) -> None:
         policy = more.pop("policy", None)
+        offload = python_value(more.pop("offload", None))
+        self._offload = OffloadOptions.checked(
+            python_value(more.pop("offload_pin", True)), python_value(more.pop("offload_buffer", DEFAULT_BUFFER))
+        )
         check_torch_arguments(type(self).__name__, self.kind, {"fused": fused, **more})
         self._compress_state_dict = _validate.check_bool("compress_state_dict", python_value(compress_state_dict))
         self._check_numerics = _validate.check_bool("check_numerics", python_value(check_numerics))
@@ -85,11 +91,13 @@ class FlashOptimizer(Inspection):
             "min_quantized_numel": min_quantized_numel,
             "stochastic_rounding": stochastic_rounding,
             "capturable": _validate.check_bool("capturable", python_value(capturable)),
+            "offload": offload,
         }
         defaults = {name: python_value(value) for name, value in {**defaults, **options}.items()}
         # Before the parameters, of which a generator can be taken once, and whether or not a group says otherwise.
         _validate.check_hyperparameters(self.kind, defaults)
         _validate.check_format(defaults)
+        check_group(defaults, self._check_numerics)
         self._policy = None if policy is None else Policy(policy, self.kind, defaults)
         self._reset()
         super().__init__(params, defaults)
@@ -109,7 +117,7 @@ class FlashOptimizer(Inspection):
         _model_loads.watch(self)
 
     def _new_stepper(self) -> Stepper:
-        return Stepper(self.kind, self._check_numerics, vars(self).get("_stepper"))
+        return Stepper(self.kind, self._check_numerics, vars(self).get("_stepper"), self._offload)
 
     profile_hook_step = staticmethod(profile_hook_step)  # torch.optim.Optimizer wraps step() in it
 
@@ -140,6 +148,7 @@ class FlashOptimizer(Inspection):
                 group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
             _validate.check_hyperparameters(self.kind, group)
             _validate.check_format(group)
+            check_group(group, self._check_numerics)
             for position, param in enumerate(group["params"]):
                 name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
                 _parameters.check_parameter(param, name)
@@ -235,6 +244,7 @@ class FlashOptimizer(Inspection):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         with self._store.lock:
+            self._store.synchronize()
             _state_dict.check_owned(self.param_groups, self.state)
             result = _state_dict.shown(
                 self.kind, self.param_groups, self.state, self._store.records.dtype_of, self._compress_state_dict
@@ -275,14 +285,17 @@ class FlashOptimizer(Inspection):
             _load_checks.structure(state_dict)
             vouched = frozenset()
         groups = _state_dict.merged_groups(self.kind, self.param_groups, state_dict["param_groups"])
-        self._take(_state_dict.converted_states(self.kind, groups, state_dict, vouched), groups)
+        stepper = self._new_stepper()
+        stepper.records.follow(groups)
+        placed = stepper.records.placed
+        loaded = _state_dict.converted_states(self.kind, groups, state_dict, vouched, placed)
+        self._take(loaded, groups, stepper)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     @torch.no_grad()
-    def _take(self, loaded: _state_dict.Loaded, groups: list[ParamGroup]) -> None:
+    def _take(self, loaded: _state_dict.Loaded, groups: list[ParamGroup], stepper: Stepper) -> None:
         """Makes what was loaded the optimizer's: all of it or, where an interrupt comes between, nothing."""
-        stepper = self._new_stepper()
         stepper.remember(groups, loaded.state)
         stepper.loads.expect(loaded.origins)
         new = {"state": loaded.state, "param_groups": groups, "_stepper": stepper, "_store": stepper.store}
@@ -300,10 +313,12 @@ class FlashOptimizer(Inspection):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
+        self._store.synchronize()
         state = super().__getstate__()
         state["_compress_state_dict"] = self._compress_state_dict
         state["_check_numerics"] = self._check_numerics
         state["_policy"] = self._policy
+        state["_offload"] = self._offload
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -113,7 +113,9 @@ def get_fp32_model_state_dict(
         state = states.get(id(parameters[key])) if key in parameters else None
         if state is not None and CORRECTION in state:
             param = parameters[key]
-            value = _with_correction(key, param, state[CORRECTION], dtypes.get(id(param), param.dtype))
+            # (One that is offloaded is on the host.)
+            correction = _parameters.beside(state[CORRECTION], param)
+            value = _with_correction(key, param, correction, dtypes.get(id(param), param.dtype))
         elif value.is_floating_point():
             value = value.detach().to(torch.float32, copy=True)
         else:
