@@ -96,19 +96,36 @@ def describe(kind: str, groups: list[dict[str, Any]]) -> OptimizerDescription:
     return result
 
 
-def bytes_of(kind: str, param: Tensor, form: Format) -> int:
-    """Bytes of a parameter, its correction and its states in a format; of a sharded one, of this process's part."""
+class Array(NamedTuple):
+    """One tensor that is stored for a parameter."""
+
+    #: "weights", "corrections", "states", "scales".
+    part: str
+    bytes: int
+
+
+def arrays_of(kind: str, param: Tensor, form: Format) -> list[Array]:
+    """The tensors that a parameter, its correction and its states are; of a sharded one, this process's part.
+
+    ``param`` may be without memory (the meta device, fake tensors).
+    """
     local = _parameters.plain(param)
     count = local.numel()
-    total = count * local.element_size()
+    arrays = [Array("weights", count * local.element_size())]
     if form.master_weights in _ops.CORRECTION_DTYPES:
-        total += count * _ops.CORRECTION_DTYPES[form.master_weights].itemsize
+        arrays.append(Array("corrections", count * _ops.CORRECTION_DTYPES[form.master_weights].itemsize))
     for _ in _states.slots_of(kind, form):
         if form.codec == StateCodec.FLOAT32:
-            total += 4 * count
+            arrays.append(Array("states", 4 * count))
         elif count:
-            total += count + _SCALE_BYTES * math.prod(_ops.scale_sizes(tuple(local.shape)))
-    return total
+            arrays.append(Array("states", count))
+            arrays.append(Array("scales", _SCALE_BYTES * math.prod(_ops.scale_sizes(tuple(local.shape)))))
+    return arrays
+
+
+def bytes_of(kind: str, param: Tensor, form: Format) -> int:
+    """Bytes of a parameter, its correction and its states in a format; of a sharded one, of this process's part."""
+    return sum(array.bytes for array in arrays_of(kind, param, form))
 
 
 def _differences(group: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,4 +138,4 @@ def _differences(group: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str
     }
 
 
-__all__ = ["FormatDescription", "OptimizerDescription", "bytes_of", "describe"]
+__all__ = ["Array", "FormatDescription", "OptimizerDescription", "arrays_of", "bytes_of", "describe"]
