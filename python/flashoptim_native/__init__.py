@@ -5,7 +5,7 @@ Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/p
 
 from __future__ import annotations
 
-from . import optimizers
+from . import convert, optimizers
 from ._alias import install_as_flashoptim
 from ._ops import cpu_isa, tensor_access
 from ._parameters import describe_shard
@@ -29,6 +29,7 @@ __all__ = [
     "NumericsReport",
     "OptimizerDescription",
     "ParameterNumerics",
+    "convert",
     "cpu_isa",
     "describe_shard",
     "enable_gradient_release",

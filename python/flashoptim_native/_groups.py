@@ -32,7 +32,7 @@ def description_key(kind: str) -> str:
     return f"{PREFIX}{kind}.{FORMAT_VERSION}"
 
 
-def _library_version() -> str:
+def library_version() -> str:
     from importlib import metadata
 
     try:
@@ -129,22 +129,35 @@ class Stored(NamedTuple):
 
 def describe(kind: str, options: Mapping[str, Any], stored: Sequence[Stored]) -> Tensor:
     """What ``state_dict()`` holds of a group: JSON, padded with blanks. ``stored``: of every parameter, in order."""
-    text = json.dumps(
+    return as_description(
         {
-            "library": _library_version(),
+            "library": library_version(),
             "format": FORMAT_VERSION,
             "optimizer": kind,
             **{name: options.get(name) for name in PACKED_OPTIONS},
             "parameters": len(stored),
             "codecs": _runs(one.codec for one in stored),
             "dtypes": _runs(one.dtype for one in stored),
-        },
-        separators=(",", ":"),
-    ).encode()
+        }
+    )
+
+
+def as_description(said: Mapping[str, Any]) -> Tensor:
+    """A description's JSON as ``state_dict()`` holds it: uint8, padded with blanks."""
+    text = json.dumps(said, separators=(",", ":")).encode()
     size = _DESCRIPTION_BYTES
     while size < len(text):
         size *= 2
     return torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
+
+
+def description_text(group: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a saved group's description says, unchecked; None: it has none."""
+    for key, value in group.items():
+        if isinstance(key, str) and key.startswith(PREFIX):
+            said: dict[str, Any] = json.loads(bytes(value.cpu().tolist())) if isinstance(value, Tensor) else dict(value)
+            return said
+    return None
 
 
 def _runs(values: Iterable[str | None]) -> list[list[Any]]:

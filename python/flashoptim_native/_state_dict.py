@@ -111,6 +111,7 @@ def converted_states(
         description = said[g]
         stored = Stored() if description is None else description.of(i, len(groups[g]["params"]))
         belongs_to = None if stored.dtype is None else getattr(torch, stored.dtype)
+        _states.check_owner(kind, saved, name)
         _load_checks.arrays(kind, saved, local, name)
         if belongs_to is None and param.dtype == torch.float32 and saved.get(_states.CORRECTION) is not None:
             raise ValueError(

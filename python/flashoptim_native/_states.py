@@ -27,6 +27,9 @@ STEP = "step"
 STORAGE_ORDER = "storage_order"
 #: Slots of any optimizer: a state that holds one that its optimizer lacks is another optimizer's.
 ALL_SLOTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
+#: Keys of other libraries, whose checkpoints are converted first.
+_BITSANDBYTES = ("__bnb_optimizer_quant_state__", "state1", "state2")
+_FOREIGN = ("error_bits", "ecc_bits", *_BITSANDBYTES)
 _CODECS = {"paper": StateCodec.PAPER, "default": StateCodec.DEFAULT}
 _MOST_STEPS = 2**53
 _NO_PLACE: tuple[int, ...] = ()
@@ -230,7 +233,7 @@ def converted(
     """
     saved = {key: value for key, value in saved.items() if value is not None}
     slots = slots_of(kind, form)
-    _check_owner(kind, saved, name)
+    check_owner(kind, saved, name)
     present = [slot for slot in slots if key_of(saved, slot) is not None]
     if len(present) < len(slots) and (present or (not kind.startswith("sgd") and saved.get(STEP))):
         missing = ", ".join(slot for slot in slots if slot not in present)
@@ -282,7 +285,7 @@ def known_keys(kind: str) -> frozenset[str]:
     return frozenset((STEP, CORRECTION, STORAGE_ORDER, *suffixed))
 
 
-def _check_owner(kind: str, saved: Mapping[str, Any], name: str) -> None:
+def check_owner(kind: str, saved: Mapping[str, Any], name: str) -> None:
     """Raises ValueError for a state that is another optimizer's, or in a format that only its own library reads."""
     foreign = sorted(
         str(key)
@@ -293,12 +296,13 @@ def _check_owner(kind: str, saved: Mapping[str, Any], name: str) -> None:
         raise ValueError(
             f"the state of {name} holds {', '.join(foreign)}, which {kind} does not have: it is another optimizer's"
         )
-    coded = sorted(str(key) for key in saved if "::" in str(key) or key in ("error_bits", "ecc_bits"))
+    coded = sorted(str(key) for key in saved if "::" in str(key) or key in _FOREIGN)
     if coded:
+        theirs = any(key in _BITSANDBYTES for key in coded)
         raise ValueError(
-            f"the state of {name} holds {', '.join(coded)}: it was written by the reference implementation "
-            f"(flashoptim), whose "
-            "compressed states are not read here; save them there with compress_state_dict=False"
+            f"the state of {name} holds {', '.join(coded)}: it was written by "
+            f"{'bitsandbytes' if theirs else 'the reference implementation (flashoptim)'}; allowed is what "
+            "flashoptim_native.convert.state_dict() makes of the checkpoint"
         )
 
 
