@@ -53,6 +53,37 @@ def sum_over(groups: Parts, value: Tensor) -> Tensor:
     return moved.reshape(()).to(value.device)
 
 
+def counts_over(groups: Parts, counts: Tensor) -> Tensor:
+    """Integers summed over the processes that hold parts."""
+    import torch.distributed as dist
+
+    moved = _travels_on(groups, counts).clone()
+    for group in groups:
+        dist.all_reduce(moved, dist.ReduceOp.SUM, group=group)
+    return moved.to(counts.device)
+
+
+def largest_over_parts(groups: Parts, values: Tensor) -> Tensor:
+    """The largest of each of some numbers over the processes that hold parts."""
+    import torch.distributed as dist
+
+    moved = _travels_on(groups, values).clone()
+    for group in groups:
+        dist.all_reduce(moved, dist.ReduceOp.MAX, group=group)
+    return moved.to(values.device)
+
+
+def every_part(all_parts: Iterable[Parts]) -> Parts:
+    """The process groups of several, each set of ranks once."""
+    import torch.distributed as dist
+
+    found: dict[tuple[int, ...], Any] = {}
+    for parts in all_parts:
+        for group in parts:
+            found.setdefault(tuple(dist.get_process_group_ranks(group)), group)
+    return tuple(found.values())
+
+
 def largest_over(meshes: Iterable[Any], value: Tensor) -> Tensor:
     """The largest of a number over all processes of some meshes."""
     import torch.distributed as dist
@@ -133,6 +164,6 @@ def scale_gradients(params: Iterable[Tensor], coefficient: Tensor) -> None:
 
 
 __all__ = [
-    *("are_zero", "clip_coefficient", "largest_magnitude", "largest_over", "meshes_of", "parts_of"),
-    *("scale_gradients", "sum_over", "sums_of_squares", "total_norm"),
+    *("are_zero", "clip_coefficient", "counts_over", "every_part", "largest_magnitude", "largest_over"),
+    *("largest_over_parts", "meshes_of", "parts_of", "scale_gradients", "sum_over", "sums_of_squares", "total_norm"),
 ]

@@ -13,7 +13,7 @@ from ._offload import STATES, check_group
 from ._stepper import Stepper
 from ._store import Store
 from .description import OptimizerDescription, describe
-from .numerics import NumericsReport
+from .numerics import NumericsReport, reduced
 
 
 class Inspection(torch.optim.Optimizer):
@@ -125,10 +125,36 @@ class Inspection(torch.optim.Optimizer):
         """
         return describe(self.kind, self.param_groups)
 
-    def numerics_report(self) -> NumericsReport:
-        """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample."""
-        is_local = any(_parameters.is_sharded(p) for group in self.param_groups for p in group["params"])
-        return self._stepper.monitor.report(is_local)
+    def numerics_report(self, *, reduce: bool = False) -> NumericsReport:
+        """Counts of non-finite gradients and, with ``check_numerics=True``, of lost updates in a sample.
+
+        Args:
+            reduce: sum up over the processes that hold shards, replicas once; all of them call this, and have the
+                same report. False: this process's shards, which ``is_local`` of the report says. Parameters that are
+                plain tensors are whole in every process: nothing is summed up for them. Where parameters of different
+                placements are in one optimizer, ``nonfinite_gradients`` of the report, which is counted by process,
+                counts replicas of some of them each; those of ``parameters`` do not.
+
+        Raises:
+            TypeError: ``reduce`` is no bool.
+            RuntimeError: ``reduce=True``, and a parameter is a slice of a flat buffer (``describe_shard``), which names
+                no processes.
+        """
+        _validate.check_bool("reduce", reduce)
+        named = [
+            (_parameters.name_of(self.param_groups, g, i), param)
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        ]
+        slices = [name for name, param in named if _parameters.is_described(param)]
+        if reduce and slices:
+            raise RuntimeError(
+                f"reduce = True is not allowed: {slices[0]} is a slice of a flat buffer, and which processes hold the "
+                "others is not known; allowed are DTensors and whole tensors. Sum up the reports of the processes"
+            )
+        is_local = bool(slices) or any(_parameters.is_sharded(param) for _, param in named)
+        report = self._stepper.monitor.report(is_local)
+        return reduced(report, named) if reduce else report
 
     def reset_numerics(self) -> None:
         """Starts the counts of numerics_report() anew, those of captured CUDA graphs, too."""

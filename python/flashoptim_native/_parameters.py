@@ -91,6 +91,11 @@ def whole_shape(param: Tensor) -> tuple[int, ...]:
     return tuple(param.shape) if described is None else described[0]
 
 
+def is_described(param: Tensor) -> bool:
+    """Whether a parameter is a slice of a flat buffer, by describe_shard()."""
+    return not is_sharded(param) and getattr(param, _DESCRIPTION, None) is not None
+
+
 _wrapped: list[type] = []
 
 
@@ -189,26 +194,39 @@ def wrap(param: Local, tensor: Tensor, whole: Sequence[int], name: str) -> Tenso
         return tensor
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = param.spec.mesh, param.spec.placements
-    expected, _ = compute_local_shape_and_global_offset(tuple(whole), mesh, placements)
-    if tuple(expected) != tuple(tensor.shape):
+    sizes = tuple(whole)
+    expected = _local_sizes(sizes, mesh, placements)
+    if expected != tuple(tensor.shape):
         raise ValueError(
-            f"{name} of shape {param.whole} and placements {placements} has a state of shape {tuple(whole)}, of "
-            f"which this "
-            f"rank holds {tuple(tensor.shape)}, where torch expects {tuple(expected)}: its rows are not cut at "
-            f"multiples of "
-            f'{GROUP} elements. Cut another dimension, or give this parameter a group with "quantize": False'
+            f"{name} of shape {param.whole} and placements {placements} has a state of shape {sizes}, of "
+            f"which this rank holds {tuple(tensor.shape)}, where torch expects {expected}: its rows are not cut at "
+            f"multiples of {GROUP} elements. Cut another dimension, or give this parameter a group with "
+            '"quantize": False'
         )
-    strides = []
-    next_stride = 1
-    for size in reversed(whole):
-        strides.append(next_stride)
-        next_stride *= max(1, size)
-    meta = TensorMeta(torch.Size(whole), tuple(reversed(strides)), tensor.dtype)
+    strides = tuple(math.prod(max(1, size) for size in sizes[dimension + 1 :]) for dimension in range(len(sizes)))
+    spec = DTensorSpec(mesh, placements, tensor_meta=TensorMeta(torch.Size(sizes), strides, tensor.dtype))
     # From a spec: DTensor.from_local() would move data to the mesh's device, which CPU offload does not want.
-    return DTensor(tensor, DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]
+    return DTensor(tensor, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+#: What torch would give this rank of a DTensor; models repeat their shapes, and asking takes 0.1 ms.
+_sizes: dict[Any, tuple[int, ...]] = {}
+_MOST_SIZES = 4096
+
+
+def _local_sizes(whole: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> tuple[int, ...]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    # Not by the mesh: one of other process groups, made later, equals it.
+    key = (whole, tuple(mesh.shape), tuple(mesh.get_coordinate() or ()), placements)
+    found = _sizes.get(key)
+    if found is None:
+        if len(_sizes) >= _MOST_SIZES:
+            _sizes.clear()
+        found = _sizes[key] = tuple(compute_local_shape_and_global_offset(whole, mesh, placements)[0])
+    return found
 
 
 def gathered(value: Tensor) -> Tensor:

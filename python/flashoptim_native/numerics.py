@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _collectives, _ops
+from . import _collectives, _ops, _parameters
 from ._ops import MasterWeights
 from ._states import Format
 
@@ -53,7 +53,7 @@ class NumericsReport:
     largest_update_ratio: float = 0.0
     #: The same for every parameter that was looked at, by name.
     parameters: dict[str, ParameterNumerics] = field(default_factory=dict)
-    #: Whether these are counts of this process's shards alone: parameters are DTensors, and nothing is reduced.
+    #: Whether these are counts of this process's shards alone: parameters are shards, and nothing is reduced.
     is_local: bool = False
 
 
@@ -67,6 +67,47 @@ class ParameterNumerics:
     floored_codes: int
     saturated_codes: int
     largest_update_ratio: float
+
+
+def summed_up(nonfinite: int, parameters: dict[str, ParameterNumerics], is_local: bool) -> NumericsReport:
+    """The report of all parameters together."""
+    each = parameters.values()
+    return NumericsReport(
+        nonfinite,
+        sum(one.examined for one in each),
+        sum(one.lost_updates for one in each),
+        sum(one.floored_codes for one in each),
+        sum(one.saturated_codes for one in each),
+        max((one.largest_update_ratio for one in each), default=0.0),
+        parameters,
+        is_local,
+    )
+
+
+def reduced(report: NumericsReport, params: Sequence[tuple[str, Tensor]]) -> NumericsReport:
+    """A local report summed over the meshes of the parameters, replicas once; all their processes call this.
+
+    The number of non-finite gradients of all parameters together is counted by process, not by parameter: where one
+    optimizer has parameters of different placements, replicas of some are counted each.
+    """
+    by_parts: dict[_collectives.Parts, list[str]] = {}
+    for name, param in params:
+        by_parts.setdefault(_collectives.parts_of(param), []).append(name)
+    found: dict[str, ParameterNumerics] = {}
+    for parts, names in by_parts.items():
+        local = [astuple(report.parameters.get(name, _NOTHING)) for name in names]
+        counts = _collectives.counts_over(parts, torch.tensor([one[:5] for one in local], dtype=torch.int64))
+        ratios = torch.tensor([one[5] for one in local], dtype=torch.float32)
+        largest = _collectives.largest_over_parts(parts, ratios)
+        for name, numbers, ratio in zip(names, counts.tolist(), largest.tolist()):
+            examined, bad, lost, floored, saturated = numbers
+            found[name] = ParameterNumerics(examined, bad, lost, floored, saturated, ratio)
+    everyone = _collectives.every_part(by_parts)
+    nonfinite = _collectives.counts_over(everyone, torch.tensor([report.nonfinite_gradients], dtype=torch.int64))
+    return summed_up(int(nonfinite), {name: one for name, one in found.items() if any(astuple(one))}, False)
+
+
+_NOTHING = ParameterNumerics(0, 0, 0, 0, 0, 0.0)
 
 
 def smallest_certain_step(largest_weight: float, dtype: torch.dtype, master_weights: MasterWeights) -> float:
@@ -143,25 +184,14 @@ class NumericsMonitor:
             table = counts.cpu()
             ratios = table.view(torch.float32)[:, 10].tolist()
             for name, numbers, ratio in zip(names, table[:, :5].tolist(), ratios):
-                old = found.get(name, ParameterNumerics(0, 0, 0, 0, 0, 0.0))
+                old = found.get(name, _NOTHING)
                 examined, nonfinite, lost, floored, saturated = (a + b for a, b in zip(numbers, astuple(old)))
                 largest = max(ratio, old.largest_update_ratio)
                 found[name] = ParameterNumerics(examined, nonfinite, lost, floored, saturated, largest)
 
     def report(self, is_local: bool = False) -> NumericsReport:
         count = sum(int(counter.item()) for counter in self.nonfinite.values())
-        parameters = self._parameters()
-        each = parameters.values()
-        return NumericsReport(
-            count,
-            sum(one.examined for one in each),
-            sum(one.lost_updates for one in each),
-            sum(one.floored_codes for one in each),
-            sum(one.saturated_codes for one in each),
-            max((one.largest_update_ratio for one in each), default=0.0),
-            parameters,
-            is_local,
-        )
+        return summed_up(count, self._parameters(), is_local)
 
     def check_learning_rate(self, kind: str, param: Tensor, name: str, form: Format, lr: float) -> None:
         """Raises NumericsError where a step of ``lr`` may round away on a parameter's largest weight."""
@@ -177,11 +207,12 @@ class NumericsMonitor:
         taken = lr * (_STEP_SHARE if has_variance else 1.0)
         if needed > taken:
             bits = _CORRECTION_BITS[form.master_weights]
+            whose = " of all processes' shards" if _parameters.is_sharded(param) else ""
             raise NumericsError(
-                f"lr = {lr:.3g} is too small for {name}: its largest weight is {largest:.6g}, and of a {param.dtype} "
-                f"weight with {bits} bits of correction rounded to nearest only steps from {needed:.3g} up are sure to "
-                f"change it; this step counts on {taken:.3g}. Raise lr, or keep more bits (master_weight_bits), or "
-                "round without bias (state_codec='default'; stochastic_rounding=True where master_weight_bits is "
+                f"lr = {lr:.3g} is too small for {name}: its largest weight{whose} is {largest:.6g}, and of a "
+                f"{param.dtype} weight with {bits} bits of correction rounded to nearest only steps from {needed:.3g} "
+                f"up are sure to change it; this step counts on {taken:.3g}. Raise lr, or keep more bits "
+                "(master_weight_bits), or round without bias (state_codec='default'; stochastic_rounding=True where master_weight_bits is "
                 "None), or set "
                 "check_numerics=False. Weights are measured at the first step, after load_state_dict() and by "
                 "recompute_param_stats()"

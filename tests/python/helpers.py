@@ -41,10 +41,10 @@ def make_params(dtype=torch.bfloat16, shapes=SHAPES, seed=0):
 
 
 def set_grads(params, step, scale=0.1):
-    """The gradients of step ``step``: the same for every optimizer that takes it."""
+    """The gradients of step ``step``: the same for every optimizer that takes it, wherever the parameters are."""
     generator = torch.Generator().manual_seed(1000 + step)
     for param in params:
-        param.grad = (scale * torch.randn(param.shape, generator=generator)).to(param.dtype)
+        param.grad = (scale * torch.randn(param.shape, generator=generator)).to(param.device, param.dtype)
 
 
 def run(optimizer, params, first, last):

@@ -79,7 +79,7 @@ def test_names_and_values_are_the_models_own(wrapper, process_group):
     other_optimizer.set_fp32_model_state_dict(other, expected, strict=True)
     again = other_optimizer.get_fp32_model_state_dict(other)
     for key, value in expected.items():
-        assert (again[key] - value).abs().max() <= 2**-14 * value.abs().max(), key
+        assert (again[key].cpu() - value).abs().max() <= 2**-14 * value.abs().max(), key
 
 
 @pytest.mark.parametrize(

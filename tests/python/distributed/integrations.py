@@ -68,10 +68,28 @@ def same(a: nn.Module, ours: Any, b: nn.Module, theirs: Any) -> None:
 # Accelerate
 
 
+def take_fsdp_over_gloo() -> None:
+    """Accelerate takes FSDP for GPUs alone, and forgets the plugin elsewhere; its ways work over gloo."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    its_own = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        its_own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
 def accelerate(kind: str, path: str) -> None:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
+
+    take_fsdp_over_gloo()
 
     def prepared() -> Any:
         AcceleratorState._reset_state(True)
@@ -88,10 +106,6 @@ def accelerate(kind: str, path: str) -> None:
                 cpu_ram_efficient_loading=False,
             )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-        if plugin is not None:  # Accelerate takes FSDP for GPUs alone; its ways work over gloo
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            accelerator.state.distributed_type = DistributedType.FSDP
-            accelerator.state.fsdp_plugin = plugin
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() <= 1]
         optimizer = FlashAdamW(
@@ -186,12 +200,20 @@ def lightning(kind: str, path: str) -> None:
 
 
 def trainer(kind: str, path: str) -> None:
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers import Trainer, TrainingArguments
+
+    take_fsdp_over_gloo()
+    fsdp: dict[str, Any] = {}
+    if kind != "ddp":
+        config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        config["state_dict_type"] = "FULL_STATE_DICT" if kind == "full" else "SHARDED_STATE_DICT"
+        fsdp = {"fsdp": True, "fsdp_config": config}
 
     def made(folder: str) -> Any:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+        PartialState._shared_state.clear()
         model = tiny_llama()
         arguments = TrainingArguments(
             output_dir=folder,
@@ -203,16 +225,20 @@ def trainer(kind: str, path: str) -> None:
             ddp_backend="gloo",
             disable_tqdm=True,
             seed=1,
+            **fsdp,
         )
-        return Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=Tokens(),
-            optimizers=(FlashAdamW(model.parameters(), lr=1e-3), None),
-        )
+        if kind == "ddp":
+            optimizer = FlashAdamW(model.parameters(), lr=1e-3)
+            return Trainer(model=model, args=arguments, train_dataset=Tokens(), optimizers=(optimizer, None))
+        # Trainer takes no optimizer that is made for FSDP, but a class.
+        make = (FlashAdamW, {"lr": 1e-3})
+        return Trainer(model=model, args=arguments, train_dataset=Tokens(), optimizer_cls_and_kwargs=make)
 
     whole = made(path + "/a")
     whole.train()
+    from torch.distributed.tensor import DTensor
+
+    assert all(isinstance(p, DTensor) for p in whole.model.parameters()) == (kind != "ddp")
     dist.barrier()
     part = made(path + "/b")
     part.train(resume_from_checkpoint=path + "/a/checkpoint-3")
@@ -276,7 +302,7 @@ if __name__ == "__main__":
         accelerate(kind, path)
     elif framework == "lightning":
         lightning(kind, path)
-    elif case == "trainer-ddp":
+    elif framework == "trainer":
         trainer(kind, path)
     else:
         by_dcp(path, cpu_offload=framework == "nemo")

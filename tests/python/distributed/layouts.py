@@ -34,6 +34,13 @@ SHAPES = {
     "experts": (6, 33, 64),
 }
 ALL = tuple(SHAPES)
+SHAPES |= {  # for cuts of other dimensions than the first
+    "wide": (33, 192),
+    "narrow_experts": (5, 40, 128),
+    "grid_experts": (4, 6, 264),
+}
+#: The dimension that tensor and expert parallelism cut; the first of those that are not named.
+CUT = {"wide": 1, "experts": 1, "narrow_experts": 2, "grid_experts": 1}
 SOME = ("uneven", "few_rows", "long_bias", "conv")
 
 MAKE: dict[str, Callable[..., FlashOptimizer]] = {
@@ -88,13 +95,11 @@ def as_placed(full: Tensor, param: Tensor) -> Tensor:
     """A whole tensor, spread over processes as a parameter is."""
     if not isinstance(param, DTensor):
         return full.to(param.device)
-    local_device = param._local_tensor.device
-    placed = distribute_tensor(full.to(param.device_mesh.device_type), param.device_mesh, param.placements)
-    if placed._local_tensor.device == local_device:
-        return placed
+    local, (box,) = param._local_tensor, param.__create_chunk_list__()
+    part = full[tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.sizes))]
     return DTensor.from_local(
-        placed._local_tensor.to(local_device), param.device_mesh, param.placements, run_check=False,
-        shape=param.shape, stride=param.stride(),
+        part.to(local.device, copy=True, memory_format=torch.contiguous_format), param.device_mesh, param.placements,
+        run_check=False, shape=param.shape, stride=param.stride(),
     )  # fmt: skip
 
 
@@ -130,8 +135,19 @@ def shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
+def _distribute(model: nn.Module, mesh: DeviceMesh, placement_of: Callable[[str], Any]) -> None:
+    for name, child in model.named_children():
+        whole = child.weight
+        placed = distribute_tensor(whole.detach(), mesh, [placement_of(name)])
+        child.weight = nn.Parameter(placed, requires_grad=whole.requires_grad)
+
+
 def lay_out(model: nn.Module, layout: str, world: int, **options: Any) -> nn.Module:
-    """A model over ``world`` processes: single, ddp, fsdp, hsdp (replicate x shard), replicate, tp<dimension>."""
+    """A model over ``world`` processes.
+
+    single, ddp, fsdp, hsdp (replicate x shard), replicate, tp<dimension>; of a Bag, cut along ``CUT``: tp, fsdp-tp
+    (FSDP2 on top of it), fsdp-cut (by FSDP2 itself).
+    """
     model = model.to(device_type())
     if layout == "single":
         return model
@@ -141,10 +157,21 @@ def lay_out(model: nn.Module, layout: str, world: int, **options: Any) -> nn.Mod
         return shard(model, _mesh((world,), ("shard",)), **options)
     if layout == "hsdp":
         return shard(model, _mesh(two_dimensional(world), ("replicate", "shard")), **options)
+    if layout == "fsdp-cut":
+        cuts = {}
+        for name, child in model.named_children():
+            dimension = CUT.get(name, 0)  # FSDP2 cuts others than the first evenly alone
+            cuts[child.weight] = Shard(dimension if child.weight.shape[dimension] % world == 0 else 0)
+        return shard(model, _mesh((world,), ("shard",)), shard_placement_fn=cuts.get, **options)
+    if layout == "fsdp-tp":
+        mesh = _mesh(two_dimensional(world), ("dp", "tp"))
+        _distribute(model, mesh["tp"], lambda name: Shard(CUT.get(name, 0)))
+        return shard(model, mesh["dp"], **options)
+    if layout == "tp":
+        _distribute(model, _mesh((world,), ("tp",)), lambda name: Shard(CUT.get(name, 0)))
+        return model
     placement = Replicate() if layout == "replicate" else Shard(int(layout.removeprefix("tp")))
-    mesh = _mesh((world,), ("tp",))
-    for child in model.children():
-        child.weight = nn.Parameter(distribute_tensor(child.weight.detach(), mesh, [placement]))
+    _distribute(model, _mesh((world,), ("tp",)), lambda name: placement)
     return model
 
 

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -176,7 +175,7 @@ class Processes:
         for process in self._processes:
             process.join(0.5)
             if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()  # one that has ended meanwhile is no error
                 process.join()
         self._pipes, self._processes = [], []
         self._folder.cleanup()

@@ -30,9 +30,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 LONG = bool(os.environ.get("FLASHOPTIM_TEST_ALL"))
 NAMES = ("even", "uneven", "few_rows", "odd_rows", "thin_rows", "long_bias", "bias", "conv", "experts")
-#: Those that tensor parallelism cuts as well: what is cut at a group.
-CUT_ANYWHERE = ("even", "uneven", "few_rows", "bias", "experts")
-WORLD = {"single": 1, "ddp2": 2, "fsdp1": 1, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "hsdp4": 4, "tp2": 2}
+FEW = ("even", "uneven", "few_rows", "bias", "experts")
+#: With those that layouts.CUT has other cuts for.
+CUT_ALONG_ANY = (*NAMES, *(name for name in layouts.CUT if name not in NAMES))
+WORLD = {
+    **{"single": 1, "ddp2": 2, "fsdp1": 1, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "hsdp4": 4},
+    **{"tp2": 2, "tp3": 3, "fsdp-cut2": 2, "fsdp-tp4": 4},
+}
 
 
 def _world(layout: str) -> int:
@@ -43,8 +47,7 @@ def _build(layout: str, world: int, names: tuple[str, ...], kind: str = "adamw",
     model = Bag(names)
     if options.pop("freeze", False):
         next(iter(model.parameters())).requires_grad_(False)
-    how = "tp0" if layout.startswith("tp") else layout.rstrip("1234")
-    model = layouts.lay_out(model, how, world)
+    model = layouts.lay_out(model, layout.rstrip("1234"), world)
     return model, MAKE[kind](model.named_parameters(), **options)
 
 
@@ -145,8 +148,9 @@ def _check_loaded(rank: int, model: Any, optimizer: Any, how: str, names: tuple[
     return compared if rank == 0 else 0
 
 
-def _trip(request: Any, tmp_path: Path, source: str, target: str, how: str) -> None:
-    names = CUT_ANYWHERE if "tp" in source + target else NAMES
+def _trip(
+    request: Any, tmp_path: Path, source: str, target: str, how: str, names: tuple[str, ...] = NAMES
+) -> None:  # fmt: skip
     path = str(tmp_path / "checkpoint")
     run(request, _world(source), save, source, how, path, names)
     if how.startswith("convert"):
@@ -156,18 +160,21 @@ def _trip(request: Any, tmp_path: Path, source: str, target: str, how: str) -> N
     run(request, _world(target), load, target, how, path, names)
 
 
-_LAYOUTS = ("single", "ddp2", "fsdp2", "fsdp3", "hsdp4", "tp2")
+_LAYOUTS = ("single", "ddp2", "fsdp2", "fsdp3", "hsdp4", "tp2", "fsdp-cut2", "fsdp-tp4")
+#: Every layout as source and as target.
 _CHAIN = [
-    *(("single", "fsdp3"), ("fsdp3", "fsdp2"), ("fsdp2", "hsdp4"), ("hsdp4", "tp2"), ("tp2", "ddp2")),
-    *(("ddp2", "fsdp4"), ("fsdp4", "single"), ("fsdp2", "fsdp1"), ("tp2", "fsdp3")),
+    *(("single", "fsdp3"), ("fsdp3", "fsdp-tp4"), ("fsdp-tp4", "fsdp2"), ("fsdp2", "hsdp4"), ("hsdp4", "tp2")),
+    *(("tp2", "ddp2"), ("ddp2", "fsdp-cut2"), ("fsdp-cut2", "single"), ("tp2", "fsdp-tp4")),
 ]
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), list(itertools.product(_LAYOUTS, _LAYOUTS)) if LONG else _CHAIN
-)  # fmt: skip
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(_LAYOUTS, _LAYOUTS)) if LONG else _CHAIN)
 def test_any_layout_to_any_layout(request, tmp_path, source, target):
-    _trip(request, tmp_path, source, target, "nested")
+    """Among the parameters are matrices cut along rows, columns and both, and experts along each of three dimensions.
+
+    FSDP2 over tensor parallelism cuts one dimension twice, which torch calls _StridedShard.
+    """
+    _trip(request, tmp_path, source, target, "nested", CUT_ALONG_ANY)
 
 
 @pytest.mark.parametrize("how", [how for how in OPTIONS if how != "nested"])
@@ -178,7 +185,8 @@ def test_every_option(request, tmp_path, how):
 @pytest.mark.skipif(not LONG, reason="long: FLASHOPTIM_TEST_ALL=1")
 @pytest.mark.parametrize("how", list(OPTIONS))
 @pytest.mark.parametrize(
-    ("source", "target"), [("single", "single"), ("ddp2", "ddp2"), ("single", "fsdp3"), ("fsdp3", "single")]
+    ("source", "target"),
+    [("single", "single"), ("ddp2", "ddp2"), ("single", "fsdp3"), ("fsdp3", "single"), ("fsdp-tp4", "tp3")],
 )
 def test_every_option_elsewhere(request, tmp_path, source, target, how):
     _trip(request, tmp_path, source, target, how)
@@ -226,6 +234,8 @@ def load_whole(rank: int, world: int, layout: str, path: str, flat: bool, by_bro
         ("fsdp2", "hsdp4", False, False),
         ("ddp2", "ddp2", False, True),
         ("fsdp2", "ddp2", True, False),
+        ("fsdp-tp4", "fsdp-tp4", False, True),
+        ("fsdp-tp4", "tp2", False, False),
     ],
 )
 def test_whole_state_dict(request, tmp_path, source, target, flat, by_broadcast):
@@ -338,8 +348,8 @@ def refused(rank: int, world: int, path: str, kind: str, names: tuple[str, ...],
 @pytest.mark.parametrize("kind", ["lion", "adam", "sgd"])
 def test_checkpoint_of_another_optimizer_is_refused(request, tmp_path, kind, flat):
     path, how = str(tmp_path / "checkpoint"), "flat" if flat else "nested"
-    run(request, _world("fsdp2"), save, "fsdp2", how, path, CUT_ANYWHERE)
-    for message in run(request, _world("fsdp2"), refused, path, kind, CUT_ANYWHERE, flat):
+    run(request, _world("fsdp2"), save, "fsdp2", how, path, FEW)
+    for message in run(request, _world("fsdp2"), refused, path, kind, FEW, flat):
         # Of the keys that are missing in the file the first is named: a slot, or the one of the optimizer's name.
         assert "Missing key" in message and ("flashoptim_native." + kind in message or "momentum_buffer" in message)
 
@@ -347,7 +357,7 @@ def test_checkpoint_of_another_optimizer_is_refused(request, tmp_path, kind, fla
 def resized(rank: int, world: int, path: str) -> None:
     layouts.SHAPES["even"] = (128, 64)
     try:
-        save(rank, world, "fsdp2", "flat", path, CUT_ANYWHERE)
+        save(rank, world, "fsdp2", "flat", path, FEW)
     finally:
         layouts.SHAPES["even"] = (96, 64)
 
@@ -355,7 +365,7 @@ def resized(rank: int, world: int, path: str) -> None:
 def test_checkpoint_of_other_shapes_is_refused(request, tmp_path):
     path = str(tmp_path / "checkpoint")
     run(request, _world("fsdp2"), resized, path)
-    for message in run(request, _world("fsdp2"), refused, path, "adamw", CUT_ANYWHERE, True):
+    for message in run(request, _world("fsdp2"), refused, path, "adamw", FEW, True):
         assert "128" in message and "96" in message
 
 
@@ -364,7 +374,7 @@ def later_format(rank: int, world: int, path: str) -> None:
 
     before, _groups.FORMAT_VERSION = _groups.FORMAT_VERSION, 3
     try:
-        save(rank, world, "fsdp2", "flat", path, CUT_ANYWHERE)
+        save(rank, world, "fsdp2", "flat", path, FEW)
     finally:
         _groups.FORMAT_VERSION = before
 
@@ -372,7 +382,7 @@ def later_format(rank: int, world: int, path: str) -> None:
 def test_checkpoint_of_another_format_version_is_refused(request, tmp_path):
     path = str(tmp_path / "checkpoint")
     run(request, _world("fsdp2"), later_format, path)
-    for message in run(request, _world("fsdp2"), refused, path, "adamw", CUT_ANYWHERE, True):
+    for message in run(request, _world("fsdp2"), refused, path, "adamw", FEW, True):
         assert "flashoptim_native.adamw.2" in message
 
 

@@ -19,8 +19,10 @@ import flashoptim_native
 HERE = Path(__file__).resolve().parent
 VERSION = torch.__version__.split("+")[0]
 PACKAGES = ["accelerate", "transformers", "lightning", "numpy"]
-CASES = ["accelerate-ddp", "accelerate-sharded", "accelerate-full", "lightning-ddp", "lightning-sharded",
-         "lightning-full", "trainer-ddp", "transformers-fsdp2", "nemo-flat-offload"]  # fmt: skip
+CASES = [
+    *("accelerate-ddp", "accelerate-sharded", "accelerate-full", "lightning-ddp", "lightning-sharded"),
+    *("lightning-full", "trainer-ddp", "trainer-sharded", "trainer-full", "transformers-fsdp2", "nemo-flat-offload"),
+]
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("FLASHOPTIM_TEST_ALL"), reason="installs packages, minutes: FLASHOPTIM_TEST_ALL=1"

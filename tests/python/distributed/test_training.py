@@ -1,9 +1,7 @@
-"""What training needs beside steps: gradient release, clipping, scalers, fp32 weights, casts, other ways to shard."""
+"""What training needs beside steps: gradient release, fp32 weights, casts, other ways to shard."""
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any
 
 import layouts
@@ -11,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from layouts import ALL, MAKE, SOME, Bag
+from layouts import MAKE, SOME, Bag
 from processes import device_type, run, worlds
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -95,124 +93,6 @@ def test_gradient_release_of_ddp_points_to_fsdp2(request):
     for said in run(request, world, release_refused):
         assert "DistributedDataParallel" in said[0] and "fully_shard" in said[0]
         assert world == 1 or (f"{world} processes" in said[1] and "fully_shard" in said[1])
-
-
-# Norms and scalers
-
-
-def clipped(rank: int, world: int, layout: str, by_torch: bool) -> int:
-    """The global norm; replicas count once; the same on every rank and in every run."""
-    norms, results = [], []
-    for _ in range(2):
-        is_both = layout == "fsdp-tp"
-        model = layouts.parallel_mlp(world, True) if is_both else layouts.lay_out(Bag(ALL), layout, world)
-        optimizer = MAKE["adamw"](model.named_parameters())
-        layouts.set_gradients(model, 0)
-        if by_torch:
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.25)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        else:
-            norm = optimizer.clip_grad_norm_(0.25)
-            assert type(norm) is torch.Tensor
-        optimizer.step()
-        norms.append(norm)
-        results.append(layouts.whole_of(model, optimizer))
-    whole = layouts.MLP().to(BF16) if layout == "fsdp-tp" else Bag(ALL)
-    layouts.set_gradients(whole, 0)
-    expected = math.sqrt(sum(float(p.grad.double().square().sum()) for p in whole.parameters()))
-    assert abs(float(norms[0]) - expected) <= (1e-2 if by_torch else 1e-6) * expected, (float(norms[0]), expected)
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, [float(norm) for norm in norms])
-    assert len({value for both in everyone for value in both}) == 1
-    for parameter in whole.parameters():  # as the sharded ones were clipped
-        if device_type() == "cpu":
-            parameter.grad.mul_(min(1.0, 0.25 / (float(norms[0]) + 1e-6)))
-    return layouts.compare(results[0], results[1], "again") if rank == 0 else 0
-
-
-@pytest.mark.parametrize("layout", ["fsdp", "hsdp", "replicate", "tp0", "fsdp-tp"])
-def test_clip_grad_norm_is_global(request, layout):
-    run(request, worlds(2 if layout in ("replicate", "tp0") else 4)[-1], clipped, layout, False)
-
-
-def test_torch_clip_grad_norm(request):
-    run(request, worlds(3)[-1], clipped, "fsdp", True)
-
-
-def scaled(rank: int, world: int, layout: str) -> int:
-    """An infinity on the last rank's shard alone makes all skip; steps without one equal those without a scaler."""
-    model = layouts.lay_out(Bag(SOME, torch.float16), layout, world)
-    optimizer = MAKE["adamw"](model.named_parameters())
-    scaler = torch.amp.GradScaler(device_type(), init_scale=256.0, growth_interval=1000)
-    scaler.scale(torch.ones((), device=device_type()))  # makes the scale
-    before = layouts.whole_of(model, optimizer)
-    layouts.set_gradients(model, 0)
-    largest = max(model.parameters(), key=lambda p: p._local_tensor.numel())
-    shards = layouts.two_dimensional(world)[1] if layout == "hsdp" else world
-    if rank % shards == shards - 1:  # replicas hold the same
-        largest.grad._local_tensor.view(-1)[0] = math.inf
-    scaler.step(optimizer)
-    scaler.update()
-    compared = layouts.compare({k: v for k, v in layouts.whole_of(model, optimizer).items() if "/" not in k},
-                               before, "skipped")  # fmt: skip
-    assert scaler.get_scale() == 128.0
-    for step in range(3):
-        layouts.set_gradients(model, step)
-        for param in model.parameters():
-            param.grad._local_tensor.mul_(128.0)
-        scaler.step(optimizer)
-        scaler.update()
-    if rank != 0:
-        layouts.whole_of(model, optimizer)
-        return 0
-    got = {k: v for k, v in layouts.whole_of(model, optimizer).items()}
-    want = layouts.bag_alone(SOME, "adamw", {}, torch.float16, 3)
-    return compared + layouts.compare(got, want, "with a scaler")
-
-
-@pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
-def test_an_infinity_on_one_rank_makes_all_skip(request, layout):
-    run(request, worlds(2 if layout == "fsdp" else 4)[-1], scaled, layout)
-
-
-def found_on_one_rank(rank: int, world: int) -> int:
-    """Somebody who sets found_inf himself, on one rank."""
-    model = layouts.lay_out(Bag(SOME), "fsdp", world)
-    optimizer = MAKE["adamw"](model.named_parameters())
-    before = layouts.whole_of(model, optimizer)
-    layouts.set_gradients(model, 0)
-    optimizer.found_inf = torch.full((), float(rank == world - 1), device=device_type())
-    optimizer.step()
-    got = {key: value for key, value in layouts.whole_of(model, optimizer).items() if "/" not in key}
-    return layouts.compare(got, before, "found_inf") if rank == 0 else 0
-
-
-def test_found_inf_on_one_rank(request):
-    run(request, worlds(3)[-1], found_on_one_rank)
-
-
-# Numerics
-
-
-def numerics(rank: int, world: int) -> tuple[bool, str]:
-    model = layouts.lay_out(Bag(("even", "few_rows")), "fsdp", world)
-    with torch.no_grad():  # the largest weight is on one rank alone
-        if rank == world - 1:
-            next(iter(model.parameters()))._local_tensor[-1, -1] = 64.0
-    make = functools.partial(MAKE["adamw"], state_codec="paper", check_numerics=True)
-    optimizer = make(model.named_parameters(), lr=1e-4)
-    layouts.set_gradients(model, 0)
-    try:
-        optimizer.step()
-    except flashoptim_native.NumericsError as error:
-        return optimizer.numerics_report().is_local, str(error)
-    return optimizer.numerics_report().is_local, ""
-
-
-def test_check_numerics_agrees_and_says_what_is_local(request):
-    for is_local, said in run(request, worlds(3)[-1], numerics):
-        assert is_local and "64" in said and "even" in said
-    assert not MAKE["adamw"]([nn.Parameter(torch.ones(2))]).numerics_report().is_local
 
 
 # fp32 weights and casts
