@@ -54,23 +54,98 @@ Status check_formats(const ParameterTensors& t, const TensorName& name) {
   return Status::ok();
 }
 
-Status check_addresses(const ParameterTensors& t, const TensorName& name, int states) {
+Status check_weight_addresses(const ParameterTensors& t, const TensorName& name) {
   if (t.layout.numel() == 0) return Status::ok();
   if (t.parameter == nullptr) return Status::invalid_argument(name.field("parameter") + " is null");
   if (cpu::element_sizes(t).correction != 0 && t.correction == nullptr) {
     return Status::invalid_argument(name.field("correction") + " is null, but master_weights asks for one");
   }
+  return Status::ok();
+}
+
+std::string field_text(const char* field, int slot) {
+  return slot < 0 ? field : std::string(field) + "[" + std::to_string(slot) + "]";
+}
+
+Status check_state_addresses(const ParameterTensors& t, const TensorName& name, int states) {
+  if (t.layout.numel() == 0) return Status::ok();
   for (int k = 0; k < states; ++k) {
-    const auto slot = [k](const char* field) { return std::string(field) + "[" + std::to_string(k) + "]"; };
-    if (t.states[k] == nullptr) return Status::invalid_argument(name.field(slot("states").c_str()) + " is null");
+    if (t.states[k] == nullptr) {
+      return Status::invalid_argument(name.field(field_text("states", k).c_str()) + " is null");
+    }
     if (t.state_codec != StateCodec::kFloat32 && t.scales[k] == nullptr) {
-      return Status::invalid_argument(name.field(slot("scales").c_str()) + " is null, but state_codec is quantized");
+      return Status::invalid_argument(name.field(field_text("scales", k).c_str()) +
+                                      " is null, but state_codec is quantized");
     }
   }
   return Status::ok();
 }
 
+/// What a step writes, at most.
+class WrittenArrays {
+ public:
+  void add_weights(const ParameterTensors& t) {
+    const cpu::ElementSizes sizes = cpu::element_sizes(t);
+    add({"parameter", -1, t.parameter, t.layout.numel() * sizes.parameter});
+    add({"correction", -1, t.correction, t.layout.numel() * sizes.correction});
+  }
+  void add_states(const ParameterTensors& t, int states) {
+    const cpu::ElementSizes sizes = cpu::element_sizes(t);
+    const int64_t scales = t.state_codec == StateCodec::kFloat32 ? 0 : t.layout.groups() * 2;
+    for (int k = 0; k < states; ++k) {
+      add({"states", k, t.states[k], t.layout.numel() * sizes.state});
+      add({"scales", k, t.scales[k], scales});
+    }
+  }
+  Status check(const TensorName& name) const { return check_apart(arrays_, count_, name); }
+
+ private:
+  void add(const ArrayRange& array) {
+    if (array.base != nullptr && array.bytes > 0) arrays_[count_++] = array;
+  }
+  ArrayRange arrays_[2 + 2 * kMaxSlots];
+  int count_ = 0;
+};
+
+/// All but addresses.
+Status check_description(const ParameterTensors& t, const TensorName& name, int states) {
+  Status status = check_formats(t, name);
+  if (status.is_ok()) status = check_layout(t.layout, name, "layout");
+  if (status.is_ok()) status = check_place(t, name, states > 0 && t.state_codec != StateCodec::kFloat32);
+  if (!status.is_ok()) return status;
+  if (t.hyper_index < 0 || t.hyper_index >= kMaxHyperparameterSets) {
+    return Status::invalid_argument(name.field("hyper_index") + " = " + std::to_string(t.hyper_index) +
+                                    "; allowed are 0 to " + std::to_string(kMaxHyperparameterSets - 1));
+  }
+  return status;
+}
+
 }  // namespace
+
+Status misaligned(const char* name, uintptr_t address, size_t alignment) {
+  return Status::invalid_argument(std::string(name) + " is at address " + std::to_string(address) +
+                                  ", which is no multiple of " + std::to_string(alignment));
+}
+
+Status check_apart(const ArrayRange* arrays, int count, const TensorName& name) {
+  const auto text = [&](const ArrayRange& a) { return name.field(field_text(a.field, a.slot).c_str()); };
+  for (int i = 0; i < count; ++i) {
+    const auto begin = reinterpret_cast<uintptr_t>(arrays[i].base);
+    const auto bytes = static_cast<uintptr_t>(arrays[i].bytes);
+    if (begin > std::numeric_limits<uintptr_t>::max() - bytes) {
+      return Status::invalid_argument(text(arrays[i]) + " of " + std::to_string(bytes) + " bytes at address " +
+                                      std::to_string(begin) + " goes past the last address");
+    }
+    for (int j = 0; j < i; ++j) {
+      const auto other = reinterpret_cast<uintptr_t>(arrays[j].base);
+      if (begin < other + static_cast<uintptr_t>(arrays[j].bytes) && other < begin + bytes) {
+        return Status::invalid_argument(text(arrays[i]) + " overlaps " + text(arrays[j]) +
+                                        "; arrays must lie apart from each other");
+      }
+    }
+  }
+  return Status::ok();
+}
 
 std::string TensorName::field(const char* name) const {
   if (list == nullptr) return name;
@@ -93,15 +168,23 @@ Status check_layout(const GroupLayout& layout, const TensorName& name, const cha
 }
 
 Status check_tensor(const ParameterTensors& t, const TensorName& name, int states) {
-  Status status = check_formats(t, name);
-  if (status.is_ok()) status = check_layout(t.layout, name, "layout");
-  if (status.is_ok()) status = check_place(t, name, states > 0 && t.state_codec != StateCodec::kFloat32);
+  Status status = check_description(t, name, states);
+  if (status.is_ok()) status = check_weight_addresses(t, name);
+  if (status.is_ok()) status = check_state_addresses(t, name, states);
   if (!status.is_ok()) return status;
-  if (t.hyper_index < 0 || t.hyper_index >= kMaxHyperparameterSets) {
-    return Status::invalid_argument(name.field("hyper_index") + " = " + std::to_string(t.hyper_index) +
-                                    "; allowed are 0 to " + std::to_string(kMaxHyperparameterSets - 1));
-  }
-  return check_addresses(t, name, states);
+  WrittenArrays arrays;
+  arrays.add_weights(t);
+  arrays.add_states(t, states);
+  return arrays.check(name);
+}
+
+Status check_states(const ParameterTensors& t, const TensorName& name, int states) {
+  Status status = check_description(t, name, states);
+  if (status.is_ok()) status = check_state_addresses(t, name, states);
+  if (!status.is_ok()) return status;
+  WrittenArrays arrays;
+  arrays.add_states(t, states);
+  return arrays.check(name);
 }
 
 Status check_same_format(const ParameterTensors& before, const ParameterTensors& now, const TensorName& name) {
@@ -136,6 +219,8 @@ Status check_index(int64_t index, int64_t size) {
 }
 
 Status check_tensor_list(const ParameterTensors* tensors, int64_t count) {
+  const Status status = check_aligned(tensors, "tensors");
+  if (!status.is_ok()) return status;
   // The CUDA back end counts tensors in 32 bits.
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (count >= 0 && count <= kMost && (count == 0 || tensors != nullptr)) return Status::ok();
@@ -145,6 +230,8 @@ Status check_tensor_list(const ParameterTensors* tensors, int64_t count) {
 }
 
 Status check_selection(const int64_t* indices, int64_t count, int64_t size) {
+  const Status status = check_aligned(indices, "indices");
+  if (!status.is_ok()) return status;
   if (count < 0 || count > size) {
     return Status::invalid_argument("count = " + std::to_string(count) + "; allowed are 0 to " + std::to_string(size) +
                                     ", the plan's tensors");
@@ -167,6 +254,8 @@ Status check_named(const int64_t* indices, int64_t i, int64_t size, uint64_t cal
 }
 
 Status check_hyper_count(const Hyperparameters* hypers, int64_t count, int32_t used) {
+  const Status status = check_aligned(hypers, "hypers");
+  if (!status.is_ok()) return status;
   if (count < 0) return Status::invalid_argument("count = " + std::to_string(count) + "; must be at least 0");
   if (used > count) {
     return Status::invalid_argument("hypers has " + std::to_string(count) + " entries, but a tensor's hyper_index is " +
@@ -176,6 +265,11 @@ Status check_hyper_count(const Hyperparameters* hypers, int64_t count, int32_t u
     return Status::invalid_argument("hypers is null; it must have " + std::to_string(count) + " entries");
   }
   return Status::ok();
+}
+
+Status check_step_options(const StepOptions& options) {
+  const Status status = check_aligned(options.found_inf, "options.found_inf");
+  return status.is_ok() ? check_aligned(options.nonfinite_gradients, "options.nonfinite_gradients") : status;
 }
 
 Status check_gradient_scale(float gradient_scale) {

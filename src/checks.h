@@ -23,6 +23,8 @@ Status guarded(Body body) noexcept {
   }
 }
 
+Status misaligned(const char* name, uintptr_t address, size_t alignment);
+
 /// Shards and tensors have fewer elements than this, so that no count of bytes overflows.
 inline constexpr int64_t kMostElements = int64_t{1} << 57;
 
@@ -38,6 +40,28 @@ Status check_layout(const GroupLayout& layout, const TensorName& name, const cha
 
 /// Whether a tensor fits an optimizer of `states` slots.
 Status check_tensor(const ParameterTensors& tensor, const TensorName& name, int states);
+
+/// The same of its states and scales alone: parameter and correction are not looked at.
+Status check_states(const ParameterTensors& tensor, const TensorName& name, int states);
+
+/// One array of a call.
+struct ArrayRange {
+  const char* field;
+  int slot;  ///< field[slot]; -1: field
+  const void* base;
+  int64_t bytes;
+};
+/// Whether no two of `count` arrays have a byte in common, and each ends within what addresses can say. Null and empty
+/// ones are apart from all.
+Status check_apart(const ArrayRange* arrays, int count, const TensorName& name);
+
+/// Whether what a pointer points to can be a T, as far as its address says. Null is left to others.
+template <class T>
+Status check_aligned(const T* pointer, const char* name) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (address % alignof(T) == 0) return Status::ok();
+  return misaligned(name, address, alignof(T));
+}
 
 /// Whether `now` differs from `before` in nothing but addresses and hyper_index.
 Status check_same_format(const ParameterTensors& before, const ParameterTensors& now, const TensorName& name);
@@ -58,5 +82,8 @@ Status check_named(const int64_t* indices, int64_t i, int64_t size, uint64_t cal
 Status check_hyper_count(const Hyperparameters* hypers, int64_t count, int32_t used);
 
 Status check_gradient_scale(float gradient_scale);
+
+/// Whether what a step's options point to, on the host, can be what it should.
+Status check_step_options(const StepOptions& options);
 
 }  // namespace flashoptim

@@ -53,10 +53,20 @@ Status check_values(const float* const* values, const ParameterTensors& t, int s
   if (states == 0 || t.layout.numel() == 0) return Status::ok();
   if (values == nullptr)
     return Status::invalid_argument("values is null; it must have " + std::to_string(states) + " entries");
+  const Status status = check_aligned(values, "values");
+  if (!status.is_ok()) return status;
+  // They lie apart from each other, and from what the states are read from or written to.
+  const int64_t numel = t.layout.numel(), state_bytes = numel * cpu::element_sizes(t).state;
+  const int64_t scale_bytes = t.state_codec == StateCodec::kFloat32 ? 0 : t.layout.groups() * 2;
+  ArrayRange arrays[3 * kMaxSlots];
+  int count = 0;
   for (int k = 0; k < states; ++k) {
     if (values[k] == nullptr) return Status::invalid_argument("values[" + std::to_string(k) + "] is null");
+    arrays[count++] = {"values", k, values[k], numel * static_cast<int64_t>(sizeof(float))};
+    arrays[count++] = {"tensor.states", k, t.states[k], state_bytes};
+    if (scale_bytes > 0) arrays[count++] = {"tensor.scales", k, t.scales[k], scale_bytes};
   }
-  return Status::ok();
+  return check_apart(arrays, count, {});
 }
 
 }  // namespace
@@ -76,7 +86,13 @@ Status weights_tensor(DType dtype, MasterWeights master_weights, const void* par
   t->layout = {count > 0 ? 1 : 0, count};
   t->parameter_dtype = t->gradient_dtype = dtype;
   t->master_weights = master_weights;
-  return check_tensor(*t, {}, 0);
+  const Status status = check_tensor(*t, {}, 0);
+  if (!status.is_ok() || count == 0) return status;
+  const cpu::ElementSizes sizes = cpu::element_sizes(*t);
+  const ArrayRange arrays[] = {{"weights", -1, weights, count * static_cast<int64_t>(sizeof(float))},
+                               {"parameter", -1, parameter, count * sizes.parameter},
+                               {"correction", -1, correction, count * sizes.correction}};
+  return check_apart(arrays, sizes.correction == 0 ? 2 : 3, {});
 }
 
 Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
@@ -117,16 +133,13 @@ Status check_states_tensor(OptimizerKind optimizer, bool has_momentum, const flo
                            ParameterTensors* t) {
   Status status = check_optimizer(optimizer);
   if (!status.is_ok()) return status;
-  // Parameter and correction are not touched: allow them to be absent.
-  static char untouched;
-  t->parameter = &untouched;
-  t->correction = nullptr;
+  // Parameter and correction are not touched, whatever they are.
+  t->parameter = t->correction = nullptr;
   t->parameter_dtype = t->gradient_dtype = DType::kFloat32;
   t->master_weights = MasterWeights::kNone;
   const int states = state_count(optimizer, has_momentum);
-  status = check_tensor(*t, {"tensor"}, states);
+  status = check_states(*t, {"tensor"}, states);
   for (int k = states; k < kMaxSlots; ++k) t->states[k] = t->scales[k] = nullptr;
-  t->parameter = nullptr;
   return status.is_ok() ? check_values(values, *t, states) : status;
 }
 

@@ -119,7 +119,7 @@ Status check_inspection(const InspectOptions& options, const StepTelemetry* tele
   if (telemetry == nullptr && entries > 0) {
     return Status::invalid_argument("telemetry is null; it must have " + std::to_string(entries) + " entries" + where);
   }
-  return Status::ok();
+  return check_aligned(telemetry, "telemetry");
 }
 
 void inspect_groups(const TensorInspection& in, int64_t begin, int64_t end, StepTelemetry* out) {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <string>
 
+#include "src/checks.h"
 #include "src/rules.h"
 #include "src/text.h"
 
@@ -42,7 +43,9 @@ int64_t optimizer_count() {
   return count;
 }
 
-OptimizerKind optimizer_at(int64_t index) { return static_cast<OptimizerKind>(index); }
+OptimizerKind optimizer_at(int64_t index) {
+  return static_cast<OptimizerKind>(index >= 0 && index < optimizer_count() ? index : -1);
+}
 
 const char* optimizer_name(OptimizerKind optimizer) {
   const RuleInfo* rule = find_rule(optimizer, true);
@@ -55,29 +58,35 @@ const char* optimizer_title(OptimizerKind optimizer) {
 }
 
 Status find_optimizer(const char* name, OptimizerKind* optimizer) {
-  if (name == nullptr || optimizer == nullptr) {
-    return Status::invalid_argument(std::string(name == nullptr ? "name" : "optimizer") + " is null");
-  }
-  std::string names;
-  for (int64_t i = 0; i < optimizer_count(); ++i) {
-    const char* const known = optimizer_name(optimizer_at(i));
-    if (std::string(name) == known) {
-      *optimizer = optimizer_at(i);
-      return Status::ok();
+  return guarded([&] {
+    if (name == nullptr || optimizer == nullptr) {
+      return Status::invalid_argument(std::string(name == nullptr ? "name" : "optimizer") + " is null");
     }
-    names += (i == 0 ? "" : ", ") + std::string(known);
-  }
-  return Status::invalid_argument("optimizer = '" + std::string(name) + "'; allowed are " + names);
+    const Status status = check_aligned(optimizer, "optimizer");
+    if (!status.is_ok()) return status;
+    std::string names;
+    for (int64_t i = 0; i < optimizer_count(); ++i) {
+      const char* const known = optimizer_name(optimizer_at(i));
+      if (std::string(name) == known) {
+        *optimizer = optimizer_at(i);
+        return Status::ok();
+      }
+      names += (i == 0 ? "" : ", ") + std::string(known);
+    }
+    return Status::invalid_argument("optimizer = '" + std::string(name) + "'; allowed are " + names);
+  });
 }
 
 Status check_optimizer(OptimizerKind optimizer) {
   if (find_rule(optimizer, true) != nullptr) return Status::ok();
-  std::string names;
-  for (int64_t i = 0; i < optimizer_count(); ++i) {
-    names += (i == 0 ? "" : ", ") + std::to_string(i) + " (" + optimizer_name(optimizer_at(i)) + ")";
-  }
-  return Status::invalid_argument("optimizer = " + std::to_string(static_cast<int64_t>(optimizer)) +
-                                  " is no OptimizerKind; allowed are " + names);
+  return guarded([&] {
+    std::string names;
+    for (int64_t i = 0; i < optimizer_count(); ++i) {
+      names += (i == 0 ? "" : ", ") + std::to_string(i) + " (" + optimizer_name(optimizer_at(i)) + ")";
+    }
+    return Status::invalid_argument("optimizer = " + std::to_string(static_cast<int64_t>(optimizer)) +
+                                    " is no OptimizerKind; allowed are " + names);
+  });
 }
 
 int64_t hyperparameter_count(OptimizerKind optimizer) {
@@ -105,31 +114,36 @@ double get_hyperparameter(OptimizerKind optimizer, int64_t index, const Hyperpar
 }
 
 Status set_hyperparameter(OptimizerKind optimizer, int64_t index, double value, Hyperparameters* p) {
-  const HyperparameterField* field = find_field(optimizer, index);
-  if (p == nullptr) return Status::invalid_argument("hyperparameters is null");
-  if (field == nullptr) {
-    const Status status = check_optimizer(optimizer);
+  return guarded([&] {
+    const HyperparameterField* field = find_field(optimizer, index);
+    if (p == nullptr) return Status::invalid_argument("hyperparameters is null");
+    Status status = check_aligned(p, "hyperparameters");
+    if (status.is_ok()) status = check_optimizer(optimizer);
     if (!status.is_ok()) return status;
-    return Status::invalid_argument("index = " + std::to_string(index) + "; " + optimizer_name(optimizer) + " has " +
-                                    std::to_string(hyperparameter_count(optimizer)) + " hyperparameters");
-  }
-  const bool is_whole = field->kind == HyperparameterKind::kNumber || value == std::floor(value);
-  if (!is_whole || !is_in_range(*field, value)) return not_allowed(*field, number_text(value));
-  core::assign(*field, value, p);
-  return Status::ok();
+    if (field == nullptr) {
+      return Status::invalid_argument("index = " + std::to_string(index) + "; " + optimizer_name(optimizer) + " has " +
+                                      std::to_string(hyperparameter_count(optimizer)) + " hyperparameters");
+    }
+    const bool is_whole = field->kind == HyperparameterKind::kNumber || value == std::floor(value);
+    if (!is_whole || !is_in_range(*field, value)) return not_allowed(*field, number_text(value));
+    core::assign(*field, value, p);
+    return status;
+  });
 }
 
 Status check_hyperparameters(OptimizerKind optimizer, const Hyperparameters& p) {
   const RuleInfo* rule = find_rule(optimizer, true);
   if (rule == nullptr) return check_optimizer(optimizer);
-  for (int i = 0; i < rule->hyperparameter_count; ++i) {
-    const HyperparameterField& field = rule->hyperparameters[i];
-    // What bounds whole numbers from above is what doubles can say, and here they are none.
-    const bool ok = field.kind == HyperparameterKind::kWhole ? value_of(field, p) >= field.lowest
-                                                             : is_in_range(field, value_of(field, p));
-    if (!ok) return not_allowed(field, text_of(field, p));
-  }
-  return Status::ok();
+  return guarded([&] {
+    for (int i = 0; i < rule->hyperparameter_count; ++i) {
+      const HyperparameterField& field = rule->hyperparameters[i];
+      // What bounds whole numbers from above is what doubles can say, and here they are none.
+      const bool ok = field.kind == HyperparameterKind::kWhole ? value_of(field, p) >= field.lowest
+                                                               : is_in_range(field, value_of(field, p));
+      if (!ok) return not_allowed(field, text_of(field, p));
+    }
+    return Status::ok();
+  });
 }
 
 std::string allowed_values(const HyperparameterInfo& info) {

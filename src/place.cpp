@@ -28,6 +28,7 @@ GroupLayout group_layout(const int64_t* sizes, int64_t dimensions) {
 
 GroupLayout group_layout(const int64_t* sizes, int64_t dimensions, RowRule rule) {
   if (dimensions < 0 || (dimensions > 0 && sizes == nullptr) || !is_row_rule(rule)) return kNoLayout;
+  if (reinterpret_cast<uintptr_t>(sizes) % alignof(int64_t) != 0) return kNoLayout;
   // A 0 anywhere makes no elements, whatever would overflow beside it.
   bool is_empty = false, overflows = false;
   int64_t numel = 1;
@@ -62,6 +63,11 @@ Status place_of_box(const int64_t* whole_sizes, const int64_t* offsets, const in
       return Status::invalid_argument("whole_sizes, offsets or sizes is null; each must have " +
                                       std::to_string(dimensions) + " entries");
     }
+    Status status = check_aligned(place, "place");
+    if (status.is_ok()) status = check_aligned(whole_sizes, "whole_sizes");
+    if (status.is_ok()) status = check_aligned(offsets, "offsets");
+    if (status.is_ok()) status = check_aligned(sizes, "sizes");
+    if (!status.is_ok()) return status;
     const auto at = [](const char* name, int64_t d, int64_t value) {
       return std::string(name) + "[" + std::to_string(d) + "] = " + std::to_string(value);
     };

@@ -166,7 +166,8 @@ Status Plan::make(OptimizerKind optimizer, bool has_momentum, const ParameterTen
                   Plan* plan) {
   return guarded([&] {
     if (plan == nullptr) return Status::invalid_argument("plan is null");
-    Status status = check_optimizer(optimizer);
+    Status status = check_aligned(plan, "plan");
+    if (status.is_ok()) status = check_optimizer(optimizer);
     if (status.is_ok()) status = check_tensor_list(tensors, count);
     const KernelTable* kernels = status.is_ok() ? cpu::select_kernels(&status) : nullptr;
     if (!status.is_ok()) return status;
@@ -224,8 +225,10 @@ Status Plan::set_gradients(const void* const* gradients) {
     if (gradients == nullptr && size() > 0) {
       return Status::invalid_argument("gradients is null; it must have " + std::to_string(size()) + " entries");
     }
+    const Status status = check_aligned(gradients, "gradients");
+    if (!status.is_ok()) return status;
     for (int64_t i = 0; i < size(); ++i) impl_->tensors[static_cast<size_t>(i)].gradient = gradients[i];
-    return Status::ok();
+    return status;
   });
 }
 
@@ -326,6 +329,7 @@ void Plan::Impl::run(const StepOptions& options) {
 namespace {
 
 Status empty_plan() { return Status::invalid_argument("plan is empty: call Plan::make first"); }
+/// Of options that passed check_step_options.
 bool is_skipped(const StepOptions& options) { return options.found_inf != nullptr && *options.found_inf != 0.0f; }
 
 }  // namespace
@@ -333,7 +337,8 @@ bool is_skipped(const StepOptions& options) { return options.found_inf != nullpt
 Status Plan::step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) {
   const Status status = guarded([&] {
     if (impl_ == nullptr) return empty_plan();
-    return is_skipped(options) ? Status::ok() : impl_->begin(hypers, count, options);
+    const Status checked = check_step_options(options);
+    return !checked.is_ok() || is_skipped(options) ? checked : impl_->begin(hypers, count, options);
   });
   if (status.is_ok() && !is_skipped(options)) impl_->run(options);
   return status;
@@ -343,7 +348,9 @@ Status Plan::step_some(const int64_t* indices, int64_t count, const Hyperparamet
                        const StepOptions& options) {
   const Status status = guarded([&] {
     if (impl_ == nullptr) return empty_plan();
-    return is_skipped(options) ? Status::ok() : impl_->begin_some(indices, count, hypers, hyper_count, options);
+    const Status checked = check_step_options(options);
+    if (!checked.is_ok() || is_skipped(options)) return checked;
+    return impl_->begin_some(indices, count, hypers, hyper_count, options);
   });
   if (status.is_ok() && !is_skipped(options)) impl_->run(options);
   return status;
@@ -351,8 +358,10 @@ Status Plan::step_some(const int64_t* indices, int64_t count, const Hyperparamet
 
 Status Plan::check_step(const Hyperparameters* hypers, int64_t count, const StepOptions& options) const {
   return guarded([&] {
+    if (impl_ == nullptr) return empty_plan();
     int32_t used = 0;
-    return impl_ == nullptr ? empty_plan() : impl_->check(hypers, count, options, &used);
+    const Status checked = check_step_options(options);
+    return checked.is_ok() ? impl_->check(hypers, count, options, &used) : checked;
   });
 }
 
@@ -360,7 +369,8 @@ Status Plan::inspect(const Hyperparameters* hypers, int64_t count, const StepOpt
                      const InspectOptions& inspect_options, StepTelemetry* telemetry) {
   const Status status = guarded([&] {
     if (impl_ == nullptr) return empty_plan();
-    const Status checked = check_inspection(inspect_options, telemetry, size());
+    Status checked = check_step_options(options);
+    if (checked.is_ok()) checked = check_inspection(inspect_options, telemetry, size());
     if (!checked.is_ok() || is_skipped(options)) return checked;
     return impl_->begin(hypers, count, options);
   });

@@ -39,7 +39,7 @@ inline constexpr int64_t kLrIndex = 0, kWeightDecayIndex = 1, kDecayLrIndex = 2,
 // info without a name.
 
 int64_t optimizer_count();
-/// The optimizers by number, 0 ... optimizer_count() - 1.
+/// The optimizers by number, 0 ... optimizer_count() - 1; another number gives an OptimizerKind that is none.
 OptimizerKind optimizer_at(int64_t index);
 /// "adamw": what operators, archives and options of programs call it.
 const char* optimizer_name(OptimizerKind optimizer);

@@ -79,9 +79,9 @@ GroupLayout shard_layout(const Place& place, int64_t numel);
 /// Hyperparameter sets of a plan: ParameterTensors::hyper_index is less than this.
 inline constexpr int32_t kMaxHyperparameterSets = 1 << 20;
 
-/// One parameter and everything that is stored for it. All arrays are contiguous in element order. Any alignment is
-/// right; arrays that do not start at a multiple of their element's size are stepped through aligned copies (on CUDA
-/// byte by byte, but for scales, which must be even there), which is slower.
+/// One parameter and everything that is stored for it. Arrays are contiguous in element order and lie apart (checked of
+/// those of one tensor that are written, not of gradients and other tensors). Any alignment is right; off a multiple of
+/// their element's size, steps go through aligned copies (CUDA: byte by byte; scales must be even), which is slower.
 struct ParameterTensors {
   void* parameter = nullptr;       ///< [numel] of parameter_dtype, read and written
   const void* gradient = nullptr;  ///< [numel] of gradient_dtype; null: this parameter is skipped by step()
@@ -186,7 +186,7 @@ class Plan {
 /// names one this machine lacks or is no name.
 Status cpu_isa(const char** name);
 
-// Element-wise conversions, the ones the step uses, for checkpoints, export and inspection. `count` elements.
+// Element-wise conversions, those of the step, of `count` elements. Arrays of any alignment, which must not overlap.
 
 /// fp32 master weights from parameter and correction (null where master_weights has none).
 Status merge_weights(DType dtype, MasterWeights master_weights, const void* parameter, const void* correction,
@@ -196,7 +196,7 @@ Status split_weights(DType dtype, MasterWeights master_weights, const float* wei
                      int64_t count);
 
 /// Corrections of the same narrow weights in another width, each the nearest: kInvalidArgument where either has none.
-/// Host memory.
+/// Host memory. In place where both have one width.
 Status rescale_corrections(MasterWeights from, const void* corrections, MasterWeights to, void* rescaled,
                            int64_t count);
 

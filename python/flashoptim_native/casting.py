@@ -60,7 +60,8 @@ def cast_model(
     A model may be cast before fully_shard (FSDP2) or tensor parallelism spreads it, or after; by FSDP2 before its first
     forward pass, at which that settles what it gathers.
 
-    Each tensor is cast with its gradient, or not at all where an interrupt comes between.
+    Each tensor is cast with its gradient, and with all others that are the same view of the same memory, or not at all
+    where an interrupt comes between.
 
     Returns:
         ``model``.
@@ -91,19 +92,22 @@ def cast_model(
                 own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
                 targets.update((id(tensor), None) for tensor in own if id(tensor) not in targets)
 
-    cast_storage: dict[Any, Tensor] = {}  # views of one storage stay views of one storage
+    # Tensors that are one view of one storage stay so: they are cast together.
+    together: dict[Any, list[Tensor]] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         target = targets.get(id(tensor), dtype)
-        if target is None or not tensor.is_floating_point() or tensor.dtype == target:
-            continue
-        exact = plain(tensor).detach()
-        if is_sharded(tensor):
-            _cast_sharded(tensor, target)
+        if target is not None and tensor.is_floating_point() and tensor.dtype != target:
+            together.setdefault((target, *_view_of(tensor)), []).append(tensor)
+    for (target, *_), tensors in together.items():
+        exacts = [plain(tensor).detach() for tensor in tensors]
+        if is_sharded(tensors[0]):
+            _cast_sharded(tensors[0], target)
         else:
-            _cast_plain(tensor, target, cast_storage)
-        if exact.dtype == torch.float32 and tensor.requires_grad and exact.device.type != "meta":
-            for owner in owners.get(id(tensor), ()):
-                set_weights(tensor, exact, owner)
+            _cast_plain(tensors, target)
+        for tensor, exact in zip(tensors, exacts, strict=True):
+            if exact.dtype == torch.float32 and tensor.requires_grad and exact.device.type != "meta":
+                for owner in owners.get(id(tensor), ()):
+                    set_weights(tensor, exact, owner)
 
     for module in dict.fromkeys((*kept, *recast)):
         if _cast_inputs not in module._forward_pre_hooks.values():
@@ -192,15 +196,24 @@ def _hits(model: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
             yield module
 
 
-def _cast_plain(tensor: Tensor, dtype: torch.dtype, done: dict[Any, Tensor]) -> None:
-    """A tensor with its gradient or, where an interrupt comes between, neither."""
-    before = tensor.data, tensor.grad
-    grad = None if tensor.grad is None else tensor.grad.to(dtype)
-    data = _cast_once(tensor.data, dtype, done)
+def _view_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The same for tensors that are one view of one storage."""
+    if is_sharded(tensor) or tensor.device.type == "meta" or tensor.numel() == 0:
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _cast_plain(tensors: list[Tensor], dtype: torch.dtype) -> None:
+    """Tensors of one memory, all with their gradients or, where an interrupt comes between, none."""
+    before = [(tensor.data, tensor.grad) for tensor in tensors]
+    grads = [None if tensor.grad is None else tensor.grad.to(dtype) for tensor in tensors]
+    data = tensors[0].data.to(dtype)
     try:
-        _replace(tensor, data, grad)
+        for tensor, grad in zip(tensors, grads, strict=True):
+            _replace(tensor, data, grad)
     except BaseException:
-        _replace(tensor, *before)
+        for tensor, (old_data, old_grad) in zip(tensors, before, strict=True):
+            _replace(tensor, old_data, old_grad)
         raise
 
 
@@ -232,15 +245,6 @@ def _cast_sharded(tensor: Tensor, dtype: torch.dtype) -> None:
         cast.grad = tensor.grad.to(dtype)
         tensor.grad = None
     torch.utils.swap_tensors(tensor, cast)  # type: ignore[no-untyped-call]
-
-
-def _cast_once(data: Tensor, dtype: torch.dtype, done: dict[Any, Tensor]) -> Tensor:
-    if data.device.type == "meta" or data.numel() == 0:
-        return data.to(dtype)
-    key = (data.device, data.data_ptr(), data.dtype, data.shape, data.stride(), dtype)
-    if key not in done:
-        done[key] = data.to(dtype)
-    return done[key]
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:

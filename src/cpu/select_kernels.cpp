@@ -73,7 +73,8 @@ namespace flashoptim {
 Status cpu_isa(const char** name) {
   return guarded([&] {
     if (name == nullptr) return Status::invalid_argument("name is null");
-    Status status;
+    Status status = check_aligned(name, "name");
+    if (!status.is_ok()) return status;
     const cpu::KernelTable* table = cpu::select_kernels(&status);
     if (table != nullptr) *name = table->isa;
     return status;

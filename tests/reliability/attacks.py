@@ -64,7 +64,7 @@ def plain(value):
         if value.layout != torch.strided or value.device.type == "meta":
             return (str(value.layout), str(value.device), value.dtype, tuple(value.shape))
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return (value.dtype, tuple(value.shape), value.stride(), bytes(data.tolist()))
+        return (value.dtype, tuple(value.shape), value.stride(), data.numpy().tobytes())
     if isinstance(value, dict):
         return [(plain(key), plain(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 from pathlib import Path
 
@@ -45,5 +46,11 @@ def pytest_terminal_summary(terminalreporter, config):
     if not tallies:
         return
     terminalreporter.section("attacks")
+    sums, cases = {}, collections.Counter()
     for name, one in tallies:
-        terminalreporter.write_line(f"{name}: {one.summary()}")
+        attack = name.partition("[")[0]
+        sums.setdefault(attack, collections.Counter()).update({**one.counts, "failed": len(one.findings)})
+        cases[attack] += 1
+    for attack, counts in sums.items():
+        ended = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        terminalreporter.write_line(f"{attack}, {cases[attack]} cases: {ended}")

@@ -25,6 +25,8 @@ class At:
 
     def __enter__(self):
         self._before = sys.gettrace()
+        # Python 3.12 looks when tracing begins whether any frame has asked for bytecodes, and never again.
+        sys._getframe().f_trace_opcodes = self.opcodes
         sys.settrace(self._call)
         return self
 
