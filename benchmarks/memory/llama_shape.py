@@ -2,6 +2,7 @@
 
     python benchmarks/memory/llama_shape.py                                  FlashAdamW
     python benchmarks/memory/llama_shape.py --gradient-release
+    python benchmarks/memory/llama_shape.py --gradient-release --offload --cap 24 --batch 4   states on the host
     python benchmarks/memory/llama_shape.py --optimizer torch-fused-bf16     torch's fused AdamW, all in bf16
     python benchmarks/memory/llama_shape.py --layers 8 --optimizer torch-fused
     python benchmarks/memory/llama_shape.py --device cpu --tiny              tries the script
@@ -14,7 +15,11 @@ autocast (16 bytes a parameter: not for 80 GB with all layers). report.py makes 
 
 import argparse
 import contextlib
+import json
+import os
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from common import (
@@ -123,6 +128,10 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     if args.optimizer != "flash":
         return torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
     weights = {"master_weight_bits": None, "stochastic_rounding": True} if args.no_correction else {}
+    if args.offload:
+        weights |= {"offload": "states", "offload_buffer": int(args.offload_buffer * GIB)}
+    if args.fp32_states:
+        weights["quantize"] = False
     return flashoptim_native.FlashAdamW(model.parameters(), state_codec=args.state_codec, **weights, **ADAMW)
 
 
@@ -130,11 +139,48 @@ def variant_of(args: argparse.Namespace) -> str:
     name = args.optimizer
     if args.optimizer == "flash":
         name += "-paper" * (args.state_codec == "paper") + "-no-correction" * args.no_correction
+        name += "-fp32-states" * args.fp32_states + "-offload" * args.offload
     return name + "-release" * args.gradient_release
+
+
+@torch.no_grad()
+def checksum(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of every byte of weights and states, wherever they are: runs with the same bits have the same."""
+    total = 0
+    for number, param in enumerate(model.parameters()):
+        held = sorted(optimizer.state[param].items())
+        for tensor in (param, *(value for _, value in held if isinstance(value, torch.Tensor))):
+            raw = tensor.detach().reshape(-1).view(torch.uint8)
+            for part in raw.split(1 << 24):
+                part = part.to(param.device).long()
+                factors = torch.arange(part.numel(), device=part.device) % 65521 + 1 + number
+                total = (total * 31 + int((part * factors).sum())) % (1 << 61)
+    return total
+
+
+def compact_trace(profiler: torch.profiler.profile) -> list[list]:
+    """What ran on the device: [stream, name, start, duration], in microseconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "trace.json")
+        profiler.export_chrome_trace(path)
+        with open(path) as file:
+            events = json.load(file)["traceEvents"]
+    wanted = ("kernel", "gpu_memcpy", "gpu_memset")
+    found = [
+        [event["args"].get("stream"), event["name"][:60], event["ts"], event["dur"]]
+        for event in events
+        if event.get("cat") in wanted and event.get("dur", 0) > 20
+    ]
+    return sorted(found, key=lambda event: event[2])
 
 
 def measure(args: argparse.Namespace, shape: dict, start: float) -> dict:
     device = torch.device(args.device)
+    if args.cap is not None:
+        share = args.cap * GIB / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(share, device)
+    if args.deterministic:
+        torch.use_deterministic_algorithms(True)
     is_mixed = args.optimizer == "torch-fused"
     start_measuring(device)
     model = make_model(shape, device, torch.float32 if is_mixed else torch.bfloat16, args.seed)
@@ -150,7 +196,11 @@ def measure(args: argparse.Namespace, shape: dict, start: float) -> dict:
     # Weights are used once a pass: copies that autocast would keep are of no use.
     autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     times, losses, gradients = StepTimes(device), [], 0
+    activities = [torch.profiler.ProfilerActivity.CUDA]
     for step in range(args.steps):
+        is_traced = args.trace is not None and step == args.steps - 1
+        profiler = torch.profiler.profile(activities=activities) if is_traced else contextlib.nullcontext()
+        profiler.__enter__()
         optimizer.zero_grad()
         marks = [times.clock.mark()]
         with autocast if is_mixed else contextlib.nullcontext():
@@ -163,11 +213,26 @@ def measure(args: argparse.Namespace, shape: dict, start: float) -> dict:
         marks.append(times.clock.mark())
         times.add(*marks)
         losses.append(loss.item())
+        profiler.__exit__(None, None, None)
+        if is_traced:
+            args.trace.write_text(json.dumps(compact_trace(profiler)))
         say(NAME, start, f"step {step + 1} of {args.steps}: loss {losses[-1]:.4f}")
+    extra = {}
+    if args.offload:
+        extra["host_gb"] = torch.ops.flashoptim.host_memory() / 1e9
+    if args.checksum:
+        peak = peak_memory(device)
+        optimizer.synchronize()
+        extra["checksum"] = checksum(model, optimizer)
+        extra |= peak
+    medians = times.medians()
+    extra["tokens_per_s"] = args.batch * shape["tokens"] * 1e3 / medians["step_ms"]
+    say(NAME, start, f"{extra['tokens_per_s']:,.0f} tokens/s; {extra}")
     return {
         **peak_memory(device),
+        **extra,
         **held_bytes(model, optimizer, gradients),
-        **times.medians(),
+        **medians,
         "loss": losses,
     }
 
@@ -180,6 +245,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-correction", action="store_true", help="master_weight_bits=None, rounded without bias: bf16 weights alone"
     )
+    parser.add_argument("--offload", action="store_true", help="states on the host (docs/offload.md)")
+    parser.add_argument("--offload-buffer", type=float, default=1.0, help="GiB that they stream through (default: 1)")
+    parser.add_argument("--fp32-states", action="store_true", help="quantize=False: 9 bytes a parameter for states")
+    parser.add_argument("--cap", type=float, help="GiB of the device that the process may take")
+    parser.add_argument("--deterministic", action="store_true", help="torch.use_deterministic_algorithms")
+    parser.add_argument("--checksum", action="store_true", help="of weights and states at the end")
+    parser.add_argument("--trace", type=Path, help="file for what ran on the device in the last step")
     parser.add_argument("--layers", type=int, help="fewer blocks than the 32")
     parser.add_argument("--tokens", type=int, help="length of a sequence (default: 2048)")
     parser.add_argument("--batch", type=int, default=1)
@@ -193,8 +265,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="the first two are for warming up (default: 12)")
     add_options(parser)
     args = parser.parse_args(arguments)
-    if args.optimizer != "flash" and (args.gradient_release or args.no_correction or args.state_codec != "default"):
-        parser.error("--gradient-release, --no-correction and --state-codec go with --optimizer flash")
+    ours = args.gradient_release or args.no_correction or args.offload or args.fp32_states or args.checksum
+    if args.optimizer != "flash" and (ours or args.state_codec != "default"):
+        parser.error("options of states and --gradient-release go with --optimizer flash")
     if min(args.steps, args.checkpoint_blocks) < 1 or (args.layers is not None and args.layers < 1):
         parser.error("--steps, --checkpoint-blocks and --layers are 1 or more")
     return args
