@@ -19,6 +19,7 @@ from .gradient_release import (
 )
 from .numerics import NumericsReport, ParameterNumerics
 from .optimizers import *  # noqa: F403  (its __all__ is the list of optimizers)
+from .suggestion import PolicySuggestion, SuggestedFormat, suggest_policy
 from .weights import get_fp32_model_state_dict, set_fp32_model_state_dict
 
 __version__ = "0.1.0"
@@ -29,6 +30,8 @@ __all__ = [
     "NumericsReport",
     "OptimizerDescription",
     "ParameterNumerics",
+    "PolicySuggestion",
+    "SuggestedFormat",
     "convert",
     "cpu_isa",
     "describe_shard",
@@ -39,6 +42,7 @@ __all__ = [
     "prepare_for_gradient_release",
     "remove_gradient_release",
     "set_fp32_model_state_dict",
+    "suggest_policy",
     "tensor_access",
 ]
 __all__ += optimizers.__all__
