@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all that a reader of the README needs; both install what they lack.
-.PHONY: help demo test test-all setup build bench format style clean
+.PHONY: help demo test test-all setup build bench wheel docs format style clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ build:  ## build everything into build/dev
 
 bench:  ## time the CPU step beside torch's AdamW; writes benchmarks/results/<machine>.md
 	tools/bench_cpu.sh
+
+wheel:  ## the wheel that is published, CPU and CUDA in one file, into dist/ (needs nvcc; tools/wheel.sh --cpu does not)
+	tools/wheel.sh
+
+docs:  ## the documentation's site, into build/site
+	tools/docs.sh
 
 format: setup  ## clang-format, ruff format, sorted imports, wrapped Markdown: what the style checks can mend
 	.venv/bin/python tools/style.py --mend

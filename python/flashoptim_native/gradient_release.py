@@ -458,7 +458,7 @@ def prepare_for_gradient_release(
     Raises:
         TypeError: ``model`` is no module, or ``ignore_existing_hooks`` no bool.
         ValueError: a parameter has such a hook.
-        Whatever enable_gradient_release() raises.
+        RuntimeError: as of enable_gradient_release(), whose other errors come out of here, too.
     """
     _check_model(model)
     check_bool("ignore_existing_hooks", ignore_existing_hooks)

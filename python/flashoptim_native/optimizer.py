@@ -38,11 +38,11 @@ class FlashOptimizer(Inspection):
         fused: None, True or False, as torch.optim has it: there is one implementation, and it is fused.
         capturable: step() can be captured in a CUDA graph and replayed: steps are counted on the device, and ``lr`` may
             be a float32 tensor there, which a replay reads anew. Call step() once before the capture.
-        policy: ``{pattern: options}``: options of a group for the parameters whose full names match a pattern
+        more: ``policy={pattern: options}``, options of a group for the parameters whose full names match a pattern
             (``fnmatch``); of several that match, the later one decides. Parameters must have names, as
-            ``model.named_parameters()`` gives them. A pattern that matches nothing is warned of.
-        more: ``amsgrad``, ``foreach``, ``differentiable`` and ``decoupled_weight_decay`` of torch.optim, at the values
-            that ask nothing; here and in groups.
+            ``model.named_parameters()`` gives them. A pattern that matches nothing is warned of. And ``amsgrad``,
+            ``foreach``, ``differentiable`` and ``decoupled_weight_decay`` of torch.optim, at the values that ask
+            nothing; here and in groups.
 
     Raises:
         TypeError, ValueError: an argument or a parameter is of a wrong type, or has a value that is not allowed.

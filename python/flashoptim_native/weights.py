@@ -157,8 +157,8 @@ def set_fp32_model_state_dict(
             wrapped in FullyShardedDataParallel (FSDP1).
         ValueError: an entry's shape is not the model's, a parameter's is not float32 or has no memory; ``strict=True``,
             and there are such keys; two entries have one name; a state of an optimizer is in no known format.
-        RuntimeError: a parameter cannot be stepped by its optimizer.
-        Nothing has changed then, in any of the optimizers. An interrupt leaves every entry loaded or as it was.
+        RuntimeError: a parameter cannot be stepped by its optimizer. After each of these errors nothing has changed, in
+            any of the optimizers. An interrupt leaves every entry loaded or as it was.
     """
     correcting: list[Any] = list(optimizers)
     _check_optimizers(correcting)

@@ -4,7 +4,7 @@
 #   find_package        installs BUILD_DIR's library, builds examples/cmake_consumer and examples/plain_cpp against it
 #   find_package_torch  the same for examples/cpp_quickstart with COMPONENTS torch (Torch_DIR)
 #   add_subdirectory    builds examples/cmake_consumer with SOURCE_DIR as a part of it
-#   pip                 builds a wheel, installs it into a virtual environment over PYTHON's, takes a step
+#   pip                 builds a wheel for old systems, looks at what it needs of them, trains with it in a new environment
 set -euo pipefail
 kind=$1 source=$2 build=$3 work=$4
 rm -rf "$work"
@@ -44,17 +44,9 @@ case $kind in
     tar -C "$source" --exclude='./build*' --exclude=./.venv --exclude=./.git --exclude=./demo_out -c . |
       tar -C "$work/source" -x
     "$PYTHON" -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir "$work/wheels" \
-      -C cmake.define.FLASHOPTIM_CUDA=OFF "$work/source"
+      -C cmake.define.FLASHOPTIM_CUDA=OFF -C cmake.define.FLASHOPTIM_OLD_GLIBC=ON "$work/source"
     ls -l "$work/wheels"
-    "$PYTHON" -m venv --without-pip "$work/venv"
-    # The new environment sees the packages of PYTHON's (torch), which --system-site-packages would not give it.
-    "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$("$work/venv/bin/python" -c \
-      'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_build.pth"
-    "$PYTHON" -m pip --python "$work/venv/bin/python" install --disable-pip-version-check --no-deps --no-index \
-      --ignore-installed "$work"/wheels/flashoptim_native-*.whl
-    cd "$work"
-    "$work/venv/bin/python" "$source/tests/consumer/one_step.py"
-    "$work/venv/bin/python" "$source/examples/readme/train.py"
+    "$PYTHON" "$source/tests/consumer/try_wheel.py" "$work"/wheels/flashoptim_native-*.whl
     ;;
   *)
     echo "consumer.sh: no kind '$kind'" >&2
