@@ -432,9 +432,6 @@ void implementation_kernel(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 }  // namespace flashoptim::ops
 
-/// A symbol that C++ programs refer to, so that the linker keeps this library and its operators get registered.
-extern "C" __attribute__((visibility("default"))) int flashoptim_ops_version() { return 1; }
-
 STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
   for (const char* schema : {kStepSchema,

@@ -61,7 +61,7 @@ PyObject* reset(Arguments a) {
 PyObject* forget(Arguments a) {
   PythonStore& store = PythonStore::of(a[0]);
   const auto lock = store.lock();
-  store.store().forget(to_int(a[1]));
+  store.forget(to_int(a[1]));
   return none();
 }
 
@@ -317,9 +317,9 @@ PyObject* find_layout(Arguments a) {
 
 /// looks_same(tensor, change: callable) -> bool: whether a step would take a tensor for what it was before the call.
 PyObject* looks_same(Arguments a) {
-  std::set<Shape> shapes;
+  TensorKinds kinds;
   Trace trace;
-  trace.remember(implementation_of(a[0]), &shapes);
+  trace.remember(a[0], implementation_of(a[0]), &kinds);
   const Reference done(PyObject_CallFunctionObjArgs(a[1], nullptr));
   return PyBool_FromLong(trace.is(implementation_of(a[0])) ? 1 : 0);
 }

@@ -25,6 +25,7 @@ extern "C" {
 #define FLASHOPTIM_WEAK __attribute__((weak, visibility("default")))
 FLASHOPTIM_WEAK extern PyObject _Py_NoneStruct;
 FLASHOPTIM_WEAK extern PyObject PyLong_Type;
+FLASHOPTIM_WEAK extern PyObject PyDict_Type;
 FLASHOPTIM_WEAK extern PyObject* PyExc_RuntimeError;
 FLASHOPTIM_WEAK extern PyObject* PyExc_TypeError;
 FLASHOPTIM_WEAK void Py_IncRef(PyObject*);

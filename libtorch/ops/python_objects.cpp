@@ -6,19 +6,6 @@
 
 namespace flashoptim::ops {
 
-namespace {
-PythonSide g_side;
-}  // namespace
-
-PythonSide& python_side() { return g_side; }
-
-bool is_plain_tensor(PyObject* object) {
-  const PythonSide& side = python_side();
-  PyObject* const type = type_of(object);
-  return type == side.tensor_type || type == side.parameter_type ||
-         std::find(side.plain_types.begin(), side.plain_types.end(), type) != side.plain_types.end();
-}
-
 LocalTensor::LocalTensor(PyObject* object) {
   const PythonSide& side = python_side();
   if (is_plain_tensor(object)) {

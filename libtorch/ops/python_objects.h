@@ -1,6 +1,7 @@
 // Tensors and numbers out of Python's objects.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,8 @@ struct PythonSide {
   std::intptr_t tensor_offset = 0;       // of a tensor in its Python object
   bool is_free_threaded = false;
 };
-PythonSide& python_side();
+inline PythonSide g_python_side;  // here, so that a look at an object is a few loads
+inline PythonSide& python_side() { return g_python_side; }
 inline PyObject* type_of(PyObject* object) { return type_of(object, python_side().is_free_threaded); }
 
 /// The plain tensor whose memory this is, or none where it is of an unknown type: the object itself, or a wrapper's
@@ -46,7 +48,12 @@ class LocalTensor {
 };
 
 /// Whether the object is a tensor of a known type whose memory is its own.
-bool is_plain_tensor(PyObject* object);
+inline bool is_plain_tensor(PyObject* object) {
+  const PythonSide& side = python_side();
+  PyObject* const type = type_of(object);
+  return type == side.tensor_type || type == side.parameter_type ||
+         std::find(side.plain_types.begin(), side.plain_types.end(), type) != side.plain_types.end();
+}
 /// The implementation of an object that is a tensor, plain or not.
 inline const void* implementation_of(PyObject* object) {
   return *reinterpret_cast<const void* const*>(reinterpret_cast<const char*>(object) + python_side().tensor_offset);

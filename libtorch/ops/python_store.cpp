@@ -61,7 +61,9 @@ bool bump_version_of(PyObject* tensor) {
   return true;
 }
 
-PythonStore::PythonStore(OptimizerKind optimizer) : store_(optimizer) {}
+PythonStore::PythonStore(OptimizerKind optimizer)
+    : store_(optimizer),
+      traces_per_record_(kFirstSlot + 2 * static_cast<size_t>(state_count(optimizer, /*has_momentum=*/true))) {}
 
 PythonStore& PythonStore::of(PyObject* capsule) {
   auto* const store = static_cast<PythonStore*>(PyCapsule_GetPointer(capsule, kCapsule));
@@ -101,12 +103,18 @@ void PythonStore::reset(PyObject* params) {
   }
   store_.reset(static_cast<int64_t>(held.size()));
   entries_.assign(held.size(), nullptr);
-  traces_.assign(held.size(), {});
-  shapes_.clear();
+  rows_.assign(held.size(), {});
+  traces_.assign(held.size() * traces_per_record_, {});
+  kinds_.clear();
   has_wrappers_ = has_wrappers;
   order_.clear();
   index_ = std::move(index);
   params_ = std::move(held);
+}
+
+void PythonStore::forget(int64_t index) {
+  store_.forget(index);
+  rows_.at(static_cast<size_t>(index)) = {};
 }
 
 std::shared_ptr<const PythonStore::Entries> PythonStore::entries_of(PyObject* state) {
@@ -166,8 +174,11 @@ void PythonStore::describe(Op op, int64_t index, const std::string& name, const 
   const LocalTensor& local = read.emplace_back(param);
   if (!local.has_value()) op.fail(name + " is no plain tensor; allowed are torch.Tensor, Parameter and DTensor");
   store_.describe(op, index, name, options, local.handle(), stored, correction);
-  traces_[static_cast<size_t>(index)] = {{}, {}, std::vector<Trace>(entries->size())};
+  std::fill_n(traces_of(index), traces_per_record_, Trace());
   entries_[static_cast<size_t>(index)] = entries;
+  const ParameterTensors& tensors = store_.record(index).tensors();
+  rows_[static_cast<size_t>(index)] = {entries.get(), tensors.layout.numel(), static_cast<int32_t>(slots),
+                                       tensors.gradient_dtype == DType::kFloat32 ? 4 : 2, options.is_offloaded};
 }
 
 void PythonStore::match_states(PyObject* state, std::vector<PyObject*>* states) {
@@ -205,40 +216,47 @@ bool PythonStore::read_count(int64_t index, PyObject* value, store::StepCount* c
   return true;
 }
 
+size_t PythonStore::trace_of(const Entry& entry) {
+  if (entry.kind == EntryKind::kCorrection) return kCorrection;
+  return kFirstSlot + 2 * static_cast<size_t>(entry.slot) + (entry.kind == EntryKind::kScale ? 1 : 0);
+}
+
 bool PythonStore::is_current(int64_t index, PyObject* state, store::StepCount* count, std::vector<Reference>* held) {
-  const store::Record& record = store_.record(index);
-  const std::shared_ptr<const Entries>& entries = entries_[static_cast<size_t>(index)];
-  if (!record.is_known() || entries == nullptr) return false;
-  const int slots = state_count(store_.optimizer(), record.options().has_momentum);
+  const Row& row = rows_[static_cast<size_t>(index)];
+  if (row.entries == nullptr) return false;
+  Trace* const traces = traces_of(index);
+  const bool is_known = tensor_layout().is_known;
   const CriticalSection section(state);
   PyObject *key = nullptr, *value = nullptr;
   PySsize position = 0;
-  size_t at = 0;
-  for (; PyDict_Next(state, &position, &key, &value) != 0; ++at) {
-    if (at >= entries->size()) return false;
-    const Entry& entry = (*entries)[at];
-    if (entry.key.get() != key) return false;
-    if (entry.kind == EntryKind::kOther) continue;
+  auto entry = row.entries->begin();
+  for (; PyDict_Next(state, &position, &key, &value) != 0; ++entry) {
+    if (entry == row.entries->end() || entry->key.get() != key) return false;
+    if (entry->kind == EntryKind::kOther) continue;
     if (held != nullptr) held->push_back(Reference::borrowed(value));
-    if (entry.kind == EntryKind::kStep) {
+    if (entry->kind == EntryKind::kStep) {
       if (!read_count(index, value, count)) return false;
       continue;
     }
-    if (entry.kind != EntryKind::kCorrection && entry.slot >= slots) continue;  // SGD's buffer while momentum is 0
-    Trace& trace = traces_[static_cast<size_t>(index)].state[at];
-    const void* implementation = nullptr;
-    if (is_traced(trace, value, &implementation)) continue;
+    if (entry->kind != EntryKind::kCorrection && entry->slot >= row.slots) continue;  // SGD's buffer at momentum 0
+    Trace& trace = traces[trace_of(*entry)];
+    if (is_known && is_plain_tensor(value) && trace.is(implementation_of(value))) continue;
     const LocalTensor tensor(value);
+    if (!tensor.has_value()) return false;
+    const void* const implementation = implementation_of(tensor.object());
+    if (is_known && tensor.object() != value && trace.is(implementation)) continue;
+    const store::Record& record = store_.record(index);
     Facts facts;
-    if (!tensor.has_value() || !read_facts(tensor.handle(), &facts)) return false;
-    const bool same = entry.kind == EntryKind::kState   ? record.is_state(entry.slot, facts)
-                      : entry.kind == EntryKind::kScale ? record.is_scale(entry.slot, facts)
-                                                        : record.is_correction(facts);
+    if (!read_facts(tensor.handle(), &facts)) return false;
+    const bool same = entry->kind == EntryKind::kState   ? record.is_state(entry->slot, facts)
+                      : entry->kind == EntryKind::kScale ? record.is_scale(entry->slot, facts)
+                                                         : record.is_correction(facts);
     if (!same) return false;
-    if (implementation != nullptr) trace.remember(implementation, &shapes_);
+    trace.remember(value, implementation, &kinds_);
   }
-  if (at == entries->size() && record.options().is_offloaded) look_at_versions(index, state);
-  return at == entries->size();
+  if (entry != row.entries->end()) return false;
+  if (row.is_offloaded) look_at_versions(index, state);
+  return true;
 }
 
 void PythonStore::look_at_versions(int64_t index, PyObject* state) {
@@ -246,16 +264,16 @@ void PythonStore::look_at_versions(int64_t index, PyObject* state) {
   int64_t versions = 0;
   PyObject *key = nullptr, *value = nullptr;
   PySsize position = 0;
-  for (const Entry& entry : *entries_[static_cast<size_t>(index)]) {
+  Row& row = rows_[static_cast<size_t>(index)];
+  for (const Entry& entry : *row.entries) {
     if (PyDict_Next(state, &position, &key, &value) == 0) return;
     if (entry.kind == EntryKind::kOther || entry.kind == EntryKind::kStep) continue;
     const LocalTensor local(value);
     const Reference version(PyObject_GetAttr(local.has_value() ? local.object() : value, name));
     versions += PyLong_AsLongLong(version.get());
   }
-  int64_t& known = traces_[static_cast<size_t>(index)].versions;
-  if (known >= 0 && known != versions) store_.drop(index);
-  known = versions;
+  if (row.versions >= 0 && row.versions != versions) store_.drop(index);
+  row.versions = versions;
 }
 
 bool PythonStore::has_cpu_plan() const {
@@ -265,62 +283,81 @@ bool PythonStore::has_cpu_plan() const {
   return false;
 }
 
-bool PythonStore::is_traced(const Trace& trace, PyObject* object, const void** implementation) {
-  *implementation = nullptr;
-  if (!tensor_layout().is_known || !is_plain_tensor(object)) return false;
-  *implementation = implementation_of(object);
-  return trace.is(*implementation);
-}
-
 bool PythonStore::is_parameter(int64_t index, PyObject* object) {
-  Trace& trace = traces_[static_cast<size_t>(index)].param;
-  const void* implementation = nullptr;
-  if (is_traced(trace, object, &implementation)) return true;
+  Trace& trace = traces_of(index)[kParam];
+  const bool is_known = tensor_layout().is_known;
+  if (is_known && is_plain_tensor(object) && trace.is(implementation_of(object))) return true;
   const LocalTensor param(object);
+  if (!param.has_value()) return false;
+  const void* const implementation = implementation_of(param.object());
+  if (is_known && param.object() != object && trace.is(implementation)) return true;
   Facts facts;
-  if (!param.has_value() || !read_facts(param.handle(), &facts) || !store_.record(index).is_parameter(facts)) {
-    return false;
-  }
-  if (implementation != nullptr) trace.remember(implementation, &shapes_);
+  if (!read_facts(param.handle(), &facts) || !store_.record(index).is_parameter(facts)) return false;
+  trace.remember(object, implementation, &kinds_);
   return true;
 }
 
 bool PythonStore::take_gradient(int64_t index, PyObject* object, const void** address) {
   const LocalTensor grad(object);
-  if (!read_gradient(store_.record(index), grad, address)) return false;
-  if (tensor_layout().is_known) {
-    traces_[static_cast<size_t>(index)].gradient.remember(implementation_of(grad.object()), &shapes_);
+  if (!grad.has_value()) return false;
+  const Row& row = rows_[static_cast<size_t>(index)];
+  Trace& trace = traces_of(index)[kGradient];
+  const void* const implementation = implementation_of(grad.object());
+  if (tensor_layout().is_known &&
+      trace.is_like(implementation, row.gradient_numel, row.gradient_element_size, address)) {
+    return true;
   }
+  if (!read_gradient(store_.record(index), grad, address)) return false;
+  trace.remember(object, implementation, &kinds_);
   return true;
 }
 
-PythonStore::InPlace PythonStore::gradient_in_place(int64_t index, const void** address) const {
-  const auto at = static_cast<size_t>(index);
+const void* PythonStore::gradient_of(int64_t index) const {
   const TensorLayout& l = tensor_layout();
-  PyObject* const object = params_[at].get();
-  if (!is_plain_tensor(object)) return InPlace::kUnlike;
-  const void* const autograd = pointer_at(implementation_of(object), l.autograd);
-  if (autograd == nullptr) return InPlace::kNone;
-  const void* const grad = pointer_at(autograd, l.gradient);
-  if (reinterpret_cast<std::intptr_t>(grad) == l.no_gradient) return InPlace::kNone;
+  PyObject* const object = params_[static_cast<size_t>(index)].get();
+  const void* const implementation = implementation_of(object);
+  if (!is_plain_tensor(object)) return implementation;
+  const void* const autograd = pointer_at(implementation, l.autograd);
+  if (autograd == nullptr) return nullptr;
+  const void* const gradient = pointer_at(autograd, l.gradient);
+  return reinterpret_cast<std::intptr_t>(gradient) == l.no_gradient ? nullptr : gradient;
+}
+
+PythonStore::InPlace PythonStore::gradient_in_place(int64_t index, const void** address) const {
+  const void* const gradient = gradient_of(index);
+  if (gradient == nullptr) return InPlace::kNone;
+  const auto at = static_cast<size_t>(index);
+  if (gradient == implementation_of(params_[at].get())) return InPlace::kUnlike;
   // Its Python object, if it has one, says whether it is a tensor of a type that is known.
-  auto* const of_python = reinterpret_cast<PyObject*>(word_at(grad, l.object) & ~std::intptr_t{1});
-  if (of_python != nullptr && !is_plain_tensor(of_python)) return InPlace::kUnlike;
-  const ParameterTensors& tensors = store_.record(index).tensors();
-  const int64_t element_size = tensors.gradient_dtype == DType::kFloat32 ? 4 : 2;
-  const bool is_like = traces_[at].gradient.is_like(grad, tensors.layout.numel(), element_size, address);
+  auto* const object = reinterpret_cast<PyObject*>(word_at(gradient, tensor_layout().object) & ~std::intptr_t{1});
+  if (object != nullptr && !is_plain_tensor(object)) return InPlace::kUnlike;
+  const Row& row = rows_[at];
+  const bool is_like =
+      traces_of(index)[kGradient].is_like(gradient, row.gradient_numel, row.gradient_element_size, address);
   return is_like ? InPlace::kTaken : InPlace::kUnlike;
 }
 
-void PythonStore::prefetch(size_t record, PyObject* state) const {
-  const Traces& traces = traces_[record];
-  traces.param.prefetch();
-  for (const Trace& trace : traces.state) trace.prefetch();
-  if (state == nullptr) return;
-  // A dict's third word behind its head, in most Pythons, is where its keys are; elsewhere nothing is gained.
-  const auto keys = word_at(state, 4 * sizeof(void*));
-  for (const std::intptr_t line : {0, 64, 128}) __builtin_prefetch(reinterpret_cast<const void*>(keys + line));
+void PythonStore::prefetch(size_t record) const {
+  const Trace* const traces = traces_of(static_cast<int64_t>(record));
+  for (size_t k = 0; k < traces_per_record_; ++k) {
+    if (k != kGradient) traces[k].prefetch();  // gradients are new
+  }
 }
+
+namespace {
+
+/// Starts to fetch a dict; its keys, once it is there. A dict's third word behind its head, in most Pythons, is where
+/// its keys are; elsewhere nothing is gained.
+void prefetch_dict(PyObject* dict) {
+  if (dict != nullptr) prefetch_at(dict, 4 * sizeof(void*));
+}
+void prefetch_keys(PyObject* dict) {
+  if (dict == nullptr || type_of(dict) != &PyDict_Type) return;
+  const void* const keys = pointer_at(dict, 4 * sizeof(void*));
+  for (const std::intptr_t line : {0, 64, 128}) prefetch_at(keys, line);
+}
+
+}  // namespace
 
 /// What look() knows while it looks.
 struct PythonStore::Sight {
@@ -334,6 +371,14 @@ struct PythonStore::Sight {
   std::vector<store::StepCount> counts;
   std::vector<const void*> addresses;
   bool has_counters = false;
+
+  explicit Sight(size_t records)
+      : grads(records),
+        are_alike(records, true),
+        states(records),
+        has_grad(records),
+        counts(records),
+        addresses(records) {}
 };
 
 void PythonStore::look_once(Sight* sight, PyObject* state, PyObject* staged, bool counts_on_device, Step* step) {
@@ -345,15 +390,37 @@ void PythonStore::look_once(Sight* sight, PyObject* state, PyObject* staged, boo
   sight->has_counters = false;
   step->needs.clear();
   step->stepped.clear();
-  constexpr size_t kAhead = 3, kFurtherAhead = 8;
+  step->stepped.reserve(records);
   bool is_planned = true;
-  for (size_t i = 0; i < records; ++i) {
-    if (i + kFurtherAhead < records) {
-      __builtin_prefetch(traces_[i + kFurtherAhead].state.data());
-      __builtin_prefetch(sight->states[i + kFurtherAhead]);
-      __builtin_prefetch(params_[i + kFurtherAhead].get());
+  // A look waits for memory more than it compares: so all that it will read is fetched some records ahead, each thing
+  // when what leads to it has come.
+  constexpr int64_t kGradients = 6, kStorages = 2;
+  constexpr size_t kObjects = 12, kKeys = 8, kTensors = 4;
+  const auto fetch_ahead = [&](size_t i) {
+    if (i + kObjects < records) {
+      prefetch_dict(sight->states[i + kObjects]);
+      prefetch_at(params_[i + kObjects].get(), sizeof(void*));
     }
-    if (i + kAhead < records) prefetch(i + kAhead, sight->states[i + kAhead]);
+    if (i + kKeys < records) {
+      prefetch_keys(sight->states[i + kKeys]);
+      if (sight->in_place) prefetch_at(implementation_of(params_[i + kKeys].get()), tensor_layout().autograd);
+    }
+    if (i + kTensors < records) prefetch(i + kTensors);
+    // Gradients are new, so that what leads to them is followed; all of it is alive.
+    const auto ahead = static_cast<int64_t>(i);
+    if (sight->in_place && ahead + kGradients < size()) {
+      if (const void* const gradient = gradient_of(ahead + kGradients); gradient != nullptr) {
+        prefetch_implementation(gradient);
+      }
+    }
+    if (sight->in_place && ahead + kStorages < size()) {
+      if (const void* const gradient = gradient_of(ahead + kStorages); gradient != nullptr) {
+        prefetch_storage(pointer_at(gradient, tensor_layout().storage));
+      }
+    }
+  };
+  for (size_t i = 0; i < records; ++i) {
+    fetch_ahead(i);
     const auto index = static_cast<int64_t>(i);
     store::StepCount& count = sight->counts[i];
     PyObject* const found = sight->states[i];
@@ -394,16 +461,15 @@ PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool coun
   const PythonSide& side = python_side();
   Step step;
   const auto records = static_cast<size_t>(size());
-  Sight sight;
+  if (kinds_.size() > 2 * traces_.size()) {  // of tensors that are long gone
+    std::fill(traces_.begin(), traces_.end(), Trace());
+    kinds_.clear();
+  }
+  Sight sight(records);
   // From here to the launch nothing runs that could change a container: no Python code, and Python's lock is kept, or
   // (a CPU step, a Python without lock) what was looked at is held.
   sight.held = side.is_free_threaded || has_cpu_plan() ? &step.held : nullptr;
   sight.in_place = tensor_layout().is_known && !has_wrappers_ && sight.held == nullptr && is_none(staged);
-  sight.grads.resize(records);
-  sight.are_alike.assign(records, true);
-  sight.states.resize(records);
-  sight.counts.resize(records);
-  sight.addresses.resize(records);
   const auto ask = [&](size_t i) {
     Reference grad(PyObject_GetAttr(params_[i].get(), side.grad));
     if (is_none(grad.get())) return;
@@ -436,6 +502,8 @@ PythonStore::Step PythonStore::look(PyObject* state, PyObject* staged, bool coun
   }
   if (!step.needs.empty()) return step;
   store_.begin();
+  step.states.reserve(step.stepped.size());
+  step.counts.reserve(step.stepped.size());
   for (const int64_t index : step.stepped) {
     const auto i = static_cast<size_t>(index);
     const store::StepCount count = sight.counts[i];
@@ -494,7 +562,11 @@ void PythonStore::count(const Step& step) {
   ++steps_;
   Reference value;
   int64_t last = -1;
-  for (size_t i = 0; i < step.stepped.size(); ++i) {
+  constexpr size_t kDicts = 8, kKeys = 4;
+  const size_t records = step.stepped.size();
+  for (size_t i = 0; i < records; ++i) {
+    if (i + kDicts < records) prefetch_dict(step.states[i + kDicts]);
+    if (i + kKeys < records) prefetch_keys(step.states[i + kKeys]);
     if (step.states[i] == nullptr) continue;
     const int64_t now = step.counts[i] + 1;
     if (now != last) value = Reference(PyLong_FromLongLong(now));
@@ -505,8 +577,13 @@ void PythonStore::count(const Step& step) {
 
 void PythonStore::bump_versions(const std::vector<int64_t>& records) const {
   Reference others;
-  for (const int64_t index : records) {
-    PyObject* const param = params_[static_cast<size_t>(index)].get();
+  constexpr size_t kAhead = 8;
+  for (size_t i = 0; i < records.size(); ++i) {
+    PyObject* const param = params_[static_cast<size_t>(records[i])].get();
+    if (i + kAhead < records.size() && tensor_layout().is_known) {
+      PyObject* const ahead = params_[static_cast<size_t>(records[i + kAhead])].get();
+      prefetch_at(pointer_at(implementation_of(ahead), tensor_layout().version), tensor_layout().count);
+    }
     if (bump_version_of(param)) continue;
     if (others.get() == nullptr) others = Reference(PyList_New(0));
     if (PyList_Append(others.get(), param) != 0) throw PythonError();

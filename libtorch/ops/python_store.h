@@ -33,6 +33,7 @@ class PythonStore {
 
   /// `params`, a list of tensors, are the records from now on, none of them known.
   void reset(PyObject* params);
+  void forget(int64_t index);
 
   /// What record `index` is: `param` its dense local tensor, `state` the dict of its tensors.
   void describe(Op op, int64_t index, const std::string& name, const store::RecordOptions& options, PyObject* param,
@@ -87,26 +88,36 @@ class PythonStore {
     int slot;
   };
   using Entries = std::vector<Entry>;
-  /// What a record's tensors were when it was last looked at in full (tensor_layout.h).
-  struct Traces {
-    Trace param, gradient;
-    std::vector<Trace> state;  // one an entry
-    int64_t versions = -1;     // of the state's tensors, together: of offloaded ones
+  /// What a look reads of a record beside its traces; as it stands where the record is not known.
+  struct Row {
+    const Entries* entries = nullptr;  // owned by entries_
+    int64_t gradient_numel = 0;
+    int32_t slots = 0, gradient_element_size = 0;
+    bool is_offloaded = false;
+    int64_t versions = -1;  // of the state's tensors, together: of offloaded ones
   };
+  /// Of each record, in this order: parameter, gradient, correction, then a state and its scale for each slot.
+  enum : size_t { kParam, kGradient, kCorrection, kFirstSlot };
   enum class InPlace : uint8_t { kNone, kTaken, kUnlike };
 
   std::shared_ptr<const Entries> entries_of(PyObject* state);
+  /// What a record's tensors were when it was last looked at in full (tensor_layout.h).
+  Trace* traces_of(int64_t index) { return traces_.data() + static_cast<size_t>(index) * traces_per_record_; }
+  const Trace* traces_of(int64_t index) const {
+    return traces_.data() + static_cast<size_t>(index) * traces_per_record_;
+  }
+  static size_t trace_of(const Entry& entry);
   /// Whether a state's dict holds what the record was described with; its step count. Holds the values where asked.
   bool is_current(int64_t index, PyObject* state, store::StepCount* count, std::vector<Reference>* held);
   /// Drops copies of an offloaded state that were made before somebody wrote to its tensors.
   void look_at_versions(int64_t index, PyObject* state);
   bool is_parameter(int64_t index, PyObject* object);
-  /// Whether `object` is the tensor of the trace; an implementation to remember() where it may become it.
-  static bool is_traced(const Trace& trace, PyObject* object, const void** implementation);
   bool take_gradient(int64_t index, PyObject* object, const void** address);
-  /// A parameter's gradient without its Python object: none, taken, or one to be looked at in full.
+  /// The implementation of a parameter's gradient, without its Python object: null where there is none, the
+  /// parameter's own where torch is to be asked.
+  const void* gradient_of(int64_t index) const;
   InPlace gradient_in_place(int64_t index, const void** address) const;
-  void prefetch(size_t record, PyObject* state) const;
+  void prefetch(size_t record) const;
   struct Sight;
   void look_once(Sight* sight, PyObject* state, PyObject* staged, bool counts_on_device, Step* step);
   bool read_count(int64_t index, PyObject* value, store::StepCount* count) const;
@@ -119,10 +130,12 @@ class PythonStore {
   std::unordered_map<PyObject*, int64_t> index_;
   std::vector<std::shared_ptr<const Entries>> entries_;        // of each record
   std::vector<std::shared_ptr<const Entries>> known_entries_;  // each kind once
-  std::vector<Traces> traces_;                                 // of each record
-  std::set<Shape> shapes_;                                     // of the traces
-  bool has_wrappers_ = false;                                  // among the parameters
-  std::vector<int64_t> order_;                                 // records of optimizer.state's entries, as last seen
+  std::vector<Row> rows_;                                      // of each record
+  std::vector<Trace> traces_;                                  // traces_per_record_ of each record
+  size_t traces_per_record_;
+  TensorKinds kinds_;           // of the traces
+  bool has_wrappers_ = false;   // among the parameters
+  std::vector<int64_t> order_;  // records of optimizer.state's entries, as last seen
   int64_t steps_ = 0;
 };
 

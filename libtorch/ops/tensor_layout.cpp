@@ -7,8 +7,6 @@
 namespace flashoptim::ops {
 namespace {
 
-TensorLayout g_layout;
-
 /// The one offset between `begin` and `end` at which every probe has its value.
 template <class Base, class Value>
 std::intptr_t find(const char* what, const std::vector<Probe>& probes, std::intptr_t begin, std::intptr_t end,
@@ -37,8 +35,6 @@ std::vector<Probe> some_of(const std::vector<Probe>& probes, bool (*wanted)(cons
 }
 
 }  // namespace
-
-TensorLayout& tensor_layout() { return g_layout; }
 
 TensorLayout find_layout(const std::vector<Probe>& probes) {
   constexpr std::intptr_t kHead = 8, kInline = Shape::kMostDims * 8, kStorageSize = 64, kAutogradSize = 64;
@@ -97,26 +93,28 @@ TensorLayout find_layout(const std::vector<Probe>& probes) {
   return l;
 }
 
-void Trace::remember(const void* implementation, std::set<Shape>* shapes) {
+void Trace::remember(const void* object, const void* implementation, TensorKinds* kinds) {
   *this = {};
   const TensorLayout& l = tensor_layout();
   if (!l.is_known) return;
-  Shape shape;
+  TensorKind kind;
+  Shape& shape = kind.shape;
   shape.dim = word_at(implementation, l.dim);
-  storage_ = pointer_at(implementation, l.storage);
-  if (shape.dim < 0 || shape.dim > Shape::kMostDims || storage_ == nullptr) return;
+  const void* const storage = pointer_at(implementation, l.storage);
+  if (shape.dim < 0 || shape.dim > Shape::kMostDims || storage == nullptr) return;
   for (int64_t d = 0; d < shape.dim; ++d) {
     shape.sizes[static_cast<size_t>(d)] = word_at(implementation, l.sizes + 8 * d);
     shape.strides[static_cast<size_t>(d)] = word_at(implementation, l.strides + 8 * d);
   }
+  kind.rest = {word_at(implementation, l.rest), word_at(implementation, l.rest + 8)};
+  kind.offset = word_at(implementation, l.offset);
+  kind.owner = word_at(storage, l.data + 8);
+  kind.bytes = word_at(storage, l.bytes);
+  object_ = object;
   implementation_ = implementation;
-  rest_[0] = word_at(implementation, l.rest);
-  rest_[1] = word_at(implementation, l.rest + 8);
-  offset_ = word_at(implementation, l.offset);
-  data_ = word_at(storage_, l.data);
-  owner_ = word_at(storage_, l.data + 8);
-  bytes_ = word_at(storage_, l.bytes);
-  shape_ = &*shapes->insert(shape).first;
+  storage_ = storage;
+  data_ = word_at(storage, l.data);
+  kind_ = &*kinds->insert(kind).first;
 }
 
 }  // namespace flashoptim::ops

@@ -29,7 +29,8 @@ struct TensorLayout {
   std::intptr_t count = 0;            // in a version counter, 32 bits
   std::intptr_t no_gradient = 0;      // what stands in place of a gradient that is not there
 };
-TensorLayout& tensor_layout();
+inline TensorLayout g_tensor_layout;  // here, so that a look at a tensor is a few loads
+inline TensorLayout& tensor_layout() { return g_tensor_layout; }
 
 /// A tensor of which all is known that a layout is to be found by.
 struct Probe {
@@ -60,6 +61,15 @@ struct Shape {
   bool is_of(const void* implementation) const;
 };
 
+/// All of a tensor's words but where it is: many tensors have the same.
+struct TensorKind {
+  Shape shape;
+  std::array<std::intptr_t, 2> rest = {};
+  std::intptr_t offset = 0, owner = 0, bytes = 0;
+  auto operator<=>(const TensorKind&) const = default;
+};
+using TensorKinds = std::set<TensorKind>;
+
 /// A tensor as it was when it was looked at in full and found good: as long as every word says the same, it is.
 class Trace {
  public:
@@ -67,18 +77,23 @@ class Trace {
   bool is(const void* implementation) const;
   /// Whether it could be put in its place, lying elsewhere: its address. `numel` elements of `element_size` bytes.
   bool is_like(const void* implementation, int64_t numel, int64_t element_size, const void** address) const;
-  /// `shapes` outlives the trace.
-  void remember(const void* implementation, std::set<Shape>* shapes);
-  /// Starts to fetch what is() will read.
+  /// `kinds` outlives the trace. object: Python's, in whose place the tensor was found.
+  void remember(const void* object, const void* implementation, TensorKinds* kinds);
+  /// Starts to fetch what a look will read, if the tensor is where it was.
   void prefetch() const;
 
  private:
   bool is_same_kind(const void* implementation) const;
 
-  const void *implementation_ = nullptr, *storage_ = nullptr;  // the first for prefetch() alone
-  const Shape* shape_ = nullptr;                               // null: nothing was remembered
-  std::intptr_t rest_[2] = {}, offset_ = 0, data_ = 0, owner_ = 0, bytes_ = 0;
+  const void *object_ = nullptr, *implementation_ = nullptr;  // for prefetch() alone: they may be gone
+  const void* storage_ = nullptr;
+  std::intptr_t data_ = 0;
+  const TensorKind* kind_ = nullptr;  // null: nothing was remembered
 };
+
+/// Starts to fetch what a look reads of a tensor's implementation; of its storage.
+void prefetch_implementation(const void* implementation);
+void prefetch_storage(const void* storage);
 
 inline bool Shape::is_of(const void* implementation) const {
   const TensorLayout& l = tensor_layout();
@@ -93,15 +108,15 @@ inline bool Shape::is_of(const void* implementation) const {
 
 inline bool Trace::is_same_kind(const void* implementation) const {
   const TensorLayout& l = tensor_layout();
-  return shape_ != nullptr && word_at(implementation, l.rest) == rest_[0] &&
-         word_at(implementation, l.rest + 8) == rest_[1] && shape_->is_of(implementation);
+  return kind_ != nullptr && word_at(implementation, l.rest) == kind_->rest[0] &&
+         word_at(implementation, l.rest + 8) == kind_->rest[1] && kind_->shape.is_of(implementation);
 }
 
 inline bool Trace::is(const void* implementation) const {
   const TensorLayout& l = tensor_layout();
   return is_same_kind(implementation) && pointer_at(implementation, l.storage) == storage_ &&
-         word_at(implementation, l.offset) == offset_ && word_at(storage_, l.data) == data_ &&
-         word_at(storage_, l.data + 8) == owner_ && word_at(storage_, l.bytes) == bytes_;
+         word_at(implementation, l.offset) == kind_->offset && word_at(storage_, l.data) == data_ &&
+         word_at(storage_, l.data + 8) == kind_->owner && word_at(storage_, l.bytes) == kind_->bytes;
 }
 
 inline bool Trace::is_like(const void* implementation, int64_t numel, int64_t element_size,
@@ -116,18 +131,29 @@ inline bool Trace::is_like(const void* implementation, int64_t numel, int64_t el
   return true;
 }
 
-inline void Trace::prefetch() const {
-  if (shape_ == nullptr) return;
+inline void prefetch_at(const void* base, std::intptr_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(base) + offset));
+}
+
+inline void prefetch_implementation(const void* implementation) {
   const TensorLayout& l = tensor_layout();
-  const auto fetch = [](const void* base, std::intptr_t offset) {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(base) + offset));
-  };
-  fetch(implementation_, l.storage);
-  fetch(implementation_, l.sizes);
-  fetch(implementation_, l.strides);
-  fetch(implementation_, l.rest + 8);
-  fetch(storage_, l.data);
-  fetch(storage_, l.bytes);
+  prefetch_at(implementation, l.storage);
+  prefetch_at(implementation, l.sizes);
+  prefetch_at(implementation, l.strides);
+  prefetch_at(implementation, l.rest + 8);
+}
+
+inline void prefetch_storage(const void* storage) {
+  const TensorLayout& l = tensor_layout();
+  prefetch_at(storage, l.data);
+  prefetch_at(storage, l.bytes);
+}
+
+inline void Trace::prefetch() const {
+  if (kind_ == nullptr) return;
+  prefetch_at(object_, 8);  // behind the count of references: the type, and the implementation
+  prefetch_implementation(implementation_);
+  prefetch_storage(storage_);
 }
 
 }  // namespace flashoptim::ops

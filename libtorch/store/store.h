@@ -76,7 +76,11 @@ class Record {
   bool fits(const Facts& facts, int32_t dtype) const;
   bool fits_scale(const Facts& facts, int slot) const;
 
+  // What every step reads stands together, first.
   bool is_known_ = false;
+  bool is_apart_ = false;  // from the arrays of the records that it was stepped with, as far as it has not moved since
+  bool was_stepped_alone_ = false;
+  int32_t plan_ = -1, index_ = -1;  // of the plan that it is in; -1: none yet
   RecordOptions options_;
   ParameterTensors tensors_;
   Device device_;
@@ -86,11 +90,7 @@ class Record {
   int32_t state_dtypes_[kMaxSlots] = {}, scale_dtypes_[kMaxSlots] = {};
   // Bytes of storage that each needs.
   int64_t storage_ = 0, correction_storage_ = 0, state_storages_[kMaxSlots] = {}, scale_storages_[kMaxSlots] = {};
-  // Of the plan that it is in; -1: none yet.
-  int32_t plan_ = -1, index_ = -1;
-  bool was_stepped_alone_ = false;
-  int64_t touched_ = -1;  // when it was, among the others
-  bool is_apart_ = false;  // from the arrays of the records that it was stepped with, as far as it has not moved since
+  int64_t touched_ = -1;  // when it was stepped alone, among the others
 };
 
 /// Steps that a parameter has taken: a number of the host's, or, where it is not null, an int64 on the parameter's

@@ -18,6 +18,8 @@ and common to all:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import Parameter, signature
 from typing import Any, Literal
 
 from torch import Tensor
@@ -31,6 +33,16 @@ from .weights import compute_ecc_bits, reconstruct_fp32_param
 
 MasterWeightBits = Literal[24, 32] | None
 StateCodecName = Literal["default", "paper"]
+
+_SHARED = tuple(
+    name for name, one in signature(FlashOptimizer.__init__).parameters.items() if one.kind is Parameter.KEYWORD_ONLY
+)
+
+
+def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a constructor's arguments, its ``locals()``, those that FlashOptimizer takes."""
+    more: dict[str, Any] = given["more"]
+    return {name: given[name] for name in _SHARED} | more
 
 
 class FlashAdamW(FlashOptimizer):
@@ -65,22 +77,7 @@ class FlashAdamW(FlashOptimizer):
         **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
-        super().__init__(
-            params,
-            defaults,
-            quantize=quantize,
-            compress_state_dict=compress_state_dict,
-            master_weight_bits=master_weight_bits,
-            check_numerics=check_numerics,
-            fused=fused,
-            state_codec=state_codec,
-            min_quantized_numel=min_quantized_numel,
-            seed=seed,
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-            capturable=capturable,
-            **more,
-        )
+        super().__init__(params, defaults, **_shared(locals()))
 
 
 class FlashAdam(FlashOptimizer):
@@ -110,22 +107,7 @@ class FlashAdam(FlashOptimizer):
         **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            defaults,
-            quantize=quantize,
-            compress_state_dict=compress_state_dict,
-            master_weight_bits=master_weight_bits,
-            check_numerics=check_numerics,
-            fused=fused,
-            state_codec=state_codec,
-            min_quantized_numel=min_quantized_numel,
-            seed=seed,
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-            capturable=capturable,
-            **more,
-        )
+        super().__init__(params, defaults, **_shared(locals()))
 
 
 class FlashSGD(FlashOptimizer):
@@ -165,22 +147,7 @@ class FlashSGD(FlashOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
         }
-        super().__init__(
-            params,
-            defaults,
-            quantize=quantize,
-            compress_state_dict=compress_state_dict,
-            master_weight_bits=master_weight_bits,
-            check_numerics=check_numerics,
-            fused=fused,
-            state_codec=state_codec,
-            min_quantized_numel=min_quantized_numel,
-            seed=seed,
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-            capturable=capturable,
-            **more,
-        )
+        super().__init__(params, defaults, **_shared(locals()))
 
 
 class FlashSGDW(FlashOptimizer):
@@ -223,22 +190,7 @@ class FlashSGDW(FlashOptimizer):
             "nesterov": nesterov,
             "decouple_lr": decouple_lr,
         }
-        super().__init__(
-            params,
-            defaults,
-            quantize=quantize,
-            compress_state_dict=compress_state_dict,
-            master_weight_bits=master_weight_bits,
-            check_numerics=check_numerics,
-            fused=fused,
-            state_codec=state_codec,
-            min_quantized_numel=min_quantized_numel,
-            seed=seed,
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-            capturable=capturable,
-            **more,
-        )
+        super().__init__(params, defaults, **_shared(locals()))
 
 
 class FlashLion(FlashOptimizer):
@@ -272,22 +224,7 @@ class FlashLion(FlashOptimizer):
         **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
-        super().__init__(
-            params,
-            defaults,
-            quantize=quantize,
-            compress_state_dict=compress_state_dict,
-            master_weight_bits=master_weight_bits,
-            check_numerics=check_numerics,
-            fused=fused,
-            state_codec=state_codec,
-            min_quantized_numel=min_quantized_numel,
-            seed=seed,
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-            capturable=capturable,
-            **more,
-        )
+        super().__init__(params, defaults, **_shared(locals()))
 
 
 class FlashAdEMAMix(FlashOptimizer):
@@ -338,22 +275,7 @@ class FlashAdEMAMix(FlashOptimizer):
             "weight_decay": weight_decay,
             "decouple_lr": decouple_lr,
         }
-        super().__init__(
-            params,
-            defaults,
-            quantize=quantize,
-            compress_state_dict=compress_state_dict,
-            master_weight_bits=master_weight_bits,
-            check_numerics=check_numerics,
-            fused=fused,
-            state_codec=state_codec,
-            min_quantized_numel=min_quantized_numel,
-            seed=seed,
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-            capturable=capturable,
-            **more,
-        )
+        super().__init__(params, defaults, **_shared(locals()))
 
 
 class FlashADOPT(FlashOptimizer):
@@ -390,22 +312,7 @@ class FlashADOPT(FlashOptimizer):
         **more: Unpack[MoreArguments],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple_lr": decouple_lr}
-        super().__init__(
-            params,
-            defaults,
-            quantize=quantize,
-            compress_state_dict=compress_state_dict,
-            master_weight_bits=master_weight_bits,
-            check_numerics=check_numerics,
-            fused=fused,
-            state_codec=state_codec,
-            min_quantized_numel=min_quantized_numel,
-            seed=seed,
-            maximize=maximize,
-            stochastic_rounding=stochastic_rounding,
-            capturable=capturable,
-            **more,
-        )
+        super().__init__(params, defaults, **_shared(locals()))
 
 
 __all__ = [

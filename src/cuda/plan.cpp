@@ -88,7 +88,10 @@ Status Plan::set_gradients(const void* const* gradients) {
       return Status::invalid_argument("gradients is null; it must have " + std::to_string(size()) + " entries");
     }
     Status status;
-    for (int64_t i = 0, count = size(); status.is_ok() && i < count; ++i) status = impl_->set_gradient(i, gradients[i]);
+    for (int64_t i = 0, count = size(); status.is_ok() && i < count; ++i) {
+      if (impl_->gradients[static_cast<size_t>(i)] == gradients[i]) continue;  // at once, for most are
+      status = impl_->set_gradient(i, gradients[i]);
+    }
     return status;
   });
 }

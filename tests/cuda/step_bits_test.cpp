@@ -247,16 +247,30 @@ void poke(void* on_host, void* on_device, int64_t index, uint16_t value) {
   cudaMemcpy(static_cast<uint16_t*>(on_device) + index, &value, sizeof value, cudaMemcpyHostToDevice);
 }
 
-/// Tiles of nothing but zeros, whose states the hot kernels do not write, and others that differ in one thing: a
-/// negative zero, a header or code that nothing explains, a weight of any kind.
-TEST(CudaStepBits, UntouchedTiles) {
-  constexpr int64_t kTile = 512, kTiles = 40, kNumel = kTile * kTiles;
+constexpr int64_t kTile = 512;  // elements of a tile of the hot kernels
+
+/// The element of a tile that has a flaw: another one in each tile and step.
+int64_t flawed_element(int64_t tile, int64_t step) { return tile * kTile + (tile * 37 + step * 101) % kTile; }
+
+/// body(config, pair) for every format that may be hot, `pair` with one tensor of `tiles` tiles.
+template <class Body>
+void for_each_hot_pair(int64_t tiles, Body body) {
   for (const Config& config : all_configs()) {
     if (!may_be_hot(config)) continue;
     SCOPED_TRACE(name(config));
     PlanPair pair(config);
-    pair.add({1, kNumel});
+    pair.add({1, kTile * tiles});
     ASSERT_OK(pair.make());
+    body(config, pair);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+/// Tiles of nothing but zeros, whose states the hot kernels do not write, and others that differ in one thing: a
+/// negative zero, a header or code that nothing explains, a weight of any kind.
+TEST(CudaStepBits, UntouchedTiles) {
+  constexpr int64_t kTiles = 40, kNumel = kTile * kTiles;
+  for_each_hot_pair(kTiles, [](const Config& config, PlanPair& pair) {
     const ParameterTensors& host = pair.tensor(0).host();
     const ParameterTensors& device = pair.tensor(0).device();
     const int states = state_count(config.optimizer, config.has_momentum);
@@ -266,7 +280,7 @@ TEST(CudaStepBits, UntouchedTiles) {
       // What warps carry from tile to tile begins with one that has zeros among others.
       for (int64_t i = 0; i < kNumel; i += 7) g[static_cast<size_t>(i)] = i / kTile % 5 == 0 ? 1e-3f : 0.0f;
       for (int64_t tile = 0; tile < kTiles; ++tile) {
-        const int64_t at = tile * kTile + (tile * 37 + step * 101) % kTile, group = at / kGroupSize;
+        const int64_t at = flawed_element(tile, step), group = at / kGroupSize;
         if (step % 3 != 1) continue;
         static constexpr uint16_t kWeights[] = {0x0000, 0x8000, 0x0001, 0x7f80, 0xff80, 0x7fc1, 0x7f7f, 0x0080, 0x7c00};
         switch (tile % 5) {
@@ -295,18 +309,13 @@ TEST(CudaStepBits, UntouchedTiles) {
       ASSERT_EQ(cpu.is_ok(), cuda.is_ok());
       ASSERT_EQ(pair.difference(), "") << "step " << step;
     }
-  }
+  });
 }
 
 /// Tiles that the hot kernels would take, but for one element or header.
 TEST(CudaStepBits, OneFlawInATile) {
-  constexpr int64_t kTile = 512, kTiles = 48, kNumel = kTile * kTiles;
-  for (const Config& config : all_configs()) {
-    if (!may_be_hot(config)) continue;
-    SCOPED_TRACE(name(config));
-    PlanPair pair(config);
-    pair.add({1, kNumel});
-    ASSERT_OK(pair.make());
+  constexpr int64_t kTiles = 48, kNumel = kTile * kTiles;
+  for_each_hot_pair(kTiles, [](const Config& config, PlanPair& pair) {
     const ParameterTensors& host = pair.tensor(0).host();
     const ParameterTensors& device = pair.tensor(0).device();
     const int infinity = config.parameter_dtype == DType::kFloat16 ? 0x7c00 : 0x7f80;
@@ -317,7 +326,7 @@ TEST(CudaStepBits, OneFlawInATile) {
       std::vector<float> g(kNumel);
       for (float& x : g) x = normal(pair.random());
       for (int64_t tile = 0; tile < kTiles; ++tile) {
-        const int64_t at = tile * kTile + (tile * 37 + step * 101) % kTile, group = at / kGroupSize;
+        const int64_t at = flawed_element(tile, step), group = at / kGroupSize;
         const uint16_t sign = tile % 24 < 12 ? 0x0000 : 0x8000;
         const auto poke_weight = [&](int bits) {
           // Of fp32 the upper half.
@@ -374,7 +383,7 @@ TEST(CudaStepBits, OneFlawInATile) {
       ASSERT_OK(pair.cuda().step(&hyper, 1));
       ASSERT_EQ(pair.difference(), "") << "step " << step;
     }
-  }
+  });
 }
 
 /// States from elsewhere: any bytes at all, and then a step of usual gradients. `beta2` < 0: as usual.
