@@ -1,29 +1,22 @@
-"""What docs/troubleshooting.md quotes is what the sources say."""
+"""Tables in the docs name tests: those that they name are there."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+_DEFINED = re.compile(r"^\s*def (test_\w+)\(", re.MULTILINE)
 
 
-def _sources() -> str:
-    """All sources, with string literals that follow one another as one."""
-    files = [*ROOT.glob("python/flashoptim_native/**/*.py"), *ROOT.glob("libtorch/**/*.cpp")]
-    text = "\n".join(path.read_text() for path in sorted(files))
-    return re.sub(r"[\"']\s*\n\s*f?[\"']", "", text)
-
-
-def _quoted() -> list[str]:
-    """First cells of the tables that are headed "message"."""
-    messages = []
-    for table in re.findall(
-        r"^\| message .*\n\|[-|]+\|\n((?:\|.*\n)+)", (ROOT / "docs/troubleshooting.md").read_text(), re.M
-    ):
-        messages += [re.match(r"\| `([^`]+)` \|", row)[1] for row in table.splitlines()]
-    return messages
-
-
-def test_quoted_messages_exist():
-    sources, messages = _sources(), _quoted()
-    assert len(messages) >= 15
-    assert [message for message in messages if message not in sources] == []
+@pytest.mark.parametrize("document", ["compatibility.md", "convert.md"])
+def test_tests_that_a_table_names_exist(document):
+    files = [path for path in (ROOT / "tests").rglob("*") if path.suffix in (".py", ".cpp")]
+    known = {path.name for path in files}
+    for path in files:
+        if path.suffix == ".py":
+            known |= set(_DEFINED.findall(path.read_text()))
+    text = (ROOT / "docs" / document).read_text()
+    named = set(re.findall(r"`(test_\w+(?:\.py)?|\w+_test\.cpp)`", text))
+    assert len(named) > 5
+    assert named <= known, sorted(named - known)
