@@ -260,13 +260,23 @@ def alone(
 
 
 @functools.lru_cache(maxsize=64)
-def _whole_alone(names: tuple[str, ...], kind: str, options: tuple[Any, ...], dtype: torch.dtype, count: int) -> Any:
-    return whole_of(*alone(lambda: Bag(names, dtype), functools.partial(MAKE[kind], **dict(options)), count))
+def _whole_alone(
+    names: tuple[str, ...], kind: str, options: tuple[Any, ...], dtype: torch.dtype, count: int, frozen: int
+) -> Any:
+    def make() -> nn.Module:
+        bag = Bag(names, dtype)
+        for param in list(bag.parameters())[:frozen]:
+            param.requires_grad_(False)
+        return bag
+
+    return whole_of(*alone(make, functools.partial(MAKE[kind], **dict(options)), count))
 
 
-def bag_alone(names: tuple[str, ...], kind: str, options: dict[str, Any], dtype: torch.dtype, count: int) -> Any:
-    """What one process has after ``count`` steps of a Bag; remembered."""
-    return _whole_alone(names, kind, tuple(sorted(options.items())), dtype, count)
+def bag_alone(
+    names: tuple[str, ...], kind: str, options: dict[str, Any], dtype: torch.dtype, count: int, frozen: int = 0
+) -> dict[str, Any]:
+    """What one process has after ``count`` steps of a Bag, whose first ``frozen`` have no gradient; remembered."""
+    return dict(_whole_alone(names, kind, tuple(sorted(options.items())), dtype, count, frozen))
 
 
 def check_kinds(model: nn.Module, optimizer: FlashOptimizer) -> None:
