@@ -49,6 +49,8 @@ MAKE: dict[str, Callable[..., FlashOptimizer]] = {
     "sgd": functools.partial(flashoptim_native.FlashSGD, lr=1e-2, momentum=0.9, nesterov=True),
     "sgdw": functools.partial(flashoptim_native.FlashSGDW, lr=1e-2, momentum=0.9, weight_decay=0.1),
     "lion": functools.partial(flashoptim_native.FlashLion, lr=1e-4, weight_decay=0.1),
+    "ademamix": functools.partial(flashoptim_native.FlashAdEMAMix, lr=1e-3, weight_decay=0.1),
+    "adopt": functools.partial(flashoptim_native.FlashADOPT, lr=1e-3, weight_decay=0.1),
 }
 
 
