@@ -2,8 +2,9 @@
 
 usage: save.py [ROUNDS] [PARAMETERS] [ROWS]
 
-One gloo process; both in turns, the least of ROUNDS, in seconds of wall time and of the process's CPU time: taking the
-state dict, and dcp.save of it. Matrices are ROWS x 64: from 64 rows on FlashAdamW's states are 8-bit.
+One gloo process; all in turns, the least of ROUNDS, in seconds of wall time and of the process's CPU time: taking the
+state dict, and dcp.save of it. Matrices are ROWS x 64: from 64 rows on FlashAdamW's states are 8-bit. Parameters are
+bfloat16; of torch's AdamW, whose states have the parameters' dtype, float32 ones, too.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from torch.distributed.fsdp import fully_shard
 from flashoptim_native import FlashAdamW
 
 
-def made(kind: Any, count: int, rows: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Sequential(*(nn.Linear(64, rows, bias=False) for _ in range(count))).to(torch.bfloat16)
+def made(kind: Any, count: int, rows: int, dtype: torch.dtype) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(*(nn.Linear(64, rows, bias=False, dtype=dtype) for _ in range(count)))
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     optimizer = kind(model.parameters(), lr=1e-3)
     for param in model.parameters():
@@ -52,11 +53,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        both = {kind.__name__: made(kind, count, rows) for kind in (FlashAdamW, torch.optim.AdamW)}
+        kinds = (FlashAdamW, torch.bfloat16), (torch.optim.AdamW, torch.bfloat16), (torch.optim.AdamW, torch.float32)
+        every = {f"{kind.__name__}, {dtype}": made(kind, count, rows, dtype) for kind, dtype in kinds}
         least: dict[str, list[float]] = {}
         items: dict[str, int] = {}
         for _ in range(rounds):
-            for name, one in both.items():
+            for name, one in every.items():
                 items[name], times = once(*one, folder + "/checkpoint")
                 least[name] = [min(pair) for pair in zip(times, least.get(name, times))]
         for name, (take, take_cpu, save, save_cpu) in least.items():

@@ -212,10 +212,9 @@ class NumericsMonitor:
                 f"lr = {lr:.3g} is too small for {name}: its largest weight{whose} is {largest:.6g}, and of a "
                 f"{param.dtype} weight with {bits} bits of correction rounded to nearest only steps from {needed:.3g} "
                 f"up are sure to change it; this step counts on {taken:.3g}. Raise lr, or keep more bits "
-                "(master_weight_bits), or round without bias (state_codec='default'; stochastic_rounding=True where master_weight_bits is "
-                "None), or set "
-                "check_numerics=False. Weights are measured at the first step, after load_state_dict() and by "
-                "recompute_param_stats()"
+                "(master_weight_bits), or round without bias (state_codec='default'; stochastic_rounding=True where "
+                "master_weight_bits is None), or set check_numerics=False. Weights are measured at the first step, "
+                "after load_state_dict() and by recompute_param_stats()"
             )
 
 

@@ -49,6 +49,8 @@ MAKE: dict[str, Callable[..., FlashOptimizer]] = {
     "sgd": functools.partial(flashoptim_native.FlashSGD, lr=1e-2, momentum=0.9, nesterov=True),
     "sgdw": functools.partial(flashoptim_native.FlashSGDW, lr=1e-2, momentum=0.9, weight_decay=0.1),
     "lion": functools.partial(flashoptim_native.FlashLion, lr=1e-4, weight_decay=0.1),
+    "ademamix": functools.partial(flashoptim_native.FlashAdEMAMix, lr=1e-3, weight_decay=0.1),
+    "adopt": functools.partial(flashoptim_native.FlashADOPT, lr=1e-3, weight_decay=0.1),
 }
 
 
@@ -260,13 +262,23 @@ def alone(
 
 
 @functools.lru_cache(maxsize=64)
-def _whole_alone(names: tuple[str, ...], kind: str, options: tuple[Any, ...], dtype: torch.dtype, count: int) -> Any:
-    return whole_of(*alone(lambda: Bag(names, dtype), functools.partial(MAKE[kind], **dict(options)), count))
+def _whole_alone(
+    names: tuple[str, ...], kind: str, options: tuple[Any, ...], dtype: torch.dtype, count: int, frozen: int
+) -> Any:
+    def make() -> nn.Module:
+        bag = Bag(names, dtype)
+        for param in list(bag.parameters())[:frozen]:
+            param.requires_grad_(False)
+        return bag
+
+    return whole_of(*alone(make, functools.partial(MAKE[kind], **dict(options)), count))
 
 
-def bag_alone(names: tuple[str, ...], kind: str, options: dict[str, Any], dtype: torch.dtype, count: int) -> Any:
-    """What one process has after ``count`` steps of a Bag; remembered."""
-    return _whole_alone(names, kind, tuple(sorted(options.items())), dtype, count)
+def bag_alone(
+    names: tuple[str, ...], kind: str, options: dict[str, Any], dtype: torch.dtype, count: int, frozen: int = 0
+) -> dict[str, Any]:
+    """What one process has after ``count`` steps of a Bag, whose first ``frozen`` have no gradient; remembered."""
+    return dict(_whole_alone(names, kind, tuple(sorted(options.items())), dtype, count, frozen))
 
 
 def check_kinds(model: nn.Module, optimizer: FlashOptimizer) -> None:

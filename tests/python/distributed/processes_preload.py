@@ -7,6 +7,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 for name in (
+    # Of these torch imports the first two late: a second of every process.
+    "torch._dynamo",
+    "fsspec",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",

@@ -43,6 +43,10 @@ def _world(layout: str) -> int:
     return min(WORLD[layout], device_count())
 
 
+def _kind(how: str) -> str:
+    return how if how in MAKE else "adamw"
+
+
 def _build(layout: str, world: int, names: tuple[str, ...], kind: str = "adamw", **options: Any) -> Any:
     model = Bag(names)
     if options.pop("freeze", False):
@@ -75,10 +79,10 @@ def _optimizer_kwargs(how: str) -> dict[str, Any]:
 
 
 def save(rank: int, world: int, layout: str, how: str, path: str, names: tuple[str, ...]) -> None:
-    model, optimizer = _build(layout, world, names, **_optimizer_kwargs(how))
+    model, optimizer = _build(layout, world, names, _kind(how), **_optimizer_kwargs(how))
     if not how.startswith("fresh"):
         layouts.steps(model, optimizer, 0, 3)
-    options = StateDictOptions(**OPTIONS[how])
+    options = StateDictOptions(**OPTIONS.get(how, {}))
     if how == "both":
         one, other = get_state_dict(model, optimizer, options=options)
         held = {"model": one, "optim": other}
@@ -96,10 +100,10 @@ def save(rank: int, world: int, layout: str, how: str, path: str, names: tuple[s
 
 
 def load(rank: int, world: int, layout: str, how: str, path: str, names: tuple[str, ...]) -> int:
-    model, optimizer = _build(layout, world, names, **_optimizer_kwargs(how))
+    model, optimizer = _build(layout, world, names, _kind(how), **_optimizer_kwargs(how))
     _forget_weights(model)
     # Those of a DCP checkpoint are shards, and lie where the model does.
-    options = StateDictOptions(**OPTIONS[how])
+    options = StateDictOptions(**OPTIONS.get(how, {}))
     held = {
         "model": get_model_state_dict(model, options=options),
         "optim": get_optimizer_state_dict(model, optimizer, options=options),
@@ -126,26 +130,22 @@ def _forget_weights(model: torch.nn.Module) -> None:
 def _check_loaded(rank: int, model: Any, optimizer: Any, how: str, names: tuple[str, ...]) -> int:
     """Equal to one process that was never interrupted, now and two steps on."""
     first = 0 if how.startswith("fresh") else 3
-    alone, alone_optimizer = Bag(names), None
-    if how == "frozen":
-        next(iter(alone.parameters())).requires_grad_(False)
-    alone_optimizer = MAKE["adamw"](alone.named_parameters())
-    layouts.steps(alone, alone_optimizer, 0, first)
-    got, want = layouts.whole_of(model, optimizer), layouts.whole_of(alone, alone_optimizer)
+    got = [layouts.whole_of(model, optimizer)]
+    if how != "expanded":
+        layouts.steps(model, optimizer, first, first + 2)
+        got.append(layouts.whole_of(model, optimizer))
+    if rank != 0:
+        return 0
+    frozen = int(how == "frozen")
+    want = [layouts.bag_alone(names, _kind(how), {}, torch.bfloat16, count, frozen) for count in (first, first + 2)]
     if how.startswith("fresh"):  # states of zeros, where one process has none yet
-        got = {key: value for key, value in got.items() if "/" not in key}
+        got[0] = {key: value for key, value in got[0].items() if "/" not in key}
     if how == "expanded":  # codes of fp32 values that were decoded: close, not the same
-        exact = [key for key in want if "/" not in key or key.endswith(("step", "correction"))]
-        got, want = ({key: one[key] for key in exact} for one in (got, want))
-    compared = layouts.compare(got, want, "loaded")
-    if how == "expanded":
-        return compared if rank == 0 else 0
-    layouts.steps(model, optimizer, first, first + 2)
-    layouts.steps(alone, alone_optimizer, first, first + 2)
-    compared += layouts.compare(
-        layouts.whole_of(model, optimizer), layouts.whole_of(alone, alone_optimizer), "went on from the checkpoint"
-    )
-    return compared if rank == 0 else 0
+        exact = [key for key in want[0] if "/" not in key or key.endswith(("step", "correction"))]
+        assert got[0].keys() == want[0].keys()
+        return layouts.compare(*({key: one[key] for key in exact} for one in (got[0], want[0])), "loaded")
+    both = zip(got, want, ("loaded", "went on from the checkpoint"))
+    return sum(layouts.compare(one, other, what) for one, other, what in both)
 
 
 def _trip(
@@ -190,6 +190,11 @@ def test_every_option(request, tmp_path, how):
 )
 def test_every_option_elsewhere(request, tmp_path, source, target, how):
     _trip(request, tmp_path, source, target, how)
+
+
+@pytest.mark.parametrize("kind", list(MAKE) if LONG else ["ademamix", "sgd"])
+def test_every_optimizer(request, tmp_path, kind):
+    _trip(request, tmp_path, "fsdp-tp4", "fsdp3", kind)
 
 
 # The whole on rank 0

@@ -28,9 +28,10 @@ BF16 = torch.bfloat16
 def clipped(rank: int, world: int, layout: str, by_torch: bool) -> int:
     """The global norm; replicas count once; the same on every rank and in every run."""
     norms, results = [], []
+    names = ALL if layout == "fsdp" else SOME
     for _ in range(2):
         is_both = layout == "fsdp-tp"
-        model = layouts.parallel_mlp(world, True) if is_both else layouts.lay_out(Bag(ALL), layout, world)
+        model = layouts.parallel_mlp(world, True) if is_both else layouts.lay_out(Bag(names), layout, world)
         optimizer = MAKE["adamw"](model.named_parameters())
         layouts.set_gradients(model, 0)
         if by_torch:
@@ -42,7 +43,7 @@ def clipped(rank: int, world: int, layout: str, by_torch: bool) -> int:
         optimizer.step()
         norms.append(norm)
         results.append(layouts.whole_of(model, optimizer))
-    whole = layouts.MLP().to(BF16) if layout == "fsdp-tp" else Bag(ALL)
+    whole = layouts.MLP().to(BF16) if layout == "fsdp-tp" else Bag(names)
     layouts.set_gradients(whole, 0)
     expected = math.sqrt(sum(float(p.grad.double().square().sum()) for p in whole.parameters()))
     assert abs(float(norms[0]) - expected) <= (1e-2 if by_torch else 1e-6) * expected, (float(norms[0]), expected)

@@ -45,7 +45,7 @@ def released(rank: int, world: int, layout: str, micro_batches: int, offload: bo
             handle = enable_gradient_release(model, optimizer, pre_step=look)
         for step in range(4):
             for micro in range(micro_batches):
-                if layout in ("fsdp", "hsdp"):
+                if "fsdp" in layout or layout == "hsdp":
                     model.set_requires_gradient_sync(micro == micro_batches - 1)
                 model(_input(rank, step * micro_batches + micro)).backward()
             if releases:
@@ -66,11 +66,12 @@ def released(rank: int, world: int, layout: str, micro_batches: int, offload: bo
         ("fsdp", 2, 1, False),
         ("fsdp", 2, 3, False),
         ("hsdp", 4, 1, False),
+        ("fsdp-tp", 4, 1, False),
         ("tp0", 2, 1, False),
         ("tp0", 1, 1, False),
         ("fsdp", 2, 1, True),
     ],
-    ids=["fsdp", "accumulation", "hsdp", "tensor-parallel", "mesh-of-one", "offload"],
+    ids=["fsdp", "accumulation", "hsdp", "fsdp-x-tensor-parallel", "tensor-parallel", "mesh-of-one", "offload"],
 )
 def test_gradient_release_of_sharded_parameters(request, layout, most, micro_batches, offload):
     run(request, worlds(most)[-1], released, layout, micro_batches, offload)
