@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all that a reader of the README needs; both install what they lack.
-.PHONY: help demo test test-all setup build bench wheel docs format style clean
+.PHONY: help demo test test-all fuzz setup build bench wheel docs format style clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,6 +12,9 @@ test:  ## check style, build everything and run the tests (half an hour on 2 cor
 
 test-all:  ## the tests with the long sweeps too
 	tools/test.sh --all
+
+fuzz:  ## ten minutes of libFuzzer over each target of tests/fuzz (clang)
+	tools/fuzz.sh
 
 setup:  ## install what is missing: apt packages, .venv
 	tools/setup.sh

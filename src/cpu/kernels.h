@@ -101,6 +101,9 @@ extern const KernelTable kAvx512Kernels;      ///< F, BW, DQ, VL
 extern const KernelTable kAvx512Bf16Kernels;  ///< and VBMI, BF16: Sapphire Rapids, Zen 4 and later
 #endif
 
+/// The table of an instruction set by its name; null where this machine lacks it, or there is none of that name.
+const KernelTable* find_kernels(const char* isa);
+
 /// The table for this machine (see cpu_isa in step.h), or null with `status` set.
 const KernelTable* select_kernels(Status* status);
 

@@ -1,4 +1,8 @@
 // Run-time choice of instruction set: the best this processor has, or the one FLASHOPTIM_ISA names.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -15,11 +19,19 @@ struct Choice {
   Status status;
 };
 
+#if defined(__x86_64__)
+/// Clang before 15 knows no __builtin_cpu_supports("f16c"). (Whether the system keeps the registers, "avx2" says.)
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 bool machine_has(const char* isa) {
   if (std::strcmp(isa, "scalar") == 0) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
   if (std::strcmp(isa, "avx2") == 0) return avx2;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -31,16 +43,17 @@ bool machine_has(const char* isa) {
   return false;
 }
 
-Choice choose() {
-  // Best first.
-  static const KernelTable* const kTables[] = {
+// Best first.
+const KernelTable* const kTables[] = {
 #if defined(__x86_64__)
-      &kAvx512Bf16Kernels,
-      &kAvx512Kernels,
-      &kAvx2Kernels,
+    &kAvx512Bf16Kernels,
+    &kAvx512Kernels,
+    &kAvx2Kernels,
 #endif
-      &kScalarKernels,
-  };
+    &kScalarKernels,
+};
+
+Choice choose() {
   const char* forced = std::getenv("FLASHOPTIM_ISA");
   if (forced == nullptr || *forced == '\0') {
     for (const KernelTable* table : kTables) {
@@ -59,6 +72,13 @@ Choice choose() {
 }
 
 }  // namespace
+
+const KernelTable* find_kernels(const char* isa) {
+  for (const KernelTable* table : kTables) {
+    if (std::strcmp(isa, table->isa) == 0 && machine_has(isa)) return table;
+  }
+  return nullptr;
+}
 
 const KernelTable* select_kernels(Status* status) {
   static const Choice choice = choose();

@@ -23,7 +23,7 @@ struct AdamRule {
       beta_field("beta2", &Hyperparameters::beta2, 0.999), nonnegative_field("eps", &Hyperparameters::eps, 1e-8));
   static constexpr bool kDecoupledDecay = kDecoupled;
   static constexpr int kSlotCount = 2;
-  static constexpr StateSlot kSlots[] = {{"exp_avg", StateKind::kSigned, 1, 6}, {"exp_avg_sq", StateKind::kUnsigned}};
+  static constexpr StateSlot kSlots[2] = {{"exp_avg", StateKind::kSigned, 1, 6}, {"exp_avg_sq", StateKind::kUnsigned}};
 
   struct Hyper {
     float step_size;  // lr / (1 - beta1^t)

@@ -7,7 +7,7 @@
 //     static constexpr const char* kTitle;         // as people write it; the front ends' classes are Flash<title>
 //     static constexpr auto kHyperparameters;      // hyperparameter_list(...): what it reads
 //     static constexpr int kSlotCount;             // states of an element, at most kMaxSlots
-//     static constexpr StateSlot kSlots[];         // name, sign, and the slot it is stored relative to
+//     static constexpr StateSlot kSlots[2];        // name, sign, and the slot it is stored relative to
 //     struct Hyper {...};                          // fp32 numbers of one step
 //     static Hyper make_hyper(const Hyperparameters&);  // in double, the only place where they are rounded
 //     template <class F> static F update(F w, F g, F (&s)[kSlotCount], const Hyper&);

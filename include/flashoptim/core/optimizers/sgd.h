@@ -24,7 +24,7 @@ struct SgdRule {
                           flag_field("nesterov", &Hyperparameters::nesterov, false));
   static constexpr bool kDecoupledDecay = kDecoupled;
   static constexpr int kSlotCount = kMomentum ? 1 : 0;
-  static constexpr StateSlot kSlots[] = {{"momentum_buffer", StateKind::kSigned, kNoSlot, 5}};
+  static constexpr StateSlot kSlots[1] = {{"momentum_buffer", StateKind::kSigned, kNoSlot, 5}};
 
   struct Hyper {
     float lr;
