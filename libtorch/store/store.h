@@ -89,7 +89,7 @@ class Record {
   // Of the plan that it is in; -1: none yet.
   int32_t plan_ = -1, index_ = -1;
   bool was_stepped_alone_ = false;
-  int64_t touched_ = -1;  // when it was, among the others
+  int64_t touched_ = -1;   // when it was, among the others
   bool is_apart_ = false;  // from the arrays of the records that it was stepped with, as far as it has not moved since
 };
 
