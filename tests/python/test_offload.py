@@ -278,6 +278,23 @@ def test_host_memory_is_exactly_what_states_take() -> None:
     assert starts[-1] - starts[0] < wanted  # in one stretch
 
 
+def test_the_plan_of_8b_fits_26_gb() -> None:
+    """Llama-3.1-8B's shape, by arithmetic: what host_states() would ask for, with its gaps of up to 255 bytes."""
+    dim, ffn, kv, vocab = 4096, 14336, 1024, 128256
+    block = [(dim, dim)] * 2 + [(kv, dim)] * 2 + [(ffn, dim)] * 2 + [(dim, ffn)] + [(dim,)] * 2
+    shapes = block * 32 + [(vocab, dim)] * 2 + [(dim,)]
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    assert count == 8_030_261_248
+    states = gradients = 0
+    for shape in shapes:
+        numel = torch.Size(shape).numel()
+        arrays = [numel, numel // 16, numel, numel // 16, numel]  # codes and scales of two slots, corrections
+        states += sum((size + 255) // 256 * 256 for size in arrays)
+        gradients += (2 * numel + 255) // 256 * 256
+    assert states / count == pytest.approx(3.125, abs=1e-3)
+    assert states < 26e9 and states + gradients < 42e9
+
+
 @pytest.mark.parametrize("from_offloaded", [True, False])
 def test_checkpoints_load_into_each_other(from_offloaded: bool) -> None:
     resident, net, offloaded, other = pair()
