@@ -201,9 +201,8 @@ Status OffloadRing::acquire(int64_t number, int64_t* slot) {
     if (victim >= 0) {
       release(victim);
     } else {
-      const auto oldest = std::min_element(slots_.begin(), slots_.end(), [](const Slot& a, const Slot& b) {
-        return a.last_use < b.last_use;
-      });
+      const auto oldest = std::min_element(slots_.begin(), slots_.end(),
+                                           [](const Slot& a, const Slot& b) { return a.last_use < b.last_use; });
       const Status status = download(oldest->unit);
       if (!status.is_ok()) return status;
     }

@@ -140,7 +140,8 @@ def variant_of(args: argparse.Namespace) -> str:
     if args.optimizer == "flash":
         name += "-paper" * (args.state_codec == "paper") + "-no-correction" * args.no_correction
         name += "-fp32-states" * args.fp32_states + "-offload" * args.offload
-    return name + "-release" * args.gradient_release
+    clip = "" if args.clip is None else f"-clip-{args.clip}"
+    return name + clip + "-release" * args.gradient_release
 
 
 @torch.no_grad()
@@ -186,7 +187,8 @@ def measure(args: argparse.Namespace, shape: dict, start: float) -> dict:
     model = make_model(shape, device, torch.float32 if is_mixed else torch.bfloat16, args.seed)
     optimizer = make_optimizer(args, model)
     if args.gradient_release:
-        flashoptim_native.enable_gradient_release(model, optimizer)
+        max_norm = None if args.clip is None else 1.0
+        flashoptim_native.enable_gradient_release(model, optimizer, clip=args.clip, max_norm=max_norm)
     count = sum(p.numel() for p in model.parameters())
     say(NAME, start, f"{variant_of(args)}: {count / 1e9:.3f} G parameters on {args.device}")
 
@@ -245,6 +247,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-correction", action="store_true", help="master_weight_bits=None, rounded without bias: bf16 weights alone"
     )
+    parser.add_argument("--clip", choices=("exact", "previous", "parameter"), help="of released gradients")
     parser.add_argument("--offload", action="store_true", help="states on the host (docs/offload.md)")
     parser.add_argument("--offload-buffer", type=float, default=1.0, help="GiB that they stream through (default: 1)")
     parser.add_argument("--fp32-states", action="store_true", help="quantize=False: 9 bytes a parameter for states")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Offloaded states against resident ones, at Llama-3.1-8B's shape: 8,192 tokens a step, every block checkpointed, loss in
-# chunks, gradient release. usage: benchmarks/memory/offload.sh OUT [QUICK=1]
+# Offloaded states against resident ones, at Llama-3.1-8B's shape: 8,192 tokens a step, every block checkpointed, loss
+# in chunks, gradient release. usage: [QUICK=1] benchmarks/memory/offload.sh OUT
 set -u
 out=$1
 here=$(dirname "$0")
@@ -14,6 +14,7 @@ run() {
 }
 run resident
 run offload --offload --cap 24 --offload-buffer "${BUFFER:-1}" --trace "$out/timeline.json"
+run clip --offload --cap 24 --clip exact
 if [ -z "${QUICK:-}" ]; then
   run wide --offload --cap 24 --offload-buffer 2
   export CUBLAS_WORKSPACE_CONFIG=:4096:8

@@ -66,7 +66,8 @@ struct OffloadCounts {
 
 class OffloadRing {
  public:
-  /// `memory`: slots * slot_bytes on the device, that the step queue may use; at least two slots. Both outlive the ring.
+  /// `memory`: slots * slot_bytes on the device, that the step queue may use; at least two slots. Both outlive the
+  /// ring.
   static Status make(OffloadDevice* device, void* memory, int64_t slot_bytes, int64_t slots, OffloadRing* ring);
 
   /// A new unit, of `parts` that are stepped one by one; its number. Before any is known to come first, units are taken
@@ -112,9 +113,9 @@ class OffloadRing {
   struct Slot {
     int64_t up = -1, stepped = -1, down = -1;  // events
     int64_t unit = -1;
-    bool is_marked = false;   // `stepped` has been recorded behind the last step
-    bool has_down = false;    // `down` has been recorded
-    void* stream = nullptr;   // of the last step
+    bool is_marked = false;  // `stepped` has been recorded behind the last step
+    bool has_down = false;   // `down` has been recorded
+    void* stream = nullptr;  // of the last step
     uint64_t last_use = 0;
   };
 

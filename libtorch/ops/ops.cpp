@@ -269,6 +269,26 @@ void host_states_kernel(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give_tensors(store::host_arrays(op, specs, device, pin));
 }
 
+// Arrays like these, in such memory.
+constexpr const char* kHostBuffersSchema = "host_buffers(Tensor[] like, bool pin) -> Tensor[]";
+
+void host_buffers_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const Op op{"host_buffers"};
+  const TensorList like = take_tensors(stack[0]);
+  std::vector<store::ArraySpec> specs;
+  Device device;
+  for (size_t i = 0; i < like.size(); ++i) {
+    const TensorInfo info = store::read_dense(op, {"like", static_cast<int64_t>(i)}, like[i]);
+    device = info.device;
+    specs.push_back({store::Role::kState,
+                     0,
+                     info.dtype,
+                     {info.sizes, info.sizes + info.dim},
+                     {info.strides, info.strides + info.dim}});
+  }
+  stack[0] = give_tensors(store::host_arrays(op, specs, device, take_bool(stack[1])));
+}
+
 constexpr const char* kHostMemorySchema = "host_memory() -> int";
 
 /// Bytes of memory for offloaded states that the process has.
@@ -434,28 +454,12 @@ void implementation_kernel(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY(flashoptim, m) {
   using namespace flashoptim::ops;
-  for (const char* schema : {kStepSchema,
-                             kMergeSchema,
-                             kSplitSchema,
-                             kDecodeSchema,
-                             kEncodeSchema,
-                             kFormatSchema,
-                             kArrayNamesSchema,
-                             kNewStatesSchema,
-                             kHostStatesSchema,
-                             kHostMemorySchema,
-                             kPlaceOfBoxSchema,
-                             kScaleSizesSchema,
-                             kFitSchema,
-                             kConvertSchema,
-                             kZeroSchema,
-                             kCpuIsaSchema,
-                             kHasCudaSchema,
-                             kStateNamesSchema,
-                             kHyperparameterNamesSchema,
-                             kOptimizerNamesSchema,
-                             kDescribeSchema,
-                             kImplementationSchema}) {
+  for (const char* schema :
+       {kStepSchema,           kMergeSchema,      kSplitSchema,         kDecodeSchema,     kEncodeSchema,
+        kFormatSchema,         kArrayNamesSchema, kNewStatesSchema,     kHostStatesSchema, kHostBuffersSchema,
+        kHostMemorySchema,     kPlaceOfBoxSchema, kScaleSizesSchema,    kFitSchema,        kConvertSchema,
+        kZeroSchema,           kCpuIsaSchema,     kHasCudaSchema,       kStateNamesSchema, kHyperparameterNamesSchema,
+        kOptimizerNamesSchema, kDescribeSchema,   kImplementationSchema}) {
     m.def(schema);
   }
 }
@@ -472,6 +476,7 @@ STABLE_TORCH_LIBRARY_IMPL(flashoptim, CompositeExplicitAutograd, m) {
   m.impl("array_names", array_names_kernel);
   m.impl("new_states", new_states_kernel);
   m.impl("host_states", host_states_kernel);
+  m.impl("host_buffers", host_buffers_kernel);
   m.impl("host_memory", host_memory_kernel);
   m.impl("place_of_box", place_of_box_kernel);
   m.impl("scale_sizes", scale_sizes_kernel);

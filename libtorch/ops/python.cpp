@@ -361,8 +361,8 @@ PyObject* synchronize(Arguments a) {
 /// copied(store) -> list[int]: bytes up and down, copies up and down, units found on the device and not, so far.
 PyObject* copied(Arguments a) {
   const OffloadCounts counts = PythonStore::of(a[0]).store().offload_counts();
-  return to_list({counts.up_bytes, counts.down_bytes, counts.up_copies, counts.down_copies, counts.prefetched,
-                  counts.fetched});
+  return to_list(
+      {counts.up_bytes, counts.down_bytes, counts.up_copies, counts.down_copies, counts.prefetched, counts.fetched});
 }
 
 #define FLASHOPTIM_FUNCTION(name, count) {#name, reinterpret_cast<void*>(&guarded<count, name>), kPyFastCall, nullptr}

@@ -128,12 +128,12 @@ TensorList host_arrays(Op op, const std::vector<ArraySpec>& specs, Device device
   for (const ArraySpec& spec : specs) {
     auto owner = std::make_unique<Owner>(memory);
     AtenTensorHandle handle = nullptr;
-    check_torch(torch_from_blob(
-                    memory->data() + offset, static_cast<int64_t>(spec.sizes.size()), spec.sizes.data(),
-                    spec.strides.data(), /*storage_offset=*/0, spec.dtype, aoti_torch_device_type_cpu(), -1, &handle,
-                    aoti_torch_layout_strided(), nullptr, 0,
-                    [](void*, void* context) { delete static_cast<Owner*>(context); }, owner.get()),
-                "from_blob");
+    check_torch(
+        torch_from_blob(
+            memory->data() + offset, static_cast<int64_t>(spec.sizes.size()), spec.sizes.data(), spec.strides.data(),
+            /*storage_offset=*/0, spec.dtype, aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
+            nullptr, 0, [](void*, void* context) { delete static_cast<Owner*>(context); }, owner.get()),
+        "from_blob");
     owner.release();
     made.emplace_back(handle);
     offset += aligned(bytes_of(spec));

@@ -1,4 +1,5 @@
-// Arrays of states on the host, in one stretch of memory that is registered once: exactly as large as they are together.
+// Arrays of states on the host, in one stretch of memory that is registered once: exactly as large as they are
+// together.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // The offloaded states of one plan: on the host between steps, in slots on the device where the plan's kernels step
-// them. What does not fit into a slot is stepped in pieces, each with its place in the whole, so that the bits are those
-// of a state that stays on the device.
+// them. What does not fit into a slot is stepped in pieces, each with its place in the whole, so that the bits are
+// those of a state that stays on the device.
 #pragma once
 
 #include <cstdint>

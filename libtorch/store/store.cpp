@@ -122,7 +122,8 @@ void Store::describe(Op op, int64_t index, const std::string& name, const Record
   next.storage_ = info.storage_needed;
   const bool is_meta = next.backend_ == Backend::kMeta;
   if (options.is_offloaded && next.backend_ == Backend::kCpu && !ring_.is_simulated) {
-    op.fail(name + " is on the CPU, where its states are; offload is for parameters on CUDA devices: move the model "
+    op.fail(name +
+            " is on the CPU, where its states are; offload is for parameters on CUDA devices: move the model "
             "there before the first step, or leave the group without offload");
   }
   // What is stored lies as the parameter does, on the host where it is offloaded.
@@ -242,7 +243,8 @@ std::unique_ptr<Offload> Store::make_offload(Op op, const Planned& planned) cons
   if (offloaded.empty()) return nullptr;
   auto made = std::make_unique<Offload>(op, planned.backend, planned.device, optimizer_, planned.has_momentum,
                                         static_cast<int64_t>(planned.records.size()), offloaded, ring_);
-  std::sort(order.begin(), order.end(), [this](int64_t a, int64_t b) { return record(a).touched_ < record(b).touched_; });
+  std::sort(order.begin(), order.end(),
+            [this](int64_t a, int64_t b) { return record(a).touched_ < record(b).touched_; });
   made->expect(order);
   return made;
 }

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, _states, _validate
-from ._parameters import Local
+from . import _states, _validate
+from ._parameters import Local, plain
 from ._states import Format
 
 #: What a group's ``offload`` may be.
@@ -88,7 +88,7 @@ class HostStates:
         self, param: Tensor, local: Local, form: Format, name: str,
         others: Callable[[], Iterable[tuple[Tensor, Local, Format, str]]],
     ) -> dict[str, Any]:  # fmt: skip
-        """A state of zeros on the host. ``others``: the parameters that will need one, too.
+        """A state of zeros on the host. ``others``: the parameters that need one, or will.
 
         Raises:
             RuntimeError: the parameter is not on a CUDA device, or the host does not give or pin the memory.
@@ -96,8 +96,8 @@ class HostStates:
         device = local.tensor.device
         if device.type != "cuda" and not _simulated:
             raise RuntimeError(
-                f"{name} is on {device}, with offload = {STATES!r}: states are offloaded from CUDA devices to the host. "
-                "Move the model to a CUDA device before the first step, or leave offload out"
+                f"{name} is on {device}, with offload = {STATES!r}: states are offloaded from CUDA devices to the "
+                "host. Move the model to a CUDA device before the first step, or leave offload out"
             )
         waiting = self._waiting.pop(id(param), None)
         if waiting is None or waiting[1] != form:
@@ -122,15 +122,15 @@ class HostStates:
             made = _states.host_states(self._kind, [one[1:] for one in items], pin)
         except RuntimeError as error:
             raise RuntimeError(f"{error}. {_ADVICE}") from error
-        for (one, _, kept, _), state in zip(items, made):
-            self._waiting[id(one)] = (one, kept, state)
+        for (owner, _, kept, _), state in zip(items, made):
+            self._waiting[id(owner)] = (owner, kept, state)
 
     def place(self, state: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
         """``state`` with its arrays in the memory of ``made``, a state of the same format."""
         result = dict(state)
         for key, array in made.items():
             if isinstance(array, Tensor) and key in state and key not in (_states.STEP, _states.STORAGE_ORDER):
-                _states.plain(array).copy_(_states.plain(state[key]))
+                plain(array).copy_(plain(state[key]))
                 result[key] = array
         return result
 

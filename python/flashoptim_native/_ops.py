@@ -168,6 +168,7 @@ decode_states = torch.ops.flashoptim.decode_states.default
 encode_states_ = torch.ops.flashoptim.encode_states_.default
 new_states = torch.ops.flashoptim.new_states.default
 host_states = torch.ops.flashoptim.host_states.default
+host_buffers = torch.ops.flashoptim.host_buffers.default
 fit_state = torch.ops.flashoptim.fit_state.default
 convert_state = torch.ops.flashoptim.convert_state.default
 

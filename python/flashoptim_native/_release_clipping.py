@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import OptState
 from . import _collectives, _validate
 
 #: What ``clip=`` may be.
-WAYS = ("two_pass", "previous", "parameter")
+WAYS = ("exact", "two_pass", "previous", "parameter")
 
 
 class Factor(NamedTuple):
@@ -25,6 +25,7 @@ class Factor(NamedTuple):
 class GradientClip:
     """Clips released gradients to a norm of ``max_norm``.
 
+    exact: the norm of all; gradients wait until it is known.
     two_pass: the norm of all, measured by a backward() before the one that steps. Exact.
     previous: the norm of all, of steps before: ``decay`` times what it was plus ``1 - decay`` times the last one.
     parameter: each by its own norm.
@@ -53,6 +54,19 @@ class GradientClip:
                 "use_reentrant=False"
             )
         self._squares[id(param)] = (param, next(iter(_collectives.sums_of_squares([param]).values())))
+
+    def measure_again(self, param: Tensor) -> None:
+        """A gradient in the norm, in the place of what was there of the same parameter."""
+        self._squares.pop(id(param), None)
+        self.measure(param)
+
+    def factor_of_all(self, params: Iterable[Tensor]) -> Factor:
+        """What every gradient of a step is multiplied with, once all have been measured."""
+        return Factor(_collectives.clip_coefficient(self._total(params), self.max_norm)) if self._squares else Factor()
+
+    def forget(self) -> None:
+        """What has been measured is not stepped."""
+        self._squares = {}
 
     def factor(self, param: Tensor) -> Factor:
         """What the step of a parameter multiplies its gradient with.

@@ -12,10 +12,10 @@ from . import _collectives, _parameters, _states, _validate
 from ._graph_capture import GraphCapture
 from ._hyperparameters import Hyperparameters
 from ._model_loads import WeightLoads
+from ._offload import OffloadOptions
 from ._preparation import State
 from ._scaling import Scaling
 from ._store import Controls, Store
-from ._offload import OffloadOptions
 from ._tracing import is_capturing
 from .numerics import NumericsMonitor
 

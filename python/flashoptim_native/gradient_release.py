@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ._parameters import is_sharded, name_of, plain
+from ._release_arguments import check_model, named_parameters
 from ._release_clipping import GradientClip, gradient_clip
+from ._release_staging import Staging
 from ._store import Store
 from ._validate import check_bool
 from .optimizer import FlashOptimizer
 
 PreStep = Callable[[Tensor, dict[str, Any]], Any]
-ClipName = Literal["two_pass", "previous", "parameter"]
+ClipName = Literal["exact", "two_pass", "previous", "parameter"]
 
 # The optimizer keeps its _Release under this name. Copies and pickles of it have none.
 _ATTRIBUTE = "_gradient_release"
@@ -76,6 +78,7 @@ class _Release:
         self._optimizer_ref = weakref.ref(optimizer)
         self._pre_step = pre_step
         self.clip = clip
+        self._staging = Staging(optimizer) if clip is not None and clip.way == "exact" else None
         self._watched = {id(param): _Watched(param, None) for param in left_to_step}
         self._accumulating = 0
         self._released: set[int] = set()  # since the last optimizer.step() or zero_grad()
@@ -108,6 +111,8 @@ class _Release:
     def remove(self) -> None:
         if not self._active:
             return
+        if self._staging is not None:
+            self._staging.give_back()
         self._active = False
         self._unwatch_all()
         self._step_hook.remove()
@@ -127,11 +132,14 @@ class _Release:
 
     def release(self, param: Tensor) -> None:
         """Steps a parameter whose gradient is complete, and frees the gradient."""
-        if not self._active or self._accumulating or param.grad is None:
+        if not self._active or param.grad is None or (self._accumulating and self._staging is None):
             return
         with self._lock:
             self._settle()
             _wait_for_offloaded(param)
+            if self._staging is not None and self.clip is not None:
+                self._stage(self._staging, self.clip, param)
+                return
             if self.clip is not None and self.clip.is_measuring:
                 self.clip.measure(param)
                 param.grad = None
@@ -145,6 +153,15 @@ class _Release:
             param.grad = None
             self._released.add(id(param))
             self._pending = None
+
+    def _stage(self, staging: Staging, clip: GradientClip, param: Tensor) -> None:
+        """Sends a gradient to the host, added to what is there of backward() passes before."""
+        if self._pre_step is None or self._wants_step(self._pre_step, param):
+            with torch.no_grad():
+                staging.add(param)
+                clip.measure_again(param)
+                staging.send(param)
+        param.grad = None
 
     def _settle(self) -> None:
         """Ends a release that an interrupt has left between the step and the end of its gradient."""
@@ -242,8 +259,8 @@ class _Release:
         if self.clip is None:
             raise RuntimeError(
                 f"clip_grad_norm_({max_norm}) while gradients are released would clip nothing: their norm is known "
-                'when all have been applied. Allowed is enable_gradient_release(..., clip="two_pass" (exact, by two '
-                f'backward passes), "previous" or "parameter", max_norm={max_norm})'
+                'when all have been applied. Allowed is enable_gradient_release(..., clip="exact" (gradients wait on '
+                f'the host), "two_pass" (by two backward passes), "previous" or "parameter", max_norm={max_norm})'
             )
         if max_norm != self.clip.max_norm:
             raise ValueError(
@@ -278,11 +295,18 @@ class _Release:
         self._settle()
         self._watch_parameters()
         if self.clip is not None:
-            vars(optimizer)["_stepper"].clip = self.clip.factor_of_step().coefficient
+            if self._staging is not None:
+                self._staging.step(optimizer, self.clip.factor_of_all(self.params()))
+                self.clip.finish(self.params())
+            else:
+                vars(optimizer)["_stepper"].clip = self.clip.factor_of_step().coefficient
         self._finish()
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         self._settle()
+        if self._staging is not None and self.clip is not None:
+            self._staging.clear()
+            self.clip.forget()
         type(self._optimizer).zero_grad(self._optimizer, set_to_none)
         self._loop_calls = True
         self._finish()
@@ -403,6 +427,8 @@ def enable_gradient_release(
         pre_step: called as ``pre_step(param, group)`` before each step; it may change ``param.grad``, for instance clip
             it by value. Where it returns False, the gradient is freed without a step.
         clip: None, or how gradients are clipped to a norm of ``max_norm``, by ``min(1, max_norm / (norm + 1e-6))``:
+            "exact": by the norm of all, exactly: gradients wait on the host, 2 bytes a parameter in pinned memory,
+            until optimizer.step(), which steps all of them; those of several backward() passes are added up there.
             "two_pass": by the norm of all, exactly: see GradientReleaseHandle.measure_norm().
             "previous": by the norm of all in the steps before this one; in the first, each by its own norm.
             "parameter": each by its own norm.
@@ -428,7 +454,7 @@ def enable_gradient_release(
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
         raise TypeError(f"grad_scaler is a {type(grad_scaler).__name__}; allowed are None and a torch.amp.GradScaler")
     clipping = gradient_clip(clip, max_norm, norm_decay, grad_scaler)
-    named = _named_parameters(model_or_params)
+    named = named_parameters(model_or_params)
     if getattr(optimizer, _ATTRIBUTE, None) is not None:
         raise RuntimeError("gradient release is enabled for this optimizer already; end it first: handle.remove()")
     owned = {id(param): param for group in optimizer.param_groups for param in group["params"]}
@@ -460,7 +486,7 @@ def prepare_for_gradient_release(
         ValueError: a parameter has such a hook.
         RuntimeError: as of enable_gradient_release(), whose other errors come out of here, too.
     """
-    _check_model(model)
+    check_model(model)
     check_bool("ignore_existing_hooks", ignore_existing_hooks)
     if not ignore_existing_hooks:
         for name, param in model.named_parameters():
@@ -478,56 +504,12 @@ def remove_gradient_release(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_model(model)
+    check_model(model)
     for param in model.parameters():
         for hook in list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
             release = hook.owner() if isinstance(hook, _ReleaseHook) else None
             if release is not None:
                 release.remove()
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
-
-
-def _named_parameters(model_or_params: Any) -> list[tuple[str, Tensor]]:
-    """The parameters with names for messages."""
-    if isinstance(model_or_params, nn.Module):
-        wrapper = _distributed_wrapper(model_or_params)
-        if wrapper is not None:
-            raise TypeError(
-                f"the model is wrapped in {wrapper}, which keeps all gradients in buffers of its own and reduces them "
-                "after backward() has released them; allowed are a model in one process and FSDP2 "
-                "(torch.distributed.fsdp.fully_shard)"
-            )
-        return [(f"parameter {name!r}", param) for name, param in model_or_params.named_parameters()]
-    if isinstance(model_or_params, Tensor):
-        model_or_params = [model_or_params]
-    if not isinstance(model_or_params, Iterable) or isinstance(model_or_params, (str, bytes, dict)):
-        raise TypeError(
-            f"model_or_params is a {type(model_or_params).__name__}; allowed are a torch.nn.Module, a parameter and an "
-            "iterable of parameters"
-        )
-    named = []
-    for index, item in enumerate(model_or_params):
-        name, param = f"model_or_params[{index}]", item
-        if isinstance(item, tuple) and len(item) == 2:
-            name, param = f"parameter {item[0]!r}", item[1]
-        if not isinstance(param, Tensor):
-            raise TypeError(f"model_or_params[{index}] is a {type(param).__name__}; allowed are parameters")
-        named.append((name, param))
-    return named
-
-
-def _distributed_wrapper(model: nn.Module) -> str | None:
-    # By name: importing torch.distributed.fsdp takes seconds.
-    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel")
-    for module in model.modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in wrappers and cls.__module__.startswith("torch."):
-                return cls.__name__
-    return None
 
 
 def _is_checkpoint_running() -> bool:

@@ -284,7 +284,7 @@ class FlashOptimizer(Inspection):
             state_dict = state_dict if replaced is None else replaced
             _load_checks.structure(state_dict)
             vouched = frozenset()
-        groups = _state_dict.merged_groups(self.kind, self.param_groups, state_dict["param_groups"])
+        groups: list[Any] = _state_dict.merged_groups(self.kind, self.param_groups, state_dict["param_groups"])
         stepper = self._new_stepper()
         stepper.records.follow(groups)
         placed = stepper.records.placed

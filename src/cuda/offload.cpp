@@ -108,9 +108,9 @@ std::string limits() {
   std::string text = "the limit of locked memory (ulimit -l) is ";
   rlimit limit{};
   const bool is_known = getrlimit(RLIMIT_MEMLOCK, &limit) == 0;
-  text += !is_known                          ? "unknown"
+  text += !is_known                         ? "unknown"
           : limit.rlim_cur == RLIM_INFINITY ? "unlimited"
-                                             : gigabytes(static_cast<double>(limit.rlim_cur));
+                                            : gigabytes(static_cast<double>(limit.rlim_cur));
   const std::string available = read_word("/proc/meminfo", "MemAvailable:");
   if (!available.empty()) text += ", memory available " + gigabytes(std::stod(available) * 1024.0);
   const std::string container = read_word("/sys/fs/cgroup/memory.max");

@@ -91,9 +91,7 @@ class VirtualDevice : public OffloadDevice {
   /// Other work of the step queue.
   void compute(double seconds) { run(index(OffloadQueue::kStep), seconds, {}); }
   /// When everything is done.
-  double end() const {
-    return std::max({queues_[0].time, queues_[1].time, queues_[2].time, queues_[3].time});
-  }
+  double end() const { return std::max({queues_[0].time, queues_[1].time, queues_[2].time, queues_[3].time}); }
   double time_of(OffloadQueue queue) const { return queues_[static_cast<size_t>(queue)].time; }
   /// Work of the copy queues that the host does not know to be done.
   bool host_knows_all_down() const { return host_behind_[2] >= queues_[2].number; }
@@ -104,8 +102,8 @@ class VirtualDevice : public OffloadDevice {
       for (size_t k = i + 1; k < accesses.size(); ++k) {
         const Access &a = accesses[i], &b = accesses[k];
         if (a.queue == b.queue || (!a.is_write && !b.is_write) || a.begin >= b.end || b.begin >= a.end) continue;
-        const bool ordered = b.behind[static_cast<size_t>(a.queue)] >= a.number ||
-                             a.behind[static_cast<size_t>(b.queue)] >= b.number;
+        const bool ordered =
+            b.behind[static_cast<size_t>(a.queue)] >= a.number || a.behind[static_cast<size_t>(b.queue)] >= b.number;
         if (!ordered) {
           return "work " + std::to_string(a.number) + " of queue " + std::to_string(a.queue) + " and work " +
                  std::to_string(b.number) + " of queue " + std::to_string(b.queue) + " share memory";

@@ -330,15 +330,31 @@ TEST(FormatOps, NewStatesFitAndConvert) {
 
   const auto fit =
       op<int64_t(std::string_view, bool, const Tensor&, at::TensorList, at::TensorList, const std::optional<Tensor>&,
-                 int64_t, int64_t, int64_t, at::IntArrayRef, std::string_view)>("flashoptim::fit_state");
+                 int64_t, int64_t, int64_t, at::IntArrayRef, std::string_view, bool)>("flashoptim::fit_state");
   const std::vector<Tensor> states{made[0], made[2]}, scales{made[1], made[3]};
-  EXPECT_EQ(fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection8, kDefault, {}, "weight"),
-            1);
-  EXPECT_EQ(fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection16, kDefault, {}, "weight"),
-            0);
+  EXPECT_EQ(
+      fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection8, kDefault, {}, "weight", false),
+      1);
+  EXPECT_EQ(
+      fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection16, kDefault, {}, "weight", false),
+      0);
   EXPECT_EQ(fit.call("adamw", true, param.t().contiguous().t(), states, scales, made[4], kBFloat16, kCorrection8,
-                     kDefault, {}, "weight"),
+                     kDefault, {}, "weight", false),
             2);
+  // On the host, in memory of their own: there alone.
+  EXPECT_EQ(
+      fit.call("adamw", true, param, states, scales, made[4], kBFloat16, kCorrection8, kDefault, {}, "weight", true),
+      0);
+  const auto host_states = op<std::vector<Tensor>(std::string_view, at::TensorList, at::IntArrayRef, at::IntArrayRef,
+                                                  at::IntArrayRef, at::IntArrayRef, bool)>("flashoptim::host_states");
+  const std::vector<Tensor> home =
+      host_states.call("adamw", {param}, {1}, {kCorrection8}, {kDefault}, {}, /*pin=*/false);
+  for (size_t i = 0; i < home.size(); ++i) EXPECT_EQ(home[i].sizes(), made[i].sizes());
+  for (const bool on_host : {true, false}) {
+    EXPECT_EQ(fit.call("adamw", true, param, {home[0], home[2]}, {home[1], home[3]}, home[4], kBFloat16, kCorrection8,
+                       kDefault, {}, "weight", on_host),
+              on_host ? 1 : 0);
+  }
 
   made[4].fill_(127);
   const auto convert = op<std::tuple<std::vector<Tensor>, std::vector<Tensor>, int64_t>(

@@ -25,6 +25,7 @@ from flashoptim_native import (
     FlashSGD,
     FlashSGDW,
     _offload,
+    _ops,
     enable_gradient_release,
 )
 
@@ -162,7 +163,7 @@ def test_release_brings_states_up_ahead_once_the_order_is_known() -> None:
 
 
 def _copied(optimizer: Any) -> list[int]:
-    copied: list[int] = _offload._ops.store.copied(optimizer._store.records.handle)
+    copied: list[int] = _ops.store.copied(optimizer._store.records.handle)
     return copied
 
 
@@ -275,6 +276,23 @@ def test_host_memory_is_exactly_what_states_take() -> None:
     assert _offload.host_memory() - free == (wanted + 4095) // 4096 * 4096
     starts = sorted(array.data_ptr() for array in arrays)
     assert starts[-1] - starts[0] < wanted  # in one stretch
+
+
+def test_the_plan_of_8b_fits_26_gb() -> None:
+    """Llama-3.1-8B's shape, by arithmetic: what host_states() would ask for, with its gaps of up to 255 bytes."""
+    dim, ffn, kv, vocab = 4096, 14336, 1024, 128256
+    block = [(dim, dim)] * 2 + [(kv, dim)] * 2 + [(ffn, dim)] * 2 + [(dim, ffn)] + [(dim,)] * 2
+    shapes = block * 32 + [(vocab, dim)] * 2 + [(dim,)]
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    assert count == 8_030_261_248
+    states = gradients = 0
+    for shape in shapes:
+        numel = torch.Size(shape).numel()
+        arrays = [numel, numel // 16, numel, numel // 16, numel]  # codes and scales of two slots, corrections
+        states += sum((size + 255) // 256 * 256 for size in arrays)
+        gradients += (2 * numel + 255) // 256 * 256
+    assert states / count == pytest.approx(3.125, abs=1e-3)
+    assert states < 26e9 and states + gradients < 42e9
 
 
 @pytest.mark.parametrize("from_offloaded", [True, False])
@@ -394,6 +412,89 @@ def test_a_parameter_that_moves() -> None:
         for one in (net, other):
             one.weights[5].data = one.weights[5].data.clone()
     assert_same(resident, net, offloaded, other)
+
+
+@pytest.mark.parametrize("offload", [None, "states"])
+def test_exact_clipping_under_release_is_that_of_two_passes(offload: str | None) -> None:
+    nets = Net(), Net()
+    two_pass = FlashAdamW(nets[0].weights)
+    exact = FlashAdamW(nets[1].weights, offload=offload, offload_buffer=SMALL)
+    first = enable_gradient_release(nets[0], two_pass, clip="two_pass", max_norm=3.0)
+    second = enable_gradient_release(nets[1], exact, clip="exact", max_norm=3.0)
+    for step in range(4):
+        loss = nets[0].loss(step)
+        with first.measure_norm():
+            loss.backward(retain_graph=True)
+        loss.backward()
+        two_pass.step()
+        nets[1].loss(step).backward()
+        assert all(weight.grad is None for weight in nets[1].weights)
+        assert torch.equal(exact.clip_grad_norm_(3.0), first.grad_norm)
+        exact.step()
+        exact.zero_grad()
+        assert first.grad_norm is not None and second.grad_norm is not None
+        assert torch.equal(first.grad_norm, second.grad_norm) and float(first.grad_norm) > 3.0
+    assert_same(two_pass, nets[0], exact, nets[1])
+
+
+def test_exact_clipping_adds_up_what_several_backward_passes_give() -> None:
+    nets = Net(), Net()
+    plain = FlashAdamW(nets[0].weights)
+    exact = FlashAdamW(nets[1].weights, offload="states", offload_buffer=SMALL)
+    enable_gradient_release(nets[1], exact, clip="exact", max_norm=1e9)  # a coefficient of 1
+    for step in range(3):
+        for part in range(3):
+            nets[0].loss(10 * step + part).backward()
+            nets[1].loss(10 * step + part).backward()
+        plain.step()
+        plain.zero_grad()
+        exact.step()
+    assert_same(plain, nets[0], exact, nets[1])
+
+
+def test_gradients_that_wait_are_forgotten_or_given_back() -> None:
+    net = Net()
+    optimizer = FlashAdamW(net.weights, offload="states", offload_buffer=SMALL)
+    handle = enable_gradient_release(net, optimizer, clip="exact", max_norm=1.0)
+    before = [weight.detach().clone() for weight in net.weights]
+    net.loss(0).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, net.weights))
+    net.loss(0).backward()
+    handle.remove()
+    other = Net()
+    other.loss(0).backward()
+    for mine, theirs in zip(net.weights, other.weights):
+        assert mine.grad is not None and theirs.grad is not None and torch.equal(mine.grad, theirs.grad)
+
+
+def test_an_exact_step_that_fails_goes_on_where_it_was() -> None:
+    nets = Net(), Net()
+    optimizers = [FlashAdamW(net.weights, offload="states", offload_buffer=SMALL) for net in nets]
+    for net, optimizer in zip(nets, optimizers):
+        enable_gradient_release(net, optimizer, clip="exact", max_norm=1.0)
+        net.loss(0).backward()
+        optimizer.step()
+        net.loss(1).backward()
+    optimizers[0].step()
+    failing = optimizers[1]._stepper
+    calls = []
+
+    def step_param(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        type(failing).step_param(failing, *arguments)
+
+    failing.step_param = step_param
+    with pytest.raises(KeyboardInterrupt):
+        optimizers[1].step()
+    counts = sorted(optimizers[1].state[weight]["step"] for weight in nets[1].weights)
+    assert counts == [1] * 5 + [2] * 3
+    del failing.step_param
+    optimizers[1].step()
+    assert_same(optimizers[0], nets[0], optimizers[1], nets[1])
 
 
 @pytest.mark.parametrize(
