@@ -159,4 +159,7 @@ Status zero(void* const* arrays, const int64_t* bytes, int64_t count, int32_t de
 /// *counter += 1 on the device, unless found_inf is set and non-zero: a step counter for StepOptions::step.
 Status advance_step(int64_t* counter, const float* found_inf, int32_t device, void* stream);
 
+/// Whether a CUDA graph is being captured from `stream`.
+Status is_capturing(void* stream, bool* capturing);
+
 }  // namespace flashoptim::cuda

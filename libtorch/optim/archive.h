@@ -69,5 +69,9 @@ class Checksum {
 /// Throws unless a state can have been written by a step of `kind`: counts, formats, scales, corrections and codes.
 /// `name` precedes the names of its entries. Shapes are looked at where the parameter is known (checked_state).
 void check_values(const std::string& name, OptimizerKind kind, const FlashParamState& state);
+/// A copy of `saved` where the parameter is, checked (check_values(), shapes, order in memory, numbers that codes stand
+/// for) against what it says of its own format.
+FlashParamState checked_state(const std::string& name, const ::torch::Tensor& param, OptimizerKind kind,
+                              const FlashParamState& saved);
 
 }  // namespace flashoptim::libtorch

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "libtorch/optim/whole_file.h"
+
 namespace flashoptim::libtorch {
 namespace {
 
@@ -150,8 +152,9 @@ std::string folder_of(const std::string& path) {
 
 }  // namespace
 
-void save_archive(const std::string& path, ::torch::serialize::OutputArchive& archive) {
-  const std::string where = "save_archive: " + path + ": ", partial = path + ".partial";
+void write_whole_file(const std::string& where, const std::string& path, bool has_trailer,
+                      const std::function<void(const ByteSink&)>& produce) {
+  const std::string partial = path + ".partial";
   File file(retry([&] { return ::open(partial.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666); }));
   TORCH_CHECK(file.is_open(), where, "cannot open ", partial, ": ", reason(errno));
   std::string failed;
@@ -160,12 +163,12 @@ void save_archive(const std::string& path, ::torch::serialize::OutputArchive& ar
   };
   Writer writer(file.get());
   try {
-    archive.save_to([&](const void* data, size_t bytes) { return writer.write(data, bytes); });
+    produce([&](const void* data, size_t bytes) { return writer.write(data, bytes); });
   } catch (...) {
     ::unlink(partial.c_str());
     throw;
   }
-  writer.finish();
+  if (has_trailer) writer.finish();
   check("cannot write", writer.error());
   if (failed.empty()) check("cannot flush", retry([&] { return ::fsync(file.get()); }) == 0 ? 0 : errno);
   check("cannot close", file.close());
@@ -179,6 +182,11 @@ void save_archive(const std::string& path, ::torch::serialize::OutputArchive& ar
   const bool is_flushed = folder.is_open() && (retry([&] { return ::fsync(folder.get()); }) == 0 || errno == EINVAL);
   TORCH_CHECK(is_flushed, where, "the new file is there, but its folder cannot be flushed: ", reason(errno),
               ". After a power cut it may be the old one");
+}
+
+void save_archive(const std::string& path, ::torch::serialize::OutputArchive& archive) {
+  write_whole_file("save_archive: " + path + ": ", path, /*has_trailer=*/true,
+                   [&](const ByteSink& sink) { archive.save_to(sink); });
 }
 
 void load_archive(const std::string& path, ::torch::serialize::InputArchive& archive,

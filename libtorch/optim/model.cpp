@@ -7,6 +7,7 @@
 #include <torch/types.h>
 
 #include <algorithm>
+#include <cctype>
 #include <functional>
 #include <map>
 #include <tuple>
@@ -15,17 +16,24 @@
 
 #include "flashoptim/torch/optimizer.h"
 #include "libtorch/optim/handles.h"
+#include "libtorch/optim/param_state.h"
 
 namespace flashoptim::libtorch {
+
+const std::vector<std::string> kExactBufferNames = {
+    "*freq*",  "*rotary*", "*rope*", "*position*", "pos_ids", "*timestep*", "*schedule*", "alpha",
+    "alphas*", "beta",     "betas*", "sigma",      "sigmas*", "*_cumprod*", "*log_snr*",  "*alibi*"};
+
 namespace {
 
 using Dict = ::torch::OrderedDict<std::string, at::Tensor>;
 using ::torch::nn::Module;
 
-/// Names of keep_fp32_patterns and which of them matched something.
+/// Patterns of an argument and which of them matched something.
 class Patterns {
  public:
-  explicit Patterns(const std::vector<std::string>& patterns) : patterns_(patterns), used_(patterns.size(), false) {}
+  Patterns(const char* argument, const char* targets, const std::vector<std::string>& patterns)
+      : argument_(argument), targets_(targets), patterns_(patterns), used_(patterns.size(), false) {}
 
   bool match(const std::string& name) {
     bool any = false;
@@ -38,12 +46,13 @@ class Patterns {
 
   void check_all_used() const {
     for (size_t i = 0; i < patterns_.size(); ++i) {
-      TORCH_CHECK(used_[i], "cast_model: keep_fp32_patterns[", i, "] = \"", patterns_[i],
-                  "\" matches no parameter, buffer or module; must match at least one dotted name");
+      TORCH_CHECK(used_[i], "cast_model: ", argument_, "[", i, "] = \"", patterns_[i], "\" matches no ", targets_,
+                  "; must match at least one dotted name");
     }
   }
 
  private:
+  const char *argument_, *targets_;
   const std::vector<std::string>& patterns_;
   std::vector<bool> used_;
 };
@@ -66,26 +75,62 @@ Memory memory_of(const at::Tensor& t) {
   return {t.storage().unsafeGetStorageImpl(), t.storage_offset(), t.sizes().vec(), t.strides().vec()};
 }
 
+constexpr int64_t kShortestSequence = 8, kLargestLookedAt = int64_t{1} << 22;
+
+bool is_true(const at::Tensor& value) { return value.item<bool>(); }
+
+/// Whether a buffer is to stay as it is where a model is cast to `dtype`: cast_model()'s rule in model.h.
+bool needs_its_precision(const std::string& name, const at::Tensor& buffer, at::ScalarType dtype) {
+  if (!at::isFloatingType(buffer.scalar_type()) || buffer.element_size() <= 2) return false;
+  std::string last = name;
+  std::transform(last.begin(), last.end(), last.begin(), [](unsigned char c) { return std::tolower(c); });
+  for (const std::string& pattern : kExactBufferNames) {
+    if (fnmatch(pattern.c_str(), last.c_str(), 0) == 0) return true;
+  }
+  const int64_t numel = buffer.numel();
+  if (buffer.is_meta() || buffer.layout() != at::kStrided || numel == 0 || numel > kLargestLookedAt) return false;
+  const at::Tensor values = buffer.detach().reshape({-1});
+  const int64_t longest = buffer.dim() == 0 ? 1 : *std::max_element(buffer.sizes().begin(), buffer.sizes().end());
+  if (longest == numel && numel >= kShortestSequence) {
+    const at::Tensor steps = values.diff();
+    if (is_true((steps > 0).all()) || is_true((steps < 0).all())) return true;
+  }
+  const at::Tensor finite = values.index({values.isfinite()});
+  const at::Tensor rounded = finite.to(dtype).to(values.scalar_type());
+  if (is_true((finite == finite.round()).all()) && is_true((rounded != finite).any())) return true;
+  return is_true((rounded.isfinite().logical_not() | ((rounded == 0) & (finite != 0))).any());
+}
+
 struct Tied {
   std::vector<at::Tensor> tensors;
   bool keep = false;
 };
 
-void collect(const Module& module, const std::string& name, bool keep, Patterns& patterns,
-             std::map<Memory, Tied>& all) {
-  if (!name.empty()) keep = patterns.match(name) || keep;
+/// What cast_model() was told.
+struct CastRules {
+  at::ScalarType dtype;
+  Patterns keep, buffers;
+};
+
+void collect(const Module& module, const std::string& name, bool keep, CastRules& rules, std::map<Memory, Tied>& all) {
+  if (!name.empty()) keep = rules.keep.match(name) || keep;
   const bool keep_own = keep || has_running_statistics(module);
-  const auto add = [&](const auto& item) {
-    const bool keep_this = patterns.match(join(name, item.key())) || keep_own;
+  const auto add = [&](const auto& item, bool is_buffer) {
+    const std::string full = join(name, item.key());
+    bool keep_this = rules.keep.match(full) || keep_own;
+    if (is_buffer && !rules.buffers.match(full)) {
+      keep_this = keep_this || needs_its_precision(item.key(), item.value(), rules.dtype);
+    }
     if (!at::isFloatingType(item.value().scalar_type())) return;
     Tied& tied = all[memory_of(item.value())];
     tied.tensors.push_back(item.value());
     tied.keep = tied.keep || keep_this;
   };
-  for (const auto& item : module.named_parameters(/*recurse=*/false)) add(item);
-  for (const auto& item : module.named_buffers(/*recurse=*/false)) add(item);
-  for (const auto& child : module.named_children())
-    collect(*child.value(), join(name, child.key()), keep, patterns, all);
+  for (const auto& item : module.named_parameters(/*recurse=*/false)) add(item, /*is_buffer=*/false);
+  for (const auto& item : module.named_buffers(/*recurse=*/false)) add(item, /*is_buffer=*/true);
+  for (const auto& child : module.named_children()) {
+    collect(*child.value(), join(name, child.key()), keep, rules, all);
+  }
 }
 
 const FlashOptimizer& as_flash(const char* function, const ::torch::optim::Optimizer& optimizer) {
@@ -100,42 +145,56 @@ at::Tensor fp32_copy(const at::Tensor& tensor) {
   return tensor.detach().to(dtype, /*non_blocking=*/false, /*copy=*/true);
 }
 
-/// cast_model(); optimizer may be null.
-void cast(Module& module, FlashOptimizer* optimizer, ::torch::Dtype dtype,
-          const std::vector<std::string>& keep_fp32_patterns) {
+/// cast_model(), of which `optimizers` are to learn.
+void cast(Module& module, const std::vector<FlashOptimizer*>& optimizers, ::torch::Dtype dtype,
+          const std::vector<std::string>& keep_fp32_patterns, const std::vector<std::string>& cast_buffers) {
   TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kHalf, "cast_model: dtype = ", dtype,
               "; must be BFloat16 or Half");
-  Patterns patterns(keep_fp32_patterns);
+  CastRules rules{dtype, Patterns("keep_fp32_patterns", "parameter, buffer or module", keep_fp32_patterns),
+                  Patterns("cast_buffers", "buffer", cast_buffers)};
   std::map<Memory, Tied> all;
-  collect(module, "", /*keep=*/false, patterns, all);
-  patterns.check_all_used();
   const at::NoGradGuard no_grad;
+  collect(module, "", /*keep=*/false, rules, all);
+  rules.keep.check_all_used();
+  rules.buffers.check_all_used();
+  struct Owner {
+    FlashOptimizer* optimizer;
+    at::Tensor param, weights;
+  };
   for (auto& [memory, tied] : all) {
-    if (tied.keep) continue;
-    const auto owned = std::find_if(tied.tensors.begin(), tied.tensors.end(), [&](const at::Tensor& tensor) {
-      return optimizer != nullptr && optimizer->holds(tensor) && optimizer->param_state(tensor) != nullptr;
-    });
-    const at::Tensor weights = owned == tied.tensors.end() ? at::Tensor() : optimizer->fp32_weight(*owned);
-    const at::Tensor cast = tied.tensors.front().detach().to(dtype);
+    const at::Tensor& first = tied.tensors.front();
+    if (tied.keep || first.scalar_type() == dtype) continue;
+    std::vector<Owner> owners;
+    for (FlashOptimizer* const optimizer : optimizers) {
+      for (const at::Tensor& tensor : tied.tensors) {
+        const bool has_more = first.scalar_type() == at::kFloat && tensor.requires_grad() && !tensor.is_meta();
+        if (!optimizer->holds(tensor) || (!has_more && optimizer->param_state(tensor) == nullptr)) continue;
+        owners.push_back({optimizer, tensor, optimizer->fp32_weight(tensor)});
+        break;
+      }
+    }
+    const at::Tensor cast = first.detach().to(dtype);
     for (at::Tensor& tensor : tied.tensors) {
       tensor.set_data(cast);
       if (tensor.grad().defined() && tensor.grad().scalar_type() != dtype) {
         tensor.mutable_grad() = tensor.grad().to(dtype);
       }
     }
-    if (weights.defined()) optimizer->set_fp32_weight(*owned, weights);
+    for (const Owner& owner : owners) owner.optimizer->set_fp32_weight(owner.param, owner.weights);
   }
 }
 
 }  // namespace
 
-void cast_model(Module& module, ::torch::Dtype dtype, const std::vector<std::string>& keep_fp32_patterns) {
-  cast(module, nullptr, dtype, keep_fp32_patterns);
+void cast_model(Module& module, ::torch::Dtype dtype, const std::vector<std::string>& keep_fp32_patterns,
+                const std::vector<std::string>& cast_buffers) {
+  cast(module, LiveOptimizers::all(), dtype, keep_fp32_patterns, cast_buffers);
 }
 
 void cast_model(Module& module, ::torch::optim::Optimizer& optimizer, ::torch::Dtype dtype,
-                const std::vector<std::string>& keep_fp32_patterns) {
-  cast(module, const_cast<FlashOptimizer*>(&as_flash("cast_model", optimizer)), dtype, keep_fp32_patterns);
+                const std::vector<std::string>& keep_fp32_patterns, const std::vector<std::string>& cast_buffers) {
+  cast(module, {const_cast<FlashOptimizer*>(&as_flash("cast_model", optimizer))}, dtype, keep_fp32_patterns,
+       cast_buffers);
 }
 
 Dict get_fp32_model_state(const Module& module, const ::torch::optim::Optimizer& optimizer) {

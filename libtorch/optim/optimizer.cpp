@@ -4,12 +4,15 @@
 #include <c10/util/Exception.h>
 #include <torch/types.h>
 
+#include <cmath>
+#include <mutex>
 #include <string>
 #include <unordered_set>
 #include <utility>
 
 #include "libtorch/optim/param_state.h"
 #include "libtorch/optim/param_store.h"
+#include "libtorch/optim/release.h"
 
 namespace flashoptim::libtorch {
 
@@ -32,11 +35,37 @@ FlashOptimizer::FlashOptimizer(const std::vector<::torch::optim::OptimizerParamG
   options.check(prefix(kind_));
   static_cast<FlashOptions&>(*defaults_).role_.kind = FlashOptions::Role::kDefaults;
   for (const auto& group : groups) add_param_group(group);
+  LiveOptimizers::add(this);
 }
 
-FlashOptimizer::FlashOptimizer(FlashOptimizer&& other) noexcept = default;
-FlashOptimizer& FlashOptimizer::operator=(FlashOptimizer&& other) noexcept = default;
-FlashOptimizer::~FlashOptimizer() = default;
+FlashOptimizer::FlashOptimizer(FlashOptimizer&& other) noexcept
+    : Optimizer(std::move(other)),
+      kind_(other.kind_),
+      store_(std::move(other.store_)),
+      release_(std::move(other.release_)),
+      clip_(std::move(other.clip_)) {
+  if (release_ != nullptr) release_->follow(this);
+  LiveOptimizers::add(this);
+}
+
+FlashOptimizer& FlashOptimizer::operator=(FlashOptimizer&& other) noexcept {
+  if (this == &other) return *this;
+  if (release_ != nullptr) release_->end();
+  Optimizer::operator=(std::move(other));
+  kind_ = other.kind_;
+  store_ = std::move(other.store_);
+  release_ = std::move(other.release_);
+  clip_ = std::move(other.clip_);
+  if (release_ != nullptr) release_->follow(this);
+  return *this;
+}
+
+FlashOptimizer::~FlashOptimizer() {
+  LiveOptimizers::remove(this);
+  if (release_ != nullptr) release_->end();
+}
+
+// ---- groups ---------------------------------------------------------------------------------------------------------
 
 void FlashOptimizer::add_param_group(const ::torch::optim::OptimizerParamGroup& group) {
   const std::string where = group_prefix(param_groups_.size());
@@ -52,6 +81,13 @@ void FlashOptimizer::add_param_group(const ::torch::optim::OptimizerParamGroup& 
                 " is already a parameter of this optimizer; each must be given once");
   }
   param_groups_.emplace_back(group.params(), settled_options(where, group));
+  if (release_ == nullptr) return;
+  try {
+    release_->watch();
+  } catch (...) {
+    param_groups_.pop_back();
+    throw;
+  }
 }
 
 std::string FlashOptimizer::group_prefix(size_t group) const {
@@ -108,19 +144,28 @@ void FlashOptimizer::read_group(size_t group) {
   store_->read(group, options);
 }
 
+// ---- steps ----------------------------------------------------------------------------------------------------------
+
 at::Tensor FlashOptimizer::step(LossClosure closure) {
   at::Tensor loss;
+  if (release_ != nullptr) clip_ = release_->begin_step();
   if (closure != nullptr) {
     const at::AutoGradMode enable_grad(true);
     loss = closure();
   }
   const at::NoGradGuard no_grad;
   for (size_t g = 0; g < param_groups_.size(); ++g) read_group(g);
-  store_->step(param_groups_, state_);
+  store_->step(param_groups_, state_, clip_);
+  clip_ = at::Tensor();
   return loss;
 }
 
 void FlashOptimizer::step_param(const at::Tensor& param) {
+  step_released(param, clip_);
+  clip_ = at::Tensor();
+}
+
+void FlashOptimizer::step_released(const at::Tensor& param, const at::Tensor& coefficient) {
   const at::NoGradGuard no_grad;
   int64_t record = param.defined() ? store_->find(param_groups_, param) : -1;
   if (record < 0) {
@@ -131,7 +176,78 @@ void FlashOptimizer::step_param(const at::Tensor& param) {
   }
   if (!param.grad().defined()) return;
   read_group(store_->position(record).group);
-  store_->step_one(param_groups_, state_, record);
+  store_->step_one(param_groups_, state_, record, coefficient);
+}
+
+at::Tensor FlashOptimizer::clip_grad_norm_(double max_norm) {
+  const std::string where = prefix(kind_) + "clip_grad_norm_: ";
+  TORCH_CHECK(std::isfinite(max_norm) && max_norm > 0, where, "max_norm = ", max_norm, "; must be finite and above 0");
+  const at::NoGradGuard no_grad;
+  if (release_ != nullptr) return release_->clip_grad_norm(max_norm);
+  for (size_t g = 0; g < param_groups_.size(); ++g) read_group(g);
+  at::Tensor coefficient;
+  at::Tensor norm = store_->fused_norm(param_groups_, state_, max_norm, &coefficient);
+  clip_ = coefficient;
+  if (norm.defined()) return norm;
+  std::vector<at::Tensor> grads;
+  for (const auto& group : param_groups_) {
+    for (const at::Tensor& param : group.params()) {
+      if (param.grad().defined()) grads.push_back(param.grad());
+    }
+  }
+  return clip_in_place(grads, max_norm);
+}
+
+void FlashOptimizer::zero_grad(bool set_to_none) {
+  clip_ = at::Tensor();
+  Optimizer::zero_grad(set_to_none);
+  if (release_ != nullptr) release_->finish();
+}
+
+void FlashOptimizer::set_lr_tensor(size_t group, const at::Tensor& lr) {
+  const std::string where = prefix(kind_) + "set_lr_tensor: ";
+  TORCH_CHECK(group < param_groups_.size(), where, "group = ", group, "; must be below ", param_groups_.size());
+  if (lr.defined()) {
+    TORCH_CHECK(lr.scalar_type() == at::kFloat && lr.numel() == 1 && lr.layout() == at::kStrided, where, "lr is a ",
+                lr.scalar_type(), " tensor of shape ", lr.sizes(), "; must be Float, of one element");
+    for (const at::Tensor& param : param_groups_[group].params()) {
+      TORCH_CHECK(param.device() == lr.device(), where, "lr is on ", lr.device(),
+                  "; must be where the group's parameters are, on ", param.device());
+    }
+  }
+  store_->set_lr(group, lr);
+}
+
+// ---- those that are alive -------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::vector<FlashOptimizer*> optimizers;
+};
+
+/// Never destroyed: optimizers may be static objects.
+Registry& registry() {
+  static Registry& registry = *new Registry;
+  return registry;
+}
+
+}  // namespace
+
+void LiveOptimizers::add(FlashOptimizer* optimizer) {
+  const std::lock_guard lock(registry().mutex);
+  registry().optimizers.push_back(optimizer);
+}
+
+void LiveOptimizers::remove(FlashOptimizer* optimizer) {
+  const std::lock_guard lock(registry().mutex);
+  std::erase(registry().optimizers, optimizer);
+}
+
+std::vector<FlashOptimizer*> LiveOptimizers::all() {
+  const std::lock_guard lock(registry().mutex);
+  return registry().optimizers;
 }
 
 }  // namespace flashoptim::libtorch

@@ -123,6 +123,15 @@ void FlashOptions::inherit(const FlashOptions& defaults) {
   });
 }
 
+void FlashOptions::adopt(const FlashOptions& other) {
+  TORCH_CHECK(other.kind_ == kind_, "FlashOptions::adopt: other is another optimizer's; must be ", class_name(kind_),
+              "Options");
+  for_each_option([&](int index, const char*, auto member) {
+    if ((other.set_ >> index & 1) != 0) values_.*member = other.values_.*member;
+  });
+  set_ |= other.set_;
+}
+
 void FlashOptions::settle() {
   set_ = all_options();
   role_.kind = Role::kGroup;

@@ -62,6 +62,8 @@ std::unique_ptr<FlashParamState> assembled(const std::vector<store::ArraySpec>& 
 
 }  // namespace
 
+int64_t FlashParamState::steps() const { return step_on_device.defined() ? step_on_device.item<int64_t>() : step; }
+
 std::string class_name(OptimizerKind kind) { return std::string("Flash") + optimizer_title(kind); }
 
 void check_param(const std::string& name, const at::Tensor& param) {
@@ -117,6 +119,11 @@ bool lies(const at::Tensor& tensor, at::IntArrayRef strides) {
 
 at::Tensor copy_with(const at::Tensor& tensor, at::IntArrayRef strides) {
   return at::empty_strided(tensor.sizes(), strides, tensor.options().requires_grad(false)).copy_(tensor.detach());
+}
+
+void count_on_host(FlashParamState* state) {
+  state->step = state->steps();
+  state->step_on_device = at::Tensor();
 }
 
 bool has_correction(const FlashParamState& state) { return store::correction_bits(state.master_weights) != 0; }
@@ -189,7 +196,7 @@ Conversion convert_state(OptimizerKind kind, const std::string& name, const Flas
   result.state = assembled(specs_of(kind, dense, form), converted.arrays.data(), dense, form);
   result.values = take(std::move(converted.param));
   result.fate = converted.fate;
-  if (slots == 0 || !stored.arrays.states.empty()) result.state->step = saved.step;
+  if (slots == 0 || !stored.arrays.states.empty()) result.state->step = saved.steps();
   if (slots == 0 && !saved.states.empty()) {
     result.state->states = saved.states;
     result.state->scales = saved.scales;

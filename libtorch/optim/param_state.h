@@ -16,6 +16,13 @@ namespace flashoptim::libtorch {
 /// "FlashAdamW", ...
 std::string class_name(OptimizerKind kind);
 
+/// Every optimizer that is alive, for what happens to parameters outside of it (cast_model).
+struct LiveOptimizers {
+  static void add(FlashOptimizer* optimizer);
+  static void remove(FlashOptimizer* optimizer);
+  static std::vector<FlashOptimizer*> all();
+};
+
 /// What a step takes of options that check() has passed.
 Hyperparameters hyperparameters_of(OptimizerKind kind, const OptionValues& values);
 
@@ -54,6 +61,8 @@ at::Tensor copy_with(const at::Tensor& tensor, at::IntArrayRef strides);
 /// A state's arrays, borrowed: of its first `slots` slots, none of them where it has fewer.
 store::Stored stored_of(const FlashParamState& state, int slots);
 bool has_correction(const FlashParamState& state);
+/// The host counts the state's steps from now on. Waits for the device where it was that.
+void count_on_host(FlashParamState* state);
 
 /// What a state is to be made for.
 struct NewState {

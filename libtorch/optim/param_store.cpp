@@ -3,6 +3,9 @@
 #include <c10/util/Exception.h>
 #include <torch/types.h>
 
+#include <algorithm>
+#include <set>
+#include <tuple>
 #include <utility>
 
 #include "libtorch/optim/handles.h"
@@ -20,6 +23,11 @@ bool same_format(const OptionValues& a, const OptionValues& b) {
 
 /// Whether memory holds the values: a view that negates them, or one of zeros, has to be copied.
 bool is_materialized(const at::Tensor& tensor) { return !tensor.is_neg() && !tensor._is_zerotensor(); }
+
+at::Device at_device(store::Device device) {
+  const auto type = static_cast<at::DeviceType>(device.type);
+  return type == at::kCPU ? at::Device(type) : at::Device(type, static_cast<c10::DeviceIndex>(device.index));
+}
 
 /// Address of a gradient that a step can take as it lies; false for one that it cannot.
 bool read_gradient(const store::Record& record, const at::Tensor& grad, const void** address) {
@@ -58,13 +66,42 @@ void ParamStore::follow(const Groups& groups) {
       positions.push_back(position);
     }
   }
+  elements_ = 0;
+  for (const auto& group : groups) {
+    for (const at::Tensor& param : group.params()) elements_ += param.numel();
+  }
   known_ = std::move(known);
   positions_ = std::move(positions);
   index_ = std::move(index);
   reset();
 }
 
-void ParamStore::reset() { store_.reset(static_cast<int64_t>(known_.size())); }
+void ParamStore::reset() {
+  telemetry_.settle();
+  telemetry_.forget_largest();
+  store_.reset(static_cast<int64_t>(known_.size()));
+}
+
+std::string ParamStore::label(const at::Tensor& param, Position position) const {
+  const auto found = names_.find(param.unsafeGetTensorImpl());
+  return found == names_.end() ? position.str() : found->second;
+}
+
+void ParamStore::set_lr(size_t group, const at::Tensor& lr) {
+  if (group >= lrs_.size()) lrs_.resize(group + 1);
+  lrs_[group] = lr;
+}
+
+const at::Tensor& ParamStore::lr(size_t group) const {
+  static const at::Tensor none;
+  return group < lrs_.size() ? lrs_[group] : none;
+}
+
+store::GroupHyperparameters ParamStore::hyper_of(size_t group) const {
+  store::GroupHyperparameters hyper = groups_[group].hyper;
+  if (lr(group).defined()) hyper.lr = lr(group).const_data_ptr<float>();
+  return hyper;
+}
 
 int64_t ParamStore::find(const Groups& groups, const at::Tensor& param) const {
   const auto found = index_.find(param.unsafeGetTensorImpl());
@@ -123,7 +160,7 @@ ParamStore::Taken ParamStore::look(const Groups& groups, const States& states, i
   auto* const state = found == states.end() ? nullptr : static_cast<FlashParamState*>(found->second.get());
   const void* gradient = nullptr;
   const bool is_ready = is_current(record, tensor, state) && read_gradient(store_.record(record), grad, &gradient);
-  return {record, &tensor, state, is_ready, gradient};
+  return {record, &tensor, state, is_ready, gradient, /*is_fresh=*/state == nullptr};
 }
 
 void ParamStore::see_to(std::vector<Taken>* taken, Change* change) {
@@ -199,29 +236,157 @@ void ParamStore::describe(Taken* taken, Made* made) {
   taken->gradient = (made->gradient.defined() ? made->gradient : grad).const_data_ptr();
 }
 
-// ---- steps ----------------------------------------------------------------------------------------------------------
+// ---- what steps read and count --------------------------------------------------------------------------------------
 
-store::Controls ParamStore::controls(store::Device device, store::Backend backend) {
+void ParamStore::count_steps(const std::vector<Taken>& taken, States& states, bool capturing) {
+  const auto need_no_capture = [&] {
+    TORCH_CHECK(!capturing, class_name(kind_),
+                ": step() cannot be captured in a CUDA graph as things are: call step() once before the capture, with "
+                "gradients of the same parameters");
+  };
+  bool any = false;
+  std::map<std::pair<store::Device, int64_t>, at::Tensor, decltype([](const auto& a, const auto& b) {
+             return std::tuple(a.first.type, a.first.index, a.second) <
+                    std::tuple(b.first.type, b.first.index, b.second);
+           })>
+      made;
+  std::set<const void*> counters;
+  std::set<const FlashParamState*> stepping;
+  for (const Taken& one : taken) {
+    FlashParamState& state = *one.state;
+    const bool wants_device = groups_[position(one.record).group].values.capturable && !one.param->is_meta();
+    if (!wants_device) {
+      if (state.step_on_device.defined()) count_on_host(&state);
+      continue;
+    }
+    any = true;
+    stepping.insert(&state);
+    if (!state.step_on_device.defined()) {
+      need_no_capture();
+      // One for all that have taken as many steps: they go on together.
+      at::Tensor& counter = made[{device_of(one.param->device()), state.step}];
+      if (!counter.defined()) {
+        counter = at::full({1}, state.step, at::TensorOptions().dtype(at::kLong).device(one.param->device()));
+      }
+      state.step_on_device = counter;
+    }
+    counters.insert(state.step_on_device.unsafeGetTensorImpl());
+  }
+  if (!any) return;
+  // Those that sit this step out get counters of their own.
+  for (auto& [key, held] : states) {
+    auto& state = static_cast<FlashParamState&>(*held);
+    if (!state.step_on_device.defined() || stepping.count(&state) != 0) continue;
+    if (counters.count(state.step_on_device.unsafeGetTensorImpl()) == 0) continue;
+    need_no_capture();
+    state.step_on_device = state.step_on_device.clone();
+  }
+}
+
+store::StepCount ParamStore::count_of(const Taken& one) {
+  const at::Tensor& counter = one.state->step_on_device;
+  return {one.state->step, counter.defined() ? counter.mutable_data_ptr<int64_t>() : nullptr};
+}
+
+bool ParamStore::is_captured(const std::vector<Taken>& taken) const {
+  std::set<std::pair<int32_t, int32_t>> seen;
+  bool capturing = false;
+  for (const Taken& one : taken) {
+    const store::Device device = device_of(one.param->device());
+    if (!one.param->is_cuda() || !seen.emplace(device.type, device.index).second) continue;
+    capturing = capturing || in_store([&] { return store::is_capturing(device); });
+  }
+  for (const Taken& one : taken) {
+    TORCH_CHECK(!capturing || groups_[position(one.record).group].values.capturable, name(one.record),
+                ": step() cannot be captured in a CUDA graph with capturable = false, because the host counts steps; "
+                "set the option capturable, and call step() once before the capture");
+    TORCH_CHECK(!capturing || one.param->is_cuda(), name(one.record), " is on ", one.param->device(),
+                "; a step of it cannot be captured in a CUDA graph");
+  }
+  return capturing;
+}
+
+void ParamStore::keep_captured(const std::vector<Taken>& taken, const std::vector<at::Tensor>& read) {
+  for (const Taken& one : taken) {
+    const FlashParamState& state = *one.state;
+    captured_.insert(captured_.end(), state.states.begin(), state.states.end());
+    captured_.insert(captured_.end(), state.scales.begin(), state.scales.end());
+    captured_.insert(captured_.end(), {state.correction, state.step_on_device});
+  }
+  captured_.insert(captured_.end(), read.begin(), read.end());
+  captured_.insert(captured_.end(), lrs_.begin(), lrs_.end());
+  const std::vector<at::Tensor> tables = telemetry_.tensors();
+  captured_.insert(captured_.end(), tables.begin(), tables.end());
+}
+
+void ParamStore::watch_precision(const Groups& groups, const std::vector<Taken>& taken) {
+  if (!telemetry_.is_on) return;
+  for (const Taken& one : taken) {
+    const size_t group = position(one.record).group;
+    const double rate = lr(group).defined() ? lr(group).item<double>() : groups_[group].values.lr;
+    const at::Tensor& param = this->param(groups, one.record);
+    telemetry_.check_learning_rate(kind_, class_name(kind_) + ": " + label(param, position(one.record)), param,
+                                   store_.record(one.record).options().format, rate);
+  }
+}
+
+StepTelemetry* ParamStore::telemetry_of(const Groups& groups, int64_t key, const std::vector<int64_t>& records,
+                                        at::Device device) {
+  const auto names = [&] {
+    std::vector<std::string> result;
+    for (const int64_t record : records) {  // -1: it is in no group any more
+      result.push_back(record < 0 ? "" : label(param(groups, record), position(record)));
+    }
+    return result;
+  };
+  return telemetry_.is_on ? telemetry_.table(key, names, device) : nullptr;
+}
+
+store::Controls ParamStore::controls(at::Device device, store::Backend backend, const at::Tensor& clip,
+                                     std::vector<at::Tensor>* read) {
   store::Controls controls;
   if (backend == store::Backend::kMeta) return controls;
-  for (const auto& [known, counter] : nonfinite_) {
-    if (known == device) controls.nonfinite_gradients = counter.mutable_data_ptr<int64_t>();
+  if (clip.defined()) {
+    read->push_back(clip.to(device, at::kFloat));
+    controls.clip_coefficient = read->back().const_data_ptr<float>();
   }
-  if (controls.nonfinite_gradients == nullptr) {
-    const at::Device on(static_cast<at::DeviceType>(device.type), static_cast<c10::DeviceIndex>(device.index));
-    nonfinite_.emplace_back(device, at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(on)));
-    controls.nonfinite_gradients = nonfinite_.back().second.mutable_data_ptr<int64_t>();
+  controls.telemetry_stride = Telemetry::stride(elements_);
+  auto counter = std::find_if(nonfinite_.begin(), nonfinite_.end(), [&](auto& one) { return one.device() == device; });
+  if (counter == nonfinite_.end()) {
+    counter = nonfinite_.insert(nonfinite_.end(), at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(device)));
   }
+  controls.nonfinite_gradients = counter->mutable_data_ptr<int64_t>();
   return controls;
 }
 
+// ---- steps ----------------------------------------------------------------------------------------------------------
+
+void ParamStore::make_plans() {
+  const bool has_changed = in_store([&] { return store_.plan(kOp); });
+  if (has_changed) telemetry_.settle();
+}
+
+void ParamStore::settle(const Taken& one, Made* made, States& states) {
+  const Form form = {store_.record(one.record).options().format, store_.record(one.record).options().has_momentum};
+  one.state->master_weights = form.format.master_weights;
+  if (one.state->states.empty() || form.has_momentum) one.state->state_codec = form.format.codec;
+  one.state->param_dtype = one.param->scalar_type();
+  if (made->weights.defined()) one.param->detach().copy_(made->weights);
+  if (made->state != nullptr) states[one.param->unsafeGetTensorImpl()] = std::move(made->state);
+}
+
 template <class Plan, class Step>
-void ParamStore::run(States& states, std::vector<Taken>* taken, const Plan& plan, const Step& step) {
+void ParamStore::run(const Groups& groups, States& states, std::vector<Taken>* taken, const Plan& plan,
+                     const Step& step) {
   Change change;
+  std::vector<at::Tensor> read;
+  const bool capturing = is_captured(*taken);
   try {
     bool is_ready = true;
     for (const Taken& one : *taken) is_ready = is_ready && one.is_ready;
     if (!is_ready) see_to(taken, &change);
+    watch_precision(groups, *taken);
+    count_steps(*taken, states, capturing);
     plan();
     for (const Taken& one : *taken) {
       const auto made = change.find(one.record);
@@ -229,7 +394,7 @@ void ParamStore::run(States& states, std::vector<Taken>* taken, const Plan& plan
       made->second.before = one.param->detach().clone();
       one.param->detach().copy_(made->second.values);
     }
-    in_store(step);
+    in_store([&] { step(&read); });
   } catch (...) {
     // Backwards: parameters may turn out to share memory.
     for (auto one = taken->rbegin(); one != taken->rend(); ++one) {
@@ -241,58 +406,124 @@ void ParamStore::run(States& states, std::vector<Taken>* taken, const Plan& plan
     throw;
   }
   for (const Taken& one : *taken) {
-    one.state->step += 1;
+    if (!one.state->step_on_device.defined()) one.state->step += 1;
     // As torch's own in-place operations do, so that autograd notices a backward through weights that have changed.
     one.param->unsafeGetTensorImpl()->bump_version();
-    if (one.is_ready) continue;
-    const Form form = {store_.record(one.record).options().format, store_.record(one.record).options().has_momentum};
-    one.state->master_weights = form.format.master_weights;
-    if (one.state->states.empty() || form.has_momentum) one.state->state_codec = form.format.codec;
-    one.state->param_dtype = one.param->scalar_type();
-    Made& made = change[one.record];
-    if (made.weights.defined()) one.param->detach().copy_(made.weights);
-    if (made.state != nullptr) states[one.param->unsafeGetTensorImpl()] = std::move(made.state);
+    if (!one.is_ready) settle(one, &change[one.record], states);
   }
+  if (capturing) keep_captured(*taken, read);
 }
 
-void ParamStore::step(const Groups& groups, States& states) {
-  follow(groups);
+std::vector<ParamStore::Taken> ParamStore::with_gradients(const Groups& groups, const States& states) const {
   std::vector<Taken> taken;
   for (int64_t record = 0; record < store_.size(); ++record) {
     if (param(groups, record).grad().defined()) taken.push_back(look(groups, states, record));
   }
+  return taken;
+}
+
+void ParamStore::step(const Groups& groups, States& states, const at::Tensor& clip) {
+  follow(groups);
+  std::vector<Taken> taken = with_gradients(groups, states);
   if (taken.empty()) return;
-  const auto make_plans = [&] { in_store([&] { store_.plan(kOp); }); };
-  run(states, &taken, make_plans, [&] {
-    store_.begin();
-    for (const Taken& one : taken) store_.take(one.record, one.gradient, {one.state->step, nullptr});
-    std::vector<store::GroupHyperparameters> hypers;
-    for (const GroupOptions& group : groups_) hypers.push_back(group.hyper);
-    std::vector<store::Controls> each;
-    for (int64_t p = 0; p < store_.plans(); ++p) {
-      const auto view = store_.plan_view(p);
-      each.push_back(controls(view.device, view.backend));
+  run(
+      groups, states, &taken, [&] { make_plans(); },
+      [&](std::vector<at::Tensor>* read) {
+        store_.begin();
+        for (const Taken& one : taken) store_.take(one.record, one.gradient, count_of(one));
+        std::vector<store::GroupHyperparameters> hypers;
+        for (size_t g = 0; g < groups_.size(); ++g) hypers.push_back(hyper_of(g));
+        std::vector<store::Controls> each;
+        for (int64_t p = 0; p < store_.plans(); ++p) {
+          const auto view = store_.plan_view(p);
+          const at::Device device = at_device(view.device);
+          each.push_back(controls(device, view.backend, clip, read));
+          if (view.backend != store::Backend::kMeta) {
+            each.back().telemetry = telemetry_of(groups, p, view.records, device);
+          }
+        }
+        store_.step(kOp, hypers, each);
+      });
+}
+
+void ParamStore::step_one(const Groups& groups, States& states, int64_t record, const at::Tensor& clip) {
+  std::vector<Taken> taken = {look(groups, states, record)};
+  const auto plan = [&] {
+    if (store_.wants_plan(record)) make_plans();
+  };
+  run(groups, states, &taken, plan, [&](std::vector<at::Tensor>* read) {
+    FlashParamState& state = *taken[0].state;
+    if (state.step_on_device.defined() && state.step_on_device.use_count() > 1) {
+      TORCH_CHECK(!is_captured(taken), name(record),
+                  ": a step of one parameter cannot be captured in a CUDA graph as "
+                  "things are: call step_param() once before the capture");
+      state.step_on_device = state.step_on_device.clone();  // others do not go along
     }
-    store_.step(kOp, hypers, each);
+    const store::Record& known = store_.record(record);
+    const at::Device device = at_device(known.device());
+    store::Controls one = controls(device, known.backend(), clip, read);
+    if (known.backend() != store::Backend::kMeta && telemetry_.is_on) {
+      const int64_t p = store_.plan_of(record);
+      one.telemetry = p < 0 ? telemetry_of(groups, -1 - record, {record}, device)
+                            : telemetry_of(groups, p, store_.plan_view(p).records, device);
+    }
+    store_.step_one(kOp, record, taken[0].gradient, count_of(taken[0]), hyper_of(position(record).group), one);
   });
 }
 
-void ParamStore::step_one(const Groups& groups, States& states, int64_t record) {
-  std::vector<Taken> taken = {look(groups, states, record)};
-  const auto make_plans = [&] {
-    if (store_.wants_plan(record)) in_store([&] { store_.plan(kOp); });
-  };
-  run(states, &taken, make_plans, [&] {
-    const store::Record& known = store_.record(record);
-    store_.step_one(kOp, record, taken[0].gradient, {taken[0].state->step, nullptr},
-                    groups_[position(record).group].hyper, controls(known.device(), known.backend()));
-  });
+at::Tensor ParamStore::fused_norm(const Groups& groups, States& states, double max_norm, at::Tensor* coefficient) {
+  follow(groups);
+  std::vector<Taken> taken = with_gradients(groups, states);
+  const auto momentum_of = [&](const Taken& one) { return groups_[position(one.record).group].has_momentum; };
+  for (const Taken& one : taken) {
+    if (!one.param->is_cuda() || one.param->device() != taken[0].param->device()) return {};
+    if (momentum_of(one) != momentum_of(taken[0])) return {};
+  }
+  if (taken.empty()) return {};
+  const bool capturing = is_captured(taken);
+  const at::Tensor result = at::zeros({4}, taken[0].param->options().dtype(at::kFloat).requires_grad(false));
+  Change change;
+  try {
+    see_to(&taken, &change);
+    make_plans();
+    in_store([&] {
+      store_.begin();
+      for (const Taken& one : taken) store_.take(one.record, one.gradient, {one.state->step, nullptr});
+      static_assert(sizeof(cuda::GradientNorm) == 16);
+      store_.gradient_norm(kOp, store_.only_plan(kOp), 1.0f, nullptr, static_cast<float>(max_norm),
+                           static_cast<cuda::GradientNorm*>(result.mutable_data_ptr()));
+    });
+  } catch (...) {
+    for (const Taken& one : taken) {
+      if (!one.is_ready) store_.forget(one.record);
+    }
+    throw;
+  }
+  for (const Taken& one : taken) {
+    if (one.is_ready) continue;
+    Made& made = change[one.record];
+    // A state that was made is kept; what was converted or copied is seen to again by the step.
+    if (one.is_fresh && !made.values.defined() && !made.weights.defined()) {
+      settle(one, &made, states);
+    } else {
+      store_.forget(one.record);
+    }
+  }
+  if (capturing) captured_.push_back(result);
+  *coefficient = result[3];
+  return result[2];
 }
 
 int64_t ParamStore::nonfinite_gradients() const {
   int64_t count = 0;
-  for (const auto& [device, counter] : nonfinite_) count += counter.item<int64_t>();
+  for (const at::Tensor& counter : nonfinite_) count += counter.item<int64_t>();
   return count;
+}
+
+void ParamStore::reset_numerics() {
+  // In place: a captured CUDA graph goes on counting into the same tensors.
+  for (const at::Tensor& counter : nonfinite_) counter.zero_();
+  telemetry_.reset();
 }
 
 }  // namespace flashoptim::libtorch

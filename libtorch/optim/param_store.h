@@ -17,6 +17,7 @@
 
 #include "flashoptim/torch/optimizer.h"
 #include "libtorch/optim/param_state.h"
+#include "libtorch/optim/telemetry.h"
 #include "libtorch/store/store.h"
 
 namespace flashoptim::libtorch {
@@ -43,12 +44,27 @@ class ParamStore {
   /// Takes a group's options, which have been checked.
   void read(size_t group, const FlashOptions& options);
 
-  /// A step of everything that has a gradient. Nothing has changed where it throws.
-  void step(const Groups& groups, States& states);
+  /// A step of everything that has a gradient, multiplied with `clip` (float32, one element; undefined: 1). Nothing has
+  /// changed where it throws.
+  void step(const Groups& groups, States& states, const at::Tensor& clip);
   /// A step of one record, which has a gradient.
-  void step_one(const Groups& groups, States& states, int64_t record);
+  void step_one(const Groups& groups, States& states, int64_t record, const at::Tensor& clip);
+  /// The norm of all gradients, where one CUDA device has them all in one plan, and what the next step is to multiply
+  /// them with; undefined elsewhere. States that were not there yet are there then.
+  at::Tensor fused_norm(const Groups& groups, States& states, double max_norm, at::Tensor* coefficient);
+
+  /// Where a group's steps read their learning rate; undefined: from its options.
+  void set_lr(size_t group, const at::Tensor& lr);
+  const at::Tensor& lr(size_t group) const;
+
+  void set_name(const at::Tensor& param, std::string name) { names_[param.unsafeGetTensorImpl()] = std::move(name); }
+  /// The name that a parameter was given, or its position.
+  std::string label(const at::Tensor& param, Position position) const;
 
   int64_t nonfinite_gradients() const;
+  Telemetry& telemetry() { return telemetry_; }
+  /// Starts all counts anew.
+  void reset_numerics();
 
  private:
   /// A group's options as steps take them.
@@ -65,6 +81,7 @@ class ParamStore {
     FlashParamState* state;  // null: none yet
     bool is_ready;           // all is as it was described; else it has to be seen to
     const void* gradient;    // where is_ready
+    bool is_fresh = false;   // it had no state before
   };
   /// What a step makes for a record. Nobody sees it before the step has been taken.
   struct Made {
@@ -81,10 +98,28 @@ class ParamStore {
   Taken look(const Groups& groups, const States& states, int64_t record) const;
   void see_to(std::vector<Taken>* taken, Change* change);
   void describe(Taken* taken, Made* made);
-  store::Controls controls(store::Device device, store::Backend backend);
+  std::vector<Taken> with_gradients(const Groups& groups, const States& states) const;
+  /// A group's hyperparameters, its learning rate on the device if it is there.
+  store::GroupHyperparameters hyper_of(size_t group) const;
+  /// Has the steps of `taken` counted where their groups want it.
+  void count_steps(const std::vector<Taken>& taken, States& states, bool capturing);
+  static store::StepCount count_of(const Taken& one);
+  /// Whether a CUDA graph is being captured; throws where these steps cannot be.
+  bool is_captured(const std::vector<Taken>& taken) const;
+  /// A replay of the step being captured writes to these: they must not be freed before the optimizer is.
+  void keep_captured(const std::vector<Taken>& taken, const std::vector<at::Tensor>& read);
+  void watch_precision(const Groups& groups, const std::vector<Taken>& taken);
+  StepTelemetry* telemetry_of(const Groups& groups, int64_t key, const std::vector<int64_t>& records,
+                              at::Device device);
+  /// What a step on a device takes beside gradients; `read` keeps the tensors that it reads.
+  store::Controls controls(at::Device device, store::Backend backend, const at::Tensor& clip,
+                           std::vector<at::Tensor>* read);
+  void make_plans();
+  /// Behind a step: a state that was made for the record is the optimizer's, and is as it was described.
+  void settle(const Taken& one, Made* made, States& states);
   /// A step: what has to be seen to, `plan`, `step`, and what follows it; or nothing, where one of them throws.
   template <class Plan, class Step>
-  void run(States& states, std::vector<Taken>* taken, const Plan& plan, const Step& step);
+  void run(const Groups& groups, States& states, std::vector<Taken>* taken, const Plan& plan, const Step& step);
 
   OptimizerKind kind_;
   store::Store store_;
@@ -92,7 +127,12 @@ class ParamStore {
   std::vector<Position> positions_;
   std::unordered_map<const void*, int64_t> index_;
   std::vector<GroupOptions> groups_;
-  std::vector<std::pair<store::Device, at::Tensor>> nonfinite_;  // int64, one element for each device
+  int64_t elements_ = 0;               // of all parameters
+  std::vector<at::Tensor> nonfinite_;  // int64, one element for each device
+  std::vector<at::Tensor> lrs_;        // by group
+  std::unordered_map<const void*, std::string> names_;
+  Telemetry telemetry_;
+  std::vector<at::Tensor> captured_;  // what replays of CUDA graphs write to, beside what users hold
 };
 
 }  // namespace flashoptim::libtorch

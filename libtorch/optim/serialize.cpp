@@ -83,6 +83,7 @@ class ArchiveChecksum {
 /// Writes a state, as it is on the host; returns its checksum.
 int64_t write_state(OutputArchive& archive, const FlashParamState& state) {
   FlashParamState host = state;
+  count_on_host(&host);
   host.correction = with_own_storage(state.correction);
   for (size_t k = 0; k < state.states.size(); ++k) {
     host.states[k] = with_own_storage(state.states[k]);
@@ -173,7 +174,8 @@ void check_decoded(const std::string& name, OptimizerKind kind, const FlashParam
   }
 }
 
-/// A state from an archive, checked against what the archive says of its own format.
+}  // namespace
+
 FlashParamState checked_state(const std::string& name, const at::Tensor& param, OptimizerKind kind,
                               const FlashParamState& saved) {
   check_values(name, kind, saved);
@@ -229,6 +231,8 @@ FlashParamState checked_state(const std::string& name, const at::Tensor& param, 
   return state;
 }
 
+namespace {
+
 /// What an archive's state becomes: as it is, or converted to the options, dtype and order in memory of now. One that
 /// lay otherwise than its parameter when it was saved goes on doing so.
 Conversion restored(const std::string& name, const at::Tensor& param, OptimizerKind kind, const FlashOptions& options,
@@ -270,6 +274,10 @@ void FlashOptimizer::save(OutputArchive& archive) const {
     group.write("params", c10::IValue(static_cast<int64_t>(params.size())));
     std::unique_ptr<FlashOptions> made;
     if (!is_settled(g)) made = settled_options(group_prefix(g), param_groups_[g]);
+    if (store_->lr(g).defined()) {
+      if (!made) made.reset(static_cast<FlashOptions*>(param_groups_[g].options().clone().release()));
+      made->values_.lr = store_->lr(g).item<double>();
+    }
     const auto& settled = made ? *made : static_cast<const FlashOptions&>(param_groups_[g].options());
     settled.serialize(options);
     checksum.add_group(params.size(), settled);
@@ -336,6 +344,10 @@ void FlashOptimizer::load(InputArchive& archive) {
     ArchiveReader options_reader(options_archive, group_name);
     auto& options = new_options.emplace_back(static_cast<FlashOptions*>(defaults_->clone().release()));
     options_reader.read_options(options.get());
+    if (param_groups_[g].has_options()) {  // capturable is no archive's affair; the group may be one that lost its own
+      const auto* const own_options = dynamic_cast<const FlashOptions*>(&param_groups_[g].options());
+      if (own_options != nullptr) options->values_.capturable = own_options->values_.capturable;
+    }
     checksum.add_group(own.size(), *options);
     options->check_settled(group_name);
     options->settle();
@@ -373,6 +385,10 @@ void FlashOptimizer::load(InputArchive& archive) {
     restored.state->param_dtype = param.scalar_type();
     state_[param.unsafeGetTensorImpl()] = std::move(restored.state);
   }
+  for (size_t g = 0; g < param_groups_.size(); ++g) {
+    if (store_->lr(g).defined()) store_->lr(g).fill_(param_groups_[g].options().get_lr());
+  }
+  clip_ = at::Tensor();
   store_->reset();
 }
 

@@ -4,6 +4,9 @@
 
 #include <stdexcept>
 
+#if FLASHOPTIM_HAS_CUDA
+#include "flashoptim/cuda.h"
+#endif
 #include "libtorch/store/tensor.h"
 
 namespace flashoptim::store {
@@ -64,6 +67,19 @@ void* current_stream(Device device) {
   void* stream = nullptr;
   check_torch(get_stream(device.index, &stream), "get_current_cuda_stream");
   return stream;
+}
+
+bool is_capturing(Device device) {
+#if FLASHOPTIM_HAS_CUDA
+  if (device.type == aoti_torch_device_type_cuda()) {
+    bool capturing = false;
+    const Status status = cuda::is_capturing(current_stream(device), &capturing);
+    if (!status.is_ok()) throw std::runtime_error("flashoptim: " + std::string(status.message()));
+    return capturing;
+  }
+#endif
+  static_cast<void>(device);
+  return false;
 }
 
 void parallel_for_erased(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {

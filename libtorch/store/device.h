@@ -35,6 +35,9 @@ Backend select_backend(const char* op, const std::string& argument, Device devic
 /// The CUDA stream that torch's work on `device` goes to at the moment.
 void* current_stream(Device device);
 
+/// Whether a CUDA graph is being captured from that stream; of no other device.
+bool is_capturing(Device device);
+
 /// `options` with the threads of the host: torch's own pool.
 StepOptions with_torch_threads(StepOptions options);
 

@@ -143,6 +143,8 @@ class Store {
   /// Records of the plan that record `index` is in; 1, of its own, where there is none yet.
   size_t plan_size(int64_t index) const;
   bool is_planned(int64_t index) const { return record(index).plan_ >= 0; }
+  /// -1: none.
+  int64_t plan_of(int64_t index) const { return record(index).plan_; }
   /// Whether plans hold records that have been forgotten or described otherwise since.
   bool is_stale() const { return is_stale_; }
   int64_t plans() const { return static_cast<int64_t>(plans_.size()); }

@@ -219,4 +219,15 @@ Status advance_step(int64_t* counter, const float* found_inf, int32_t device, vo
   });
 }
 
+Status is_capturing(void* stream, bool* capturing) {
+  return guarded([&] {
+    if (capturing == nullptr) return Status::invalid_argument("capturing is null");
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    const Status status =
+        device_status(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture), "cudaStreamIsCapturing");
+    *capturing = capture != cudaStreamCaptureStatusNone;
+    return status;
+  });
+}
+
 }  // namespace flashoptim::cuda

@@ -3,6 +3,7 @@
 # usage: consumer.sh KIND SOURCE_DIR BUILD_DIR WORK_DIR
 #   find_package        installs BUILD_DIR's library, builds examples/cmake_consumer and examples/plain_cpp against it
 #   find_package_torch  the same for examples/cpp_quickstart with COMPONENTS torch (Torch_DIR)
+#   conda               the same against a torch that lies in a prefix as conda's does, with flashoptim in it, too
 #   add_subdirectory    builds examples/cmake_consumer with SOURCE_DIR as a part of it
 #   pip                 builds a wheel for old systems, looks at what it needs of them, trains with it in a new environment
 set -euo pipefail
@@ -32,6 +33,24 @@ case $kind in
   find_package_torch)
     install
     project cpp_quickstart -DCMAKE_PREFIX_PATH="$work/prefix" -DTorch_DIR="$Torch_DIR"
+    (cd "$work" && cpp_quickstart/cpp_quickstart)
+    ;;
+  conda)
+    if [[ -z ${FLASHOPTIM_TEST_ALL:-} ]]; then
+      echo "consumer.sh: conda's layout is tested with FLASHOPTIM_TEST_ALL=1"
+      exit 77
+    fi
+    # conda's LibTorch: headers, libraries and CMake files of torch under one prefix, beside everything else that is
+    # there, in the place of a folder of torch's own.
+    torch=$(realpath "$Torch_DIR/../../..") conda=$work/conda
+    mkdir -p "$conda/share/cmake" "$conda/include" "$conda/lib"
+    cp -r "$torch/share/cmake/." "$conda/share/cmake"
+    for folder in include lib; do
+      for entry in "$torch/$folder"/*; do ln -s "$entry" "$conda/$folder/"; done
+    done
+    cmake --install "$build" --prefix "$conda" --component flashoptim_development >"$work/install.log"
+    project cpp_quickstart -DCMAKE_PREFIX_PATH="$conda"
+    grep -q "^Torch_DIR:PATH=$conda/" "$work/cpp_quickstart/CMakeCache.txt"
     (cd "$work" && cpp_quickstart/cpp_quickstart)
     ;;
   add_subdirectory)

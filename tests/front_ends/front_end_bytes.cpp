@@ -1,3 +1,7 @@
+// front_end_bytes DIR: also what gradient release and clipping leave, DIR/clip-<way>-<dtype>.bin, and
+// front_end_bytes train STEPS FROM TO: a run of FlashAdamW that is at step FROM and goes on to TO; weights and states
+// are read from STEPS/<FROM>.{weights,state}.safetensors where FROM is not 0, and written as those of TO.
+//
 // front_end_bytes DIR: runs every optimizer of the C++ front end in several formats on inputs made by a formula and
 // writes the bytes of parameters, corrections, states and scales to DIR/<case>.bin. The Python package does the same on
 // the same inputs (tests/python/test_front_ends.py); the files must be equal.
@@ -7,6 +11,8 @@
 #include <fstream>
 #include <iostream>
 #include <memory>
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -68,26 +74,125 @@ void write(std::ofstream& out, const torch::Tensor& tensor) {
   out.write(static_cast<const char*>(flat.data_ptr()), static_cast<std::streamsize>(flat.nbytes()));
 }
 
+void write_all(const std::filesystem::path& path, const FlashOptimizer& optimizer,
+               const std::vector<torch::Tensor>& params) {
+  std::ofstream out(path, std::ios::binary);
+  for (const torch::Tensor& param : params) {
+    write(out, param);
+    const auto* state = optimizer.param_state(param);
+    write(out, state->correction);
+    for (size_t k = 0; k < state->states.size(); ++k) {
+      write(out, state->states[k]);
+      write(out, state->scales[k]);
+    }
+  }
+  if (!out) throw std::runtime_error("cannot write " + path.string());
+}
+
+std::vector<torch::Tensor> make_params(torch::Dtype dtype) {
+  std::vector<torch::Tensor> params;
+  for (size_t i = 0; i < kShapes.size(); ++i) {
+    params.push_back((ramp(kShapes[i], 0.37, static_cast<double>(i)) * 0.5).to(dtype).requires_grad_());
+  }
+  return params;
+}
+
+torch::Tensor make_gradient(size_t i, int step, torch::Dtype dtype) {
+  return (ramp(kShapes[i], 0.11 * (step + 1), static_cast<double>(i)) * 1e-2).to(dtype);
+}
+
+/// Whose gradients are make_gradient()'s.
+torch::Tensor make_loss(const std::vector<torch::Tensor>& params, int step) {
+  torch::Tensor loss = torch::zeros({});
+  for (size_t i = 0; i < params.size(); ++i) {
+    loss = loss + (params[i] * make_gradient(i, step, params[i].scalar_type())).sum().to(torch::kFloat);
+  }
+  return loss;
+}
+
+constexpr double kMaxNorm = 0.25;
+
+/// One run by backward(): `way` is a clip of GradientReleaseOptions, "none", or "step" (clip_grad_norm_, no release).
+void run_clipped(const std::filesystem::path& folder, const std::string& way, torch::Dtype dtype,
+                 const std::string& dtype_name) {
+  namespace flash = flashoptim::torch;
+  const std::vector<torch::Tensor> params = make_params(dtype);
+  flash::FlashAdamW optimizer(params, flash::FlashAdamWOptions(3e-3).weight_decay(0.1).seed(7));
+  std::optional<flash::GradientReleaseHandle> handle;
+  if (way != "step") {
+    flash::GradientReleaseOptions options;
+    if (way != "none") options.clip(way).max_norm(kMaxNorm);
+    if (way == "previous") options.norm_decay(0.25);
+    handle = flash::enable_gradient_release(params, optimizer, options);
+  }
+  for (int t = 0; t < kSteps; ++t) {
+    const torch::Tensor loss = make_loss(params, t);
+    if (way == "two_pass") handle->measure_norm([&] { loss.backward({}, /*keep_graph=*/true); });
+    loss.backward();
+    if (way == "step") optimizer.clip_grad_norm_(kMaxNorm);
+    optimizer.step();
+    optimizer.zero_grad();
+  }
+  write_all(folder / ("clip-" + way + "-" + dtype_name + ".bin"), optimizer, params);
+}
+
+int train(const std::filesystem::path& folder, int from, int to) {
+  namespace flash = flashoptim::torch;
+  std::vector<torch::Tensor> params = make_params(torch::kBFloat16);
+  params.push_back(
+      (ramp({6, 40, 2, 3}, 0.37, 9) * 0.5).to(torch::kBFloat16).to(torch::MemoryFormat::ChannelsLast).requires_grad_());
+  const std::vector<torch::optim::OptimizerParamGroup> groups{
+      torch::optim::OptimizerParamGroup({params[0], params[1]}),
+      torch::optim::OptimizerParamGroup(
+          {params.begin() + 2, params.end()},
+          std::make_unique<flash::FlashAdamWOptions>(
+              flash::FlashAdamWOptions(1e-3).state_codec("paper").master_weight_bits(32)))};
+  flash::FlashAdamW optimizer(groups, flash::FlashAdamWOptions(3e-3).weight_decay(0.1).seed(7).min_quantized_numel(0));
+  const auto file = [&](int step, const char* what) {
+    return (folder / (std::to_string(step) + "." + what + ".safetensors")).string();
+  };
+  if (from > 0) {
+    const torch::NoGradGuard no_grad;
+    const flash::Safetensors weights = flash::read_safetensors(file(from, "weights"));
+    for (size_t i = 0; i < params.size(); ++i) params[i].copy_(weights.tensors[std::to_string(i)]);
+    flash::load_safetensors(file(from, "state"), optimizer);
+  }
+  for (int t = from; t < to; ++t) {
+    for (size_t i = 0; i < params.size(); ++i) {
+      params[i].mutable_grad() =
+          (ramp(params[i].sizes().vec(), 0.11 * (t + 1), static_cast<double>(i)) * 1e-2).to(torch::kBFloat16);
+    }
+    optimizer.step();
+  }
+  flash::Safetensors weights;
+  for (size_t i = 0; i < params.size(); ++i) weights.tensors.insert(std::to_string(i), params[i].detach());
+  flash::write_safetensors(file(to, "weights"), weights);
+  flash::save_safetensors(file(to, "state"), optimizer);
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 5 && std::string(argv[1]) == "train") return train(argv[2], std::stoi(argv[3]), std::stoi(argv[4]));
   if (argc != 2) {
-    std::cerr << "usage: front_end_bytes DIR\n";
+    std::cerr << "usage: front_end_bytes DIR | front_end_bytes train STEPS FROM TO\n";
     return 2;
+  }
+  for (const std::string way : {"none", "two_pass", "previous", "parameter", "step"}) {
+    run_clipped(argv[1], way, torch::kBFloat16, "bfloat16");
+    run_clipped(argv[1], way, torch::kFloat32, "float32");
   }
   for (int64_t number = 0; number < flashoptim::optimizer_count(); ++number) {
     const std::string optimizer = flashoptim::optimizer_name(flashoptim::optimizer_at(number));
     for (const std::string codec : {"default", "paper"}) {
       for (const int64_t bits : {0, 24, 32}) {
         for (const auto dtype : {torch::kBFloat16, torch::kFloat16, torch::kFloat32}) {
-          std::vector<torch::Tensor> params;
-          for (size_t i = 0; i < kShapes.size(); ++i) {
-            params.push_back((ramp(kShapes[i], 0.37, static_cast<double>(i)) * 0.5).to(dtype).requires_grad_());
-          }
+          const std::vector<torch::Tensor> params = make_params(dtype);
           const auto opt = make_optimizer(optimizer, params, codec, bits);
           for (int t = 0; t < kSteps; ++t) {
             for (size_t i = 0; i < params.size(); ++i) {
-              params[i].mutable_grad() = (ramp(kShapes[i], 0.11 * (t + 1), static_cast<double>(i)) * 1e-2).to(dtype);
+              params[i].mutable_grad() = make_gradient(i, t, dtype);
             }
             opt->step();
           }
@@ -95,20 +200,7 @@ int main(int argc, char** argv) {
                                    (dtype == torch::kBFloat16  ? "bfloat16"
                                     : dtype == torch::kFloat16 ? "float16"
                                                                : "float32");
-          std::ofstream out(std::filesystem::path(argv[1]) / (name + ".bin"), std::ios::binary);
-          for (const torch::Tensor& param : params) {
-            write(out, param);
-            const auto* state = opt->param_state(param);
-            write(out, state->correction);
-            for (size_t k = 0; k < state->states.size(); ++k) {
-              write(out, state->states[k]);
-              write(out, state->scales[k]);
-            }
-          }
-          if (!out) {
-            std::cerr << "cannot write " << name << "\n";
-            return 1;
-          }
+          write_all(std::filesystem::path(argv[1]) / (name + ".bin"), *opt, params);
         }
       }
     }

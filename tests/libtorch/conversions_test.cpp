@@ -104,6 +104,8 @@ TEST(Conversions, AnFp32ParameterThatBecomes16BitLosesItsDigitsOnlyWhereThatIsMe
     SCOPED_TRACE(toString(dtype));
     // By a cast that takes the optimizer along.
     EXPECT_NEAR(moved([&](auto& model, auto& optimizer) { flash::cast_model(model, optimizer, dtype); }), exact, 5e-5);
+    // By one that finds it.
+    EXPECT_NEAR(moved([&](auto& model, auto&) { flash::cast_model(model, dtype); }), exact, 5e-5);
     // By an export before and an import after it.
     EXPECT_NEAR(moved([&](auto& model, auto& optimizer) {
                   const auto weights = flash::get_fp32_model_state(model, optimizer);
@@ -120,7 +122,7 @@ TEST(Conversions, AnFp32ParameterThatBecomes16BitLosesItsDigitsOnlyWhereThatIsMe
   }
   // Without a word: an error that names the ways, and changes nothing.
   const auto unsaid = [](auto& model, auto& optimizer) {
-    flash::cast_model(model);
+    model.to(torch::kBFloat16);
     model.parameters()[0].mutable_grad() = torch::ones({96, 96}, torch::kBFloat16);
     const Snapshot before(optimizer);
     for (int i = 0; i < 2; ++i) {

@@ -1,10 +1,16 @@
 // The LibTorch front end on CUDA: the CPU's bits, and everything a user does with an optimizer there. Skipped without a
 // device; built there against that machine's torch by tools/gpu_check.sh.
 
+#include <cmath>
 #include <limits>
 #include <sstream>
 
 #include "tests/libtorch/support.h"
+
+#if FLASHOPTIM_TORCH_HAS_CUDA
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace flashoptim_test {
 namespace {
@@ -200,6 +206,167 @@ TEST_F(Cuda, AGradientOfAnotherDeviceIsRefused) {
             "");
   EXPECT_TRUE(torch::equal(param, before));
 }
+
+// ---- release, clipping, graphs --------------------------------------------------------------------------------------
+
+/// Whose gradients are those of set_gradients(), on the parameters' device.
+Tensor loss_of(const std::vector<Tensor>& params, int64_t number) {
+  Tensor loss = torch::zeros({}, params[0].device());
+  int64_t i = 0;
+  for (const Tensor& param : params) {
+    const Tensor grad = gradient(param.cpu(), number * 100 + i++).to(param.device());
+    loss = loss + (param * grad).sum().to(torch::kFloat);
+  }
+  return loss;
+}
+
+TEST_F(Cuda, ReleasedAndClippedGradientsHaveTheBitsOfAStep) {
+  for (const std::string way : {"", "two_pass", "previous", "parameter"}) {
+    SCOPED_TRACE(way);
+    const std::vector<Tensor> host_params = mixed_parameters(), params = on_device(host_params);
+    const auto options = flash::FlashAdamWOptions(1e-2).min_quantized_numel(64);
+    flash::FlashAdamW host(host_params, options), device(params, options);
+    flash::GradientReleaseOptions release;
+    if (!way.empty()) release.clip(way).max_norm(0.5);
+    auto of_host = flash::enable_gradient_release(host_params, host, release);
+    auto of_device = flash::enable_gradient_release(params, device, release);
+    for (int64_t t = 0; t < 4; ++t) {
+      for (const bool is_host : {true, false}) {
+        const Tensor loss = loss_of(is_host ? host_params : params, t);
+        if (way == "two_pass") {
+          (is_host ? of_host : of_device).measure_norm([&] { loss.backward({}, /*keep_graph=*/true); });
+        }
+        loss.backward();
+        is_host ? host.step() : device.step();
+      }
+      for (const Tensor& param : params) EXPECT_FALSE(param.grad().defined());
+    }
+    if (way.empty()) {
+      EXPECT_TRUE(on_host(host) == on_host(device));
+    } else {
+      // Norms are summed in another order there; coefficients may differ in the last bit.
+      EXPECT_NEAR(of_host.grad_norm().item<double>(), of_device.grad_norm().item<double>(), 1e-4);
+      for (size_t i = 0; i < params.size(); ++i) {
+        EXPECT_TRUE(torch::allclose(host.fp32_weight(host_params[i]), device.fp32_weight(params[i]).cpu(), 1e-3, 1e-3));
+      }
+    }
+  }
+}
+
+TEST_F(Cuda, ClipGradNormIsFusedIntoTheStep) {
+  const std::vector<Tensor> host_params = mixed_parameters(), params = on_device(host_params);
+  flash::FlashAdamW clipped(params, flash::FlashAdamWOptions(1e-2));
+  const std::vector<Tensor> twins = on_device(host_params);
+  flash::FlashAdamW scaled(twins, flash::FlashAdamWOptions(1e-2));
+  for (int64_t t = 0; t < 3; ++t) {
+    set_gradients(host_params, t);
+    double square = 0;
+    for (size_t i = 0; i < params.size(); ++i) {
+      params[i].mutable_grad() = host_params[i].grad().to(torch::kCUDA);
+      twins[i].mutable_grad() = params[i].grad().clone();
+      square += params[i].grad().to(torch::kDouble).square().sum().item<double>();
+    }
+    const Tensor before = params[0].grad().clone();
+    const Tensor norm = clipped.clip_grad_norm_(0.5);
+    EXPECT_NEAR(norm.item<double>(), std::sqrt(square), 1e-5 * std::sqrt(square));
+    EXPECT_TRUE(torch::equal(params[0].grad(), before)) << "nothing is written";
+    EXPECT_EQ(clipped.param_state(params[0])->steps(), t);
+    clipped.step();
+    for (const Tensor& twin : twins) {
+      twin.mutable_grad() = twin.grad().to(torch::kFloat).mul(std::min(1.0, 0.5 / (std::sqrt(square) + 1e-6)));
+    }
+    scaled.step();
+  }
+  for (size_t i = 0; i < params.size(); ++i) {
+    EXPECT_TRUE(torch::allclose(clipped.fp32_weight(params[i]), scaled.fp32_weight(twins[i]), 1e-3, 1e-3));
+  }
+  clipped.clip_grad_norm_(0.5);
+  clipped.zero_grad();
+  for (size_t i = 0; i < params.size(); ++i) {
+    params[i].mutable_grad() = torch::ones_like(params[i].detach());
+    twins[i].mutable_grad() = torch::ones_like(twins[i].detach());
+  }
+  flash::FlashAdamW fresh(params, flash::FlashAdamWOptions(1e-2)),
+      other(on_device(params), flash::FlashAdamWOptions(1e-2));
+  fresh.clip_grad_norm_(0.5);
+  fresh.zero_grad(/*set_to_none=*/false);
+  for (const Tensor& param : params) param.mutable_grad().fill_(1);
+  for (const Tensor& param : other.parameters()) param.mutable_grad() = torch::ones_like(param.detach());
+  fresh.step();
+  other.step();
+  EXPECT_TRUE(on_host(fresh) == on_host(other)) << "zero_grad() forgets the clip";
+}
+
+TEST_F(Cuda, TelemetryIsTheCpus) {
+  const std::vector<Tensor> host_params = mixed_parameters(), params = on_device(host_params);
+  const auto options = flash::FlashAdamWOptions(1.0).min_quantized_numel(64).state_codec("paper");
+  flash::FlashAdamW host(host_params, options), device(params, options);
+  host.check_numerics();
+  device.check_numerics();
+  for (int64_t t = 0; t < 4; ++t) step_both(host, host_params, device, params, t);
+  const auto ours = device.numerics_report(), theirs = host.numerics_report();
+  EXPECT_GT(ours.sampled_updates, 0);
+  EXPECT_EQ(ours.sampled_updates, theirs.sampled_updates);
+  EXPECT_EQ(ours.unchanged_weights, theirs.unchanged_weights);
+  EXPECT_EQ(ours.floored_codes, theirs.floored_codes);
+  EXPECT_EQ(ours.largest_update_ratio, theirs.largest_update_ratio);
+}
+
+#if FLASHOPTIM_TORCH_HAS_CUDA
+TEST_F(Cuda, AGraphOfAStepReplaysIt) {
+  const std::vector<Tensor> host_params = mixed_parameters(), params = on_device(host_params);
+  const std::vector<Tensor> twins = on_device(host_params);
+  const auto options = flash::FlashAdamWOptions(1e-2).min_quantized_numel(64);
+  flash::FlashAdamW captured(params, flash::FlashAdamWOptions(options).capturable(true)), eager(twins, options);
+  const Tensor lr = torch::full({}, 0.0078125f, torch::kCUDA);  // a power of two: the same number as a double
+  captured.set_lr_tensor(0, lr);
+  for (const Tensor& param : params) param.mutable_grad() = torch::zeros_like(param.detach());
+  const auto set = [&](int64_t number) {
+    set_gradients(host_params, number);
+    for (size_t i = 0; i < params.size(); ++i) {
+      params[i].mutable_grad().copy_(host_params[i].grad());
+      twins[i].mutable_grad() = params[i].grad().clone();
+    }
+  };
+  const auto step_eager = [&](double rate) {
+    eager.param_groups()[0].options().set_lr(rate);
+    eager.step();
+  };
+  const c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool();
+  const c10::cuda::CUDAStreamGuard guard(stream);
+  {
+    flash::FlashAdamW other(on_device(params), options);
+    for (const Tensor& param : other.parameters()) param.mutable_grad() = torch::zeros_like(param.detach());
+    other.step();
+    at::cuda::CUDAGraph refused;
+    refused.capture_begin();
+    const std::string message = error_of([&] { other.step(); });
+    refused.capture_end();
+    EXPECT_NE(message.find("capturable = false"), std::string::npos) << message;
+  }
+  set(0);
+  captured.step();  // states, counters and plans are made
+  step_eager(0.0078125);
+  torch::cuda::synchronize();
+  at::cuda::CUDAGraph graph;
+  graph.capture_begin();
+  captured.step();
+  graph.capture_end();
+  for (int64_t t = 1; t < 6; ++t) {
+    const double rate = t < 3 ? 0.0078125 : 0.00390625;
+    lr.fill_(rate);
+    set(t);
+    graph.replay();
+    step_eager(rate);
+    torch::cuda::synchronize();
+    EXPECT_TRUE(on_host(captured).tensors.size() == on_host(eager).tensors.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      EXPECT_TRUE(same_bytes(params[i].cpu(), twins[i].cpu())) << "replay " << t << ", parameter " << i;
+      EXPECT_EQ(captured.param_state(params[i])->steps(), t + 1);
+    }
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace flashoptim_test

@@ -75,6 +75,54 @@ TEST(CastModel, BadArgumentsCastNothing) {
   EXPECT_EQ(net.head->weight.scalar_type(), torch::kFloat);
 }
 
+TEST(CastModel, BuffersThatNeedTheirPrecisionStay) {
+  struct Buffers : torch::nn::Module {
+    Buffers() {
+      register_buffer("inv_freq", torch::ones({4}));
+      register_buffer("Rope_Table", torch::ones({4, 4}));
+      register_buffer("decay", 1.0 / torch::arange(1, 20, torch::kFloat));
+      register_buffer("counts", torch::tensor({1.0, 257.0, 4.0}));
+      register_buffer("tiny", torch::tensor({1e-40, 1.0}));
+      register_buffer("mask", torch::ones({4, 4}));
+      register_buffer("mixed", torch::tensor({0.3, 0.1, 0.2, 0.7, 0.5, 0.4, 0.9, 0.8, 0.6}));
+      register_parameter("position_weight", torch::ones({4}));
+    }
+  };
+  for (const bool is_named : {false, true}) {
+    Buffers net;
+    if (is_named) {
+      flash::cast_model(net, torch::kHalf, {}, {"*freq", "decay"});
+    } else {
+      flash::cast_model(net, torch::kHalf);
+    }
+    const auto dtype = [&](const char* name) { return net.named_buffers()[name].scalar_type(); };
+    EXPECT_EQ(dtype("inv_freq"), is_named ? torch::kHalf : torch::kFloat);
+    EXPECT_EQ(dtype("decay"), is_named ? torch::kHalf : torch::kFloat) << "a sequence that falls all the way";
+    EXPECT_EQ(dtype("Rope_Table"), torch::kFloat);
+    EXPECT_EQ(dtype("tiny"), torch::kFloat) << "would become 0";
+    EXPECT_EQ(dtype("mask"), torch::kHalf);
+    EXPECT_EQ(dtype("mixed"), torch::kHalf);
+    EXPECT_EQ(net.named_parameters()["position_weight"].scalar_type(), torch::kHalf) << "no buffer";
+  }
+  Buffers net;
+  expect_error([&] { flash::cast_model(net, torch::kHalf, {}, {"nothing"}); }, {"cast_buffers[0]", "no buffer"});
+  flash::cast_model(net);
+  EXPECT_EQ(net.named_buffers()["counts"].scalar_type(), torch::kFloat) << "bfloat16 has no 257";
+}
+
+TEST(CastModel, WhatIsLostGoesIntoTheCorrectionsOfThoseThatAreAlive) {
+  torch::nn::Linear model(96, 96);
+  const Tensor weight = model->weight.detach().clone();
+  flash::FlashAdamW optimizer(model->parameters());
+  flash::FlashAdamW moved(std::move(optimizer));
+  const flash::FlashAdamW not_concerned(std::vector<Tensor>{parameter({8}, 1)});
+  flash::cast_model(*model);
+  EXPECT_TRUE(torch::allclose(moved.fp32_weight(model->weight), weight, 2e-5, 1e-6));
+  EXPECT_FALSE(torch::equal(model->weight.to(torch::kFloat), weight));
+  EXPECT_EQ(moved.param_state(model->weight)->step, 0);
+  EXPECT_EQ(not_concerned.state_tensors().size(), 0u);
+}
+
 /// A net after some steps, with its optimizer.
 struct Trained {
   Net net;

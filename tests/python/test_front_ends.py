@@ -3,14 +3,17 @@
 The C++ side is the program tests/front_ends/front_end_bytes, named by FLASHOPTIM_FRONT_END_BYTES.
 """
 
+import json
 import os
 import subprocess
 import warnings
+import zlib
 
 import pytest
+import safetensors.torch
 import torch
 
-from flashoptim_native import _ops
+from flashoptim_native import FlashAdamW, _ops, enable_gradient_release
 from helpers import CLASSES
 
 PROGRAM = os.environ.get("FLASHOPTIM_FRONT_END_BYTES")
@@ -75,3 +78,135 @@ def test_same_bytes(cpp_bytes, name, codec, bits, dtype):
             python += raw(state.get(slot + "_codes", state.get(slot))) + raw(state.get(slot + "_scale"))
     file = cpp_bytes / f"{name}-{codec}-{bits or 0}-{str(dtype).removeprefix('torch.')}.bin"
     assert python == file.read_bytes()
+
+
+def loss_of(params, step):
+    """Whose gradients are those of test_same_bytes."""
+    loss = torch.zeros(())
+    for i, p in enumerate(params):
+        loss = loss + (p * (ramp(SHAPES[i], 0.11 * (step + 1), i) * 1e-2).to(p.dtype)).sum().float()
+    return loss
+
+
+def bytes_of(opt, params):
+    held = b""
+    for p in params:
+        state = opt.state[p]
+        held += raw(p) + raw(state.get("correction"))
+        for slot in _ops.state_names("adamw", True):
+            held += raw(state.get(slot + "_codes", state.get(slot))) + raw(state.get(slot + "_scale"))
+    return held
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("way", ["none", "two_pass", "previous", "parameter", "step"])
+def test_same_bytes_of_released_and_clipped_gradients(cpp_bytes, way, dtype):
+    params = [torch.nn.Parameter((ramp(s, 0.37, i) * 0.5).to(dtype)) for i, s in enumerate(SHAPES)]
+    opt = FlashAdamW(params, lr=3e-3, weight_decay=0.1, seed=7)
+    handle = None
+    if way != "step":
+        options = {} if way == "none" else {"clip": way, "max_norm": 0.25}
+        handle = enable_gradient_release(params, opt, **options, norm_decay=0.25 if way == "previous" else 0.0)
+    for t in range(STEPS):
+        loss = loss_of(params, t)
+        if way == "two_pass":
+            with handle.measure_norm():
+                loss.backward(retain_graph=True)
+        loss.backward()
+        if way == "step":
+            assert opt.clip_grad_norm_(0.25) > 0.25, "something is clipped"
+        opt.step()
+        opt.zero_grad()
+    if handle is not None and way != "none":
+        assert handle.grad_norm > 0.25, "something is clipped"
+    file = cpp_bytes / f"clip-{way}-{str(dtype).removeprefix('torch.')}.bin"
+    assert bytes_of(opt, params) == file.read_bytes()
+
+
+# ---- a run that changes from one front end to the other ------------------------------------------------------------
+
+
+def trained():
+    """The same run as `train` of tests/front_ends/front_end_bytes.cpp: parameters, optimizer."""
+    params = [torch.nn.Parameter((ramp(s, 0.37, i) * 0.5).bfloat16()) for i, s in enumerate(SHAPES)]
+    last = (ramp((6, 40, 2, 3), 0.37, 9) * 0.5).bfloat16().to(memory_format=torch.channels_last)
+    params.append(torch.nn.Parameter(last))
+    groups = [{"params": params[:2]}]
+    groups += [{"params": params[2:], "lr": 1e-3, "state_codec": "paper", "master_weight_bits": 32}]
+    return params, FlashAdamW(groups, lr=3e-3, weight_decay=0.1, seed=7, min_quantized_numel=0)
+
+
+def load(folder, step, params, opt):
+    """A file of the C++ front end's as docs/state_format.md, "Safetensors", says it, without any code of ours."""
+    with safetensors.safe_open(folder / f"{step}.weights.safetensors", "pt") as file:
+        for i, p in enumerate(params):
+            p.data.copy_(file.get_tensor(str(i)))
+    path = folder / f"{step}.state.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        said = file.metadata()
+    state = {}
+    for key, tensor in safetensors.torch.load_file(path).items():
+        _, number, name = key.split(".")
+        state.setdefault(int(number), {})[name] = tensor
+    content = path.read_bytes()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    text = said["flashoptim_native.param_groups"]
+    assert zlib.crc32(data, zlib.crc32(text.encode())) == int(said["flashoptim_native.checksum"])
+    assert said["flashoptim_native.optimizer"] == "adamw" and said["flashoptim_native.format"] == "2"
+    groups = json.loads(text)
+    for group in groups:
+        described = json.dumps(group["flashoptim_native.adamw.2"]).encode()
+        group["flashoptim_native.adamw.2"] = torch.frombuffer(bytearray(described.ljust(512)), dtype=torch.uint8)
+    opt.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save(folder, step, params, opt):
+    weights = {str(i): p.detach().contiguous() for i, p in enumerate(params)}
+    safetensors.torch.save_file(weights, folder / f"{step}.weights.safetensors")
+    state_dict = opt.state_dict()
+    groups = [
+        {key: json.loads(bytes(v.tolist())) if isinstance(v, torch.Tensor) else v for key, v in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    text = json.dumps(groups)
+    tensors = {f"state.{n}.{k}": v for n, held in state_dict["state"].items() for k, v in held.items()}
+    tensors["flashoptim_native.weights"] = state_dict["flashoptim_native.weights"]
+    said = {"format": "pt", "flashoptim_native.format": "2", "flashoptim_native.optimizer": "adamw"}
+    said |= {"flashoptim_native.library": "test", "flashoptim_native.param_groups": text}
+    path = folder / f"{step}.state.safetensors"
+    safetensors.torch.save_file(tensors, path, said | {"flashoptim_native.checksum": "0" * 10})
+    content = path.read_bytes()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    said["flashoptim_native.checksum"] = str(zlib.crc32(data, zlib.crc32(text.encode())))
+    safetensors.torch.save_file(tensors, path, said)
+
+
+def test_a_run_that_goes_from_cpp_to_python_and_back_is_the_uninterrupted_one(tmp_path):
+    if not PROGRAM:
+        pytest.skip("FLASHOPTIM_FRONT_END_BYTES names no program: the C++ front end was not built")
+    whole, changing = tmp_path / "whole", tmp_path / "changing"
+    for folder in (whole, changing):
+        folder.mkdir()
+
+    def cpp(folder, first, last):
+        subprocess.run([PROGRAM, "train", str(folder), str(first), str(last)], check=True)
+
+    cpp(whole, 0, 9)
+    cpp(changing, 0, 3)
+    params, opt = trained()
+    load(changing, 3, params, opt)
+    for t in range(3, 6):
+        for i, p in enumerate(params):
+            p.grad = (ramp(p.shape, 0.11 * (t + 1), i) * 1e-2).bfloat16()
+        opt.step()
+    save(changing, 6, params, opt)
+    cpp(changing, 6, 9)
+    for what in ("weights", "state"):
+        names = [folder / f"9.{what}.safetensors" for folder in (whole, changing)]
+        ours, theirs = (safetensors.torch.load_file(name) for name in names)
+        assert ours.keys() == theirs.keys() and len(ours) > 5
+        for key, value in ours.items():
+            assert value.dtype == theirs[key].dtype and raw(value) == raw(theirs[key]), key
+    with safetensors.safe_open(names[0], "pt") as a, safetensors.safe_open(names[1], "pt") as b:
+        groups = [json.loads(one.metadata()["flashoptim_native.param_groups"]) for one in (a, b)]
+    assert groups[0] == groups[1]

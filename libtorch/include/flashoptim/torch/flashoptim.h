@@ -7,7 +7,10 @@
 #pragma once
 
 #include "flashoptim/torch/file.h"
+#include "flashoptim/torch/gradient_release.h"
+#include "flashoptim/torch/interchange.h"
 #include "flashoptim/torch/model.h"
+#include "flashoptim/torch/numerics.h"
 #include "flashoptim/torch/optimizer.h"
 #include "flashoptim/torch/optimizers.h"
 #include "flashoptim/torch/options.h"

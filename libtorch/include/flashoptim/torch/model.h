@@ -17,15 +17,24 @@ namespace flashoptim::libtorch {
 /// - what `keep_fp32_patterns` names: globs (`*`, `?`, `[...]`; `*` matches dots, too) over the dotted names of
 ///   parameters and buffers ("layers.0.norm.weight") and of modules ("layers.*.norm"), which keeps all inside;
 /// - parameters and buffers of modules with running statistics (BatchNorm, InstanceNorm with tracking).
-/// Gradients that exist are cast along. Throws c10::Error, with nothing cast, for another dtype or a pattern that
-/// matches nothing.
+/// - buffers that hold positions, frequencies or schedules, which 16 bits would spoil (a rotary embedding's inv_freq is
+///   0.7 radians off at position 4,096 in bfloat16), unless `cast_buffers` names them: told by the last part of their
+///   name (kExactBufferNames) or by their values: sequences of 8 numbers or more that rise or fall all the way, whole
+///   numbers of which `dtype` lacks some, and numbers that would become infinite or 0.
+/// Gradients that exist are cast along. What a float32 parameter loses in 16 bits goes into its correction in every
+/// optimizer of flashoptim's that is alive and holds it, so that training goes on from the float32 weights. Throws
+/// c10::Error, with nothing cast, for another dtype or a pattern that matches nothing.
 void cast_model(::torch::nn::Module& module, ::torch::Dtype dtype = ::torch::kBFloat16,
-                const std::vector<std::string>& keep_fp32_patterns = {});
+                const std::vector<std::string>& keep_fp32_patterns = {},
+                const std::vector<std::string>& cast_buffers = {});
 
-/// The same in mid-training: weights keep their digits, as far as corrections hold them. `optimizer` is one of
-/// flashoptim's, made before; parameters that are not its own are cast as above.
+/// The same, with `optimizer`, one of flashoptim's, as the only one that learns of it.
 void cast_model(::torch::nn::Module& module, ::torch::optim::Optimizer& optimizer,
-                ::torch::Dtype dtype = ::torch::kBFloat16, const std::vector<std::string>& keep_fp32_patterns = {});
+                ::torch::Dtype dtype = ::torch::kBFloat16, const std::vector<std::string>& keep_fp32_patterns = {},
+                const std::vector<std::string>& cast_buffers = {});
+
+/// Patterns for the last part of a buffer's name, in lower case, that cast_model() leaves alone.
+extern const std::vector<std::string> kExactBufferNames;
 
 /// Parameters and buffers by dotted name, copies, floating ones in float32: for a parameter of `optimizer` the weight
 /// that its steps continue from (parameter and correction), otherwise its value. `optimizer` is one of flashoptim's.

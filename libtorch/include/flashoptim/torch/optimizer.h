@@ -18,11 +18,13 @@
 #include <vector>
 
 #include "flashoptim/torch/namespace.h"
+#include "flashoptim/torch/numerics.h"
 #include "flashoptim/torch/options.h"
 #include "flashoptim/types.h"
 
 namespace flashoptim::libtorch {
 
+class GradientRelease;
 class ParamStore;
 
 /// What is kept for one parameter: plain tensors on its device, each with memory of its own, made at its first step.
@@ -32,7 +34,7 @@ class ParamStore;
 /// and a correction is taken along exactly where the parameter's new dtype still holds the old one's digits; where it
 /// does not, or where the options keep no correction, TORCH_WARN says so.
 struct FlashParamState : ::torch::optim::OptimizerCloneableParamState<FlashParamState> {
-  int64_t step = 0;  ///< steps taken
+  int64_t step = 0;  ///< steps taken; where step_on_device is defined, what they were when it was made
   MasterWeights master_weights = MasterWeights::kNone;
   StateCodec state_codec = StateCodec::kFloat32;
   int64_t rows = 0;  ///< rows of the group layout; 0 for empty parameters
@@ -46,6 +48,11 @@ struct FlashParamState : ::torch::optim::OptimizerCloneableParamState<FlashParam
   /// One per state slot, [leading dimensions, groups of a row]: int16 bit patterns ("default") or float16 ("paper"); 0
   /// elements where states are float32.
   std::vector<::torch::Tensor> scales;
+  /// With the option `capturable`, steps taken: int64, one element, on the parameter's device; else undefined.
+  ::torch::Tensor step_on_device;
+
+  /// Steps taken, wherever they are counted. Waits for the device where that is the device.
+  int64_t steps() const;
 
   void serialize(::torch::serialize::OutputArchive& archive) const override;
   void serialize(::torch::serialize::InputArchive& archive) override;
@@ -71,6 +78,39 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   /// until the group is given options by param_groups()[i].set_options() or taken out.
   /// A group that was put into param_groups() by hand keeps its options; what they do not set comes from the defaults.
   void add_param_group(const ::torch::optim::OptimizerParamGroup& group);
+
+  /// Clips the next step to gradients of a total norm of at most `max_norm` (finite, > 0); returns the norm of what
+  /// there is: float32, no dimensions. On one CUDA device the norm is one pass over all gradients, in an order that
+  /// does not depend on the device, and the next step() multiplies by min(1, max_norm / (norm + 1e-6)) as it reads
+  /// them: nothing is written, and the host does not wait. zero_grad() forgets it. Elsewhere (gradients on the CPU or
+  /// on several devices, or SGD's groups with and without momentum together) gradients are scaled in place, as
+  /// torch::nn::utils::clip_grad_norm_ does. While gradients are released: what their clip= was told
+  /// (gradient_release.h).
+  ::torch::Tensor clip_grad_norm_(double max_norm);
+
+  /// Hides torch::optim::Optimizer's, which is not virtual: this one also ends the step of gradient release and forgets
+  /// what clip_grad_norm_() left.
+  void zero_grad(bool set_to_none = true);
+
+  /// With the option `capturable`: steps of param_groups()[group] read their learning rate from `lr`, float32 of one
+  /// element on the device of the group's parameters, so that replays of a CUDA graph take what it holds then.
+  /// Undefined: from the options again. Archives hold the value.
+  void set_lr_tensor(size_t group, const ::torch::Tensor& lr);
+
+  /// Telemetry: on, every step looks at what it will lose to its formats (in a sample of large models), and throws,
+  /// with nothing changed, where a learning rate is too small for a weight's precision. It costs steps' time
+  /// (docs/numerics.md, "Telemetry").
+  void check_numerics(bool on = true);
+  /// Waits for the device.
+  NumericsReport numerics_report() const;
+  void reset_numerics();
+  /// The largest weights, which check_numerics() compares learning rates with, are measured anew at the next step.
+  void recompute_param_stats();
+
+  /// What parameters and their states take, by group and format, once each has taken a step.
+  OptimizerDescription describe() const;
+  /// The name that the parameter was given with, or "param_groups[0].params[1]".
+  std::string name(const ::torch::Tensor& param) const;
 
   /// Corrections become 0, and so the weights exactly what the 16-bit parameters hold: all, or those of `params`, each
   /// of which must belong to this optimizer. To be called when new weights were written into parameters.
@@ -111,8 +151,16 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   FlashOptimizer(const std::vector<::torch::optim::OptimizerParamGroup>& groups,
                  std::unique_ptr<FlashOptions> defaults);
 
+  using NamedParameters = ::torch::OrderedDict<std::string, ::torch::Tensor>;
+  /// Patterns and the options that are set on each; those that the patterns of a name set apply, later ones over
+  /// earlier ones. Parameters with equal options are one group, in the order in which each first appears.
+  using PolicyEntries = std::vector<std::pair<std::string, const FlashOptions*>>;
+  FlashOptimizer(const NamedParameters& params, std::unique_ptr<FlashOptions> defaults, const PolicyEntries& policy);
+
  private:
+  friend class GradientRelease;
   friend class ParamStore;
+  friend class StateImport;
 
   /// Where a parameter stands: param_groups()[group].params()[index].
   struct Position {
@@ -141,9 +189,15 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
   struct NewWeight;
   NewWeight new_weight(const std::string& where, const ::torch::Tensor& param, const ::torch::Tensor& weight);
   void write(NewWeight weight);
+  /// Replaces options (one object a group) and states, all checked: what load() and its kin end with.
+  using ReplacedState = std::pair<::torch::Tensor, std::unique_ptr<FlashParamState>>;
+  void replace(std::vector<std::unique_ptr<FlashOptions>> options, std::vector<ReplacedState> states);
+  void step_released(const ::torch::Tensor& param, const ::torch::Tensor& coefficient);
 
   OptimizerKind kind_;
   std::unique_ptr<ParamStore> store_;
+  std::shared_ptr<GradientRelease> release_;  // null: gradients are not released
+  ::torch::Tensor clip_;                      // coefficient for the next step; undefined: none
 };
 
 /// FlashOptimizer::state_tensors where `optimizer` is one; none for any other.

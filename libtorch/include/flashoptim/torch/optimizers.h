@@ -21,6 +21,22 @@ class FlashOptimizerOf : public FlashOptimizer {
       : FlashOptimizer(groups, std::make_unique<Options>(std::move(defaults))) {}
   explicit FlashOptimizerOf(std::vector<::torch::Tensor> params, Options defaults = {})
       : FlashOptimizerOf({::torch::optim::OptimizerParamGroup(std::move(params))}, std::move(defaults)) {}
+
+  /// Patterns over names ("layers.0.norm.weight"; globs as cast_model()'s) and options for the parameters that match:
+  /// whatever is set on them. Where several patterns match, all apply, later ones over earlier ones.
+  using Policy = std::vector<std::pair<std::string, Options>>;
+  /// Named parameters, as module->named_parameters() gives them: reports and describe() call them so. Throws c10::Error
+  /// where an option of `policy` has a value that is not allowed; TORCH_WARN names patterns that match nothing.
+  explicit FlashOptimizerOf(const ::torch::OrderedDict<std::string, ::torch::Tensor>& params, Options defaults = {},
+                            const Policy& policy = {})
+      : FlashOptimizer(params, std::make_unique<Options>(std::move(defaults)), entries(policy)) {}
+
+ private:
+  static PolicyEntries entries(const Policy& policy) {
+    PolicyEntries result;
+    for (const auto& [pattern, options] : policy) result.emplace_back(pattern, &options);
+    return result;
+  }
 };
 
 #define FLASHOPTIM_CLASS(name)                                              \

@@ -46,6 +46,7 @@ struct OptionValues {
   int64_t t_alpha = 0;                  ///< steps in which alpha grows to its value; 0: it has it
   int64_t t_beta3 = 0;                  ///< steps in which beta3 grows from beta1; 0: it has its value
   int64_t seed = 0;                     ///< of the dither and of stochastic rounding; >= 0 and < 2^53
+  bool capturable = false;              ///< steps are counted on the device, so that CUDA graphs can replay them
 
   bool operator==(const OptionValues&) const = default;
 };
@@ -75,6 +76,7 @@ constexpr void for_each_option(F&& f) {
   visit("alpha", &OptionValues::alpha);
   visit("t_alpha", &OptionValues::t_alpha);
   visit("t_beta3", &OptionValues::t_beta3);
+  visit("capturable", &OptionValues::capturable);
 }
 
 /// The option's place in for_each_option; an unknown name does not compile.
@@ -117,6 +119,11 @@ class FlashOptions : public ::torch::optim::OptimizerOptions {
   /// Takes every value from `defaults` that was not set here; counts none of them as set.
   void inherit(const FlashOptions& defaults);
 
+  /// Takes what was set on `other`, an object of the same optimizer, which counts as set here, too.
+  void adopt(const FlashOptions& other);
+  /// Whether the same options were set, to the same values.
+  bool sets_the_same(const FlashOptions& other) const { return set_ == other.set_ && values_ == other.values_; }
+
   /// Whether steps keep a momentum buffer or moments.
   bool has_momentum() const;
 
@@ -156,6 +163,7 @@ class FlashOptions : public ::torch::optim::OptimizerOptions {
   Role role_;
   uint32_t set_ = 0;  // bit per option, in the order of for_each_option
   friend class FlashOptimizer;
+  friend class StateImport;
 };
 
 /// As TORCH_ARG: a chaining setter, a getter and a mutable getter, which counts as setting.
@@ -184,6 +192,7 @@ class FlashOptions : public ::torch::optim::OptimizerOptions {
   FLASHOPTIM_OPTION(bool, quantize)                                                                \
   FLASHOPTIM_OPTION(int64_t, min_quantized_numel)                                                  \
   FLASHOPTIM_OPTION(bool, stochastic_rounding)                                                     \
+  FLASHOPTIM_OPTION(bool, capturable)                                                              \
   FLASHOPTIM_OPTION(int64_t, seed)
 
 /// Adam with decoupled weight decay.
