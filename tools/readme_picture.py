@@ -26,6 +26,7 @@ ROWS = (
     ("bitsandbytes or torchao, 8 bit, fp32 weights", (4, 4, 0, 2 + BNB_MAXIMA)),
     ("flashoptim", (2, 2, 1, 2 + SCALES)),
     ("flashoptim, gradient release", (2, 0, 1, 2 + SCALES)),
+    ("the same, states on the host: on the device", (2, 0, 0, 0)),
 )
 
 
@@ -40,7 +41,7 @@ def bars(axes: plt.Axes) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 18.5)
     axes.set_title("AdamW, bytes a parameter", loc="left")
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.legend(loc="center right", frameon=False, fontsize=8, bbox_to_anchor=(1.0, 0.3))
     axes.spines[["top", "right"]].set_visible(False)
 
 
