@@ -61,9 +61,14 @@ TEST(Boundary, SizesThatWouldOverflowAreRefusedByMake) {
 TEST(Boundary, MoreBlocksThanAPlanCountsAreRefused) {
   TestTensor t(kAdamW, StateCodec::kDefault, kNarrow, {100}, 1);
   t.tensors().layout = {int64_t{1} << 57, 1};  // 2^57 groups, each of one element
+  t.tensors().parameter = far_apart(1);
+  t.tensors().correction = far_apart(2);
+  for (int k = 0; k < 2; ++k) t.tensors().states[k] = far_apart(3 + k), t.tensors().scales[k] = far_apart(5 + k);
   const std::vector<ParameterTensors> list(3000, t.tensors());
   Plan plan;
-  EXPECT_EQ(Plan::make(OptimizerKind::kAdamW, true, list.data(), 3000, &plan).code(), StatusCode::kInvalidArgument);
+  const Status status = Plan::make(OptimizerKind::kAdamW, true, list.data(), 3000, &plan);
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("more elements than a plan counts"), std::string::npos) << status.message();
 }
 
 TEST(Boundary, LayoutsOfShapesThatAreNoneAreRefusedByMake) {

@@ -125,9 +125,9 @@ bool holds_whole_groups(const GroupLayout& layout, const Place& place) {
 }
 
 Status make_plan(StateCodec codec, const Place& place, const GroupLayout& layout) {
-  static unsigned char memory;  // not touched: no step follows
   ParameterTensors t;
-  t.parameter = t.states[0] = t.states[1] = t.scales[0] = t.scales[1] = &memory;
+  t.parameter = far_apart(1);
+  for (int k = 0; k < 2; ++k) t.states[k] = far_apart(2 + k), t.scales[k] = far_apart(4 + k);
   t.state_codec = codec;
   t.layout = layout;
   t.place = place;
