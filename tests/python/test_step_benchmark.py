@@ -44,3 +44,16 @@ def test_a_row_for_every_step():
 def test_wrong_options_are_refused():
     done = run("--numel", "0")
     assert done.returncode == 2 and "--numel" in done.stderr
+
+
+def test_one_parameter_alone():
+    script = SCRIPT.with_name("step_param.py")
+    package = str(Path(flashoptim_native.__file__).resolve().parents[1])
+    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(script), "cpu", "--counts", "3", "7", "--rounds", "1"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:3] for line in done.stdout.splitlines()] == [
+        ["cpu", "3", "parameters:"],
+        ["cpu", "7", "parameters:"],
+    ]
