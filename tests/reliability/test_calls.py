@@ -104,6 +104,9 @@ WRONG = {
     "full_state_dict": NO_BOOLS,
     "broadcast_from_rank0": NO_BOOLS,
     "ignore_existing_hooks": NO_BOOLS,
+    "lost": [*NO_NUMBERS, -1.0],
+    "floored": [*NO_NUMBERS, -1.0],
+    "ratio": [*NO_NUMBERS, -1.0],
     "arguments": [None, 5, "lr", "lr=(1", "1x=2", "lr=1,lr=2", [5], {5: 1}, object()],
 }  # fmt: skip
 #: Arguments that take everything: as torch's own, or not looked at.

@@ -43,6 +43,8 @@ def install():
     # torch_npu carries copies of two of the files, which import it and use nothing of it.
     for name in ("torch_npu", "torch_npu.testing"):
         sys.modules.setdefault(name, types.ModuleType(name))
+    if not hasattr(torch, "npu"):
+        torch.npu = types.SimpleNamespace(is_available=lambda: False)
 
 
 def is_ours(nodeid):
