@@ -14,6 +14,6 @@ def test_tests_named_in_the_docs_are_there():
     code = "".join(path.read_text() for path in HERE.glob("test_*.py"))
     there = set(re.findall(r"^def (test_\w+)\(", code, re.MULTILINE))
     assert len(named) > 30 and named <= there, sorted(named - there)
-    rows = [line for line in text.split("## Limits")[0].splitlines() if line.startswith("| ")]
+    rows = [line for line in text.split("### What was compared")[0].splitlines() if line.startswith("| ")]
     without = [row for row in rows if "`test_" not in row and not row.startswith(("| layout", "| feature"))]
     assert len(rows) > 25 and not without, without
