@@ -43,6 +43,42 @@ CLI::Validator between(double low, double high) {
       "");
 }
 
+// --clip NORM|WAY[:NORM].
+void read_clip(const std::string& text, TrainOptions& train) {
+  std::string way = "all", number = text;
+  for (const char* const known : {"two_pass", "parameter"}) {
+    if (text.rfind(known, 0) != 0) continue;
+    way = known;
+    number = text.substr(way.size());
+    if (number.empty()) number = ":1";
+    if (number[0] != ':') break;
+    number.erase(0, 1);
+  }
+  double norm = 0;
+  if (!CLI::detail::lexical_cast(number, norm) || !(norm >= 0 && norm <= 1e9) || (way != "all" && norm == 0)) {
+    throw CLI::ValidationError("--clip", text +
+                                             " must be a number between 0 and 1e9, or two_pass or parameter with "
+                                             "a number above 0 behind a colon");
+  }
+  train.clip = norm;
+  train.clip_way = way;
+}
+
+// Options that do not go together.
+void check_together(const TrainOptions& train) {
+  if (train.gradient_release && !is_flash(train.optimizer)) {
+    throw UserError("--gradient-release with --optimizer " + train.optimizer + ": must be one of flashoptim's");
+  }
+  if (train.gradient_release && train.clip > 0 && train.clip_way == "all") {
+    throw UserError(
+        "--gradient-release: gradients are gone when the norm of all is known. Say how to clip: --clip "
+        "two_pass or --clip parameter, or --clip 0");
+  }
+  if (!train.gradient_release && train.clip_way != "all") {
+    throw UserError("--clip " + train.clip_way + " goes with --gradient-release; must be a number without");
+  }
+}
+
 void add_options(CLI::App& app, Options& options) {
   TrainOptions& train = options.train;
   RunOptions& run = options.run;
@@ -82,7 +118,15 @@ void add_options(CLI::App& app, Options& options) {
       ->check(between(-1.0, 1e3));
   app.add_option("--warmup", train.warmup, "Steps in which the learning rate rises; a cosine to a tenth follows")
       ->check(not_negative);
-  app.add_option("--clip", train.clip, "Largest norm of the whole gradient; 0: no clipping")->check(between(0.0, 1e9));
+  app.add_option_function<std::string>(
+         "--clip", [&train](const std::string& text) { read_clip(text, train); },
+         "Largest norm of the whole gradient; 0: no clipping. With --gradient-release how to clip to 1, or to a number "
+         "behind a colon: two_pass (by the norm of all, measured by a backward pass of its own) or parameter (each by "
+         "its own)")
+      ->type_name("NORM|WAY[:NORM]")
+      ->default_str("1");
+  app.add_flag("--gradient-release", train.gradient_release,
+               "Step each parameter during the backward pass, as soon as its gradient is there, and free the gradient");
   app.add_option("--steps", train.steps, "Optimizer steps")->check(positive);
   app.add_option("--batch", train.batch, "Windows of text in a step")->check(positive);
   app.add_option("--seed", train.seed, "Decides the initial weights, the batches and the sample")->check(not_negative);
@@ -185,6 +229,7 @@ ParseResult parse_options(int argc, const char* const* argv, TrainOptions (*stor
     throw UserError("--out " + result.options.run.out +
                     " holds a run already: --resume continues it, --overwrite replaces it");
   }
+  check_together(result.options.train);
   // Absolute, so that a run can be resumed from another folder.
   result.options.train.data = std::filesystem::absolute(result.options.train.data).lexically_normal().string();
   result.options.resume_command = resume_command(argv[0], result.options.run);

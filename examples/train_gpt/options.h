@@ -29,7 +29,9 @@ struct TrainOptions {
   double lr = 0;             // 0: the optimizer's own
   double weight_decay = -1;  // negative: the optimizer's own
   std::int64_t warmup = 100;
-  double clip = 1.0;  // 0: no clipping
+  double clip = 1.0;             // largest norm; 0: no clipping
+  std::string clip_way = "all";  // by the norm of all gradients; with gradient release: "two_pass" or "parameter"
+  bool gradient_release = false;
   std::int64_t steps = 2000;
   std::int64_t batch = 16;
   std::int64_t seed = 0;
@@ -37,9 +39,10 @@ struct TrainOptions {
   std::string compute_dtype = "auto";
   std::int64_t threads = 0;  // 0: LibTorch's choice
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainOptions, data, validation_fraction, tokenizer, vocab_size, model, context,
-                                   activation_checkpointing, optimizer, master_weight_bits, state_codec, lr,
-                                   weight_decay, warmup, clip, steps, batch, seed, device, compute_dtype, threads)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(TrainOptions, data, validation_fraction, tokenizer, vocab_size, model,
+                                                context, activation_checkpointing, optimizer, master_weight_bits,
+                                                state_codec, lr, weight_decay, warmup, clip, clip_way, gradient_release,
+                                                steps, batch, seed, device, compute_dtype, threads)
 
 // What may differ between the parts of an interrupted run without changing its numbers.
 struct RunOptions {

@@ -103,6 +103,23 @@ done
 "$program" "${common[@]}" "${full[@]}" --out "$work/recompute" --activation-checkpointing >/dev/null
 same_run "$work/whole" "$work/recompute" "activation checkpointing changes no bit"
 
+if [[ $optimizer == flash-* ]]; then
+  released=("$program" "${common[@]}" "${full[@]}" --gradient-release)
+  "$program" "${common[@]}" "${full[@]}" --clip 0 --out "$work/unclipped" >/dev/null
+  "${released[@]}" --clip 0 --out "$work/released" >/dev/null
+  [[ $(field "$work/unclipped" state_fingerprint) == $(field "$work/released" state_fingerprint) ]] ||
+    fail "gradient release changes bits"
+  "${released[@]}" --clip two_pass:0.5 --out "$work/two_pass" >/dev/null
+  "${released[@]}" --clip two_pass:0.5 --out "$work/two_pass_parts" --stop-after 20 >"$work/two_pass.log"
+  "$program" --resume --out "$work/two_pass_parts" --eval-every 10 --sample 20 >/dev/null
+  same_run "$work/two_pass" "$work/two_pass_parts" "released and clipped in two passes, stopped and resumed"
+  expect_error "Say how to clip" "${common[@]}" --gradient-release --out "$work/x"
+else
+  expect_error "must be one of flashoptim's" "${common[@]}" --gradient-release --clip 0 --out "$work/x"
+fi
+expect_error "goes with --gradient-release" "${common[@]}" --clip two_pass --out "$work/x"
+expect_error "--clip" "${common[@]}" --clip most --out "$work/x"
+
 "$program" "${common[@]}" "${full[@]}" --out "$work/all_windows" --eval-windows 0 --stop-after 20 \
   >"$work/all_windows.log"
 eval "$(sed -n 's/^to resume: *//p' "$work/all_windows.log")" >/dev/null

@@ -86,6 +86,11 @@ Trainer::Trainer(Options options) : options_(std::move(options)), device_(find_d
     step_ = header.step;
     schedule_->restore(step_);
   }
+  if (train.gradient_release) {
+    flashoptim::torch::GradientReleaseOptions release;
+    if (train.clip > 0) release.clip(train.clip_way).max_norm(train.clip);
+    release_ = flashoptim::torch::enable_gradient_release(*model_, *optimizer_, release);
+  }
 }
 
 void Trainer::load_data(const nlohmann::json& stored_tokenizer) {
@@ -122,6 +127,22 @@ double Trainer::clip_gradients() {
   return norm;
 }
 
+double Trainer::run_backward(const torch::Tensor& loss) {
+  if (!release_) {
+    loss.backward();
+    return clip_gradients();
+  }
+  // Gradients are freed as they come, so the norm is what release tells: none without clipping.
+  const bool measures = options_.train.clip > 0 && options_.train.clip_way == "two_pass";
+  if (measures) release_->measure_norm([&] { loss.backward({}, /*keep_graph=*/true); });
+  loss.backward();
+  if (measures) return release_->grad_norm().item<double>();
+  if (options_.train.clip == 0) return 0;
+  return dynamic_cast<flashoptim::torch::FlashOptimizer&>(*optimizer_)
+      .clip_grad_norm_(options_.train.clip)
+      .item<double>();
+}
+
 StepMetrics Trainer::train_step() {
   const TrainOptions& train = options_.train;
   StepMetrics metrics;
@@ -130,12 +151,11 @@ StepMetrics Trainer::train_step() {
   schedule_->step();
   const Batch batch = dataset_->train_batch(train.seed, step_, train.batch);
   const torch::Tensor loss = model_->loss(batch.inputs.to(device_), batch.targets.to(device_));
-  loss.backward();
-  metrics.gradient_norm = clip_gradients();
   metrics.loss = loss.item<double>();
   if (!std::isfinite(metrics.loss)) {
     throw UserError("the loss of step " + std::to_string(step_ + 1) + " is not finite: try a smaller --lr");
   }
+  metrics.gradient_norm = run_backward(loss);
   const Stopwatch optimizer_only(device_);
   optimizer_->step();
   metrics.optimizer_ms = optimizer_only.milliseconds();

@@ -1,6 +1,7 @@
 // One run from options to summary.
 #pragma once
 
+#include <flashoptim/torch/gradient_release.h>
 #include <torch/torch.h>
 
 #include <cstdint>
@@ -57,6 +58,8 @@ class Trainer {
  private:
   void load_data(const nlohmann::json& stored_tokenizer);
   double clip_gradients();
+  // backward(), and what goes with it; the norm of all gradients.
+  double run_backward(const torch::Tensor& loss);
 
   Options options_;
   torch::Device device_;
@@ -65,6 +68,7 @@ class Trainer {
   std::string prompt_;
   Gpt model_{nullptr};
   std::unique_ptr<torch::optim::Optimizer> optimizer_;
+  std::optional<flashoptim::torch::GradientReleaseHandle> release_;
   std::unique_ptr<CosineSchedule> schedule_;
   std::int64_t step_ = 0;
   std::optional<MemoryReport> memory_;
