@@ -179,7 +179,7 @@ def measure(args: argparse.Namespace, shape: dict, start: float) -> dict:
     device = torch.device(args.device)
     if args.cap is not None:
         share = args.cap * GIB / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(share, device)
+        torch.cuda.set_per_process_memory_fraction(share, device.index or 0)
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
     is_mixed = args.optimizer == "torch-fused"
