@@ -40,11 +40,12 @@ def describe(name: str, arguments: argparse.Namespace, tuning_windows: int) -> R
     shape = TOY if arguments.toy else Shape()
     if variant not in VARIANTS or task not in ("lm", "tune"):
         raise ValueError(f"no run {name!r}: allowed are lm-VARIANT-SEED and tune-VARIANT-LR, of {', '.join(VARIANTS)}")
+    every = 2 if arguments.toy else 100
     if task == "lm":
         batch = 8 if arguments.toy else 64
         steps = -(-arguments.lm_tokens // (batch * shape.context))
         return Run(
-            name, variant, int(last), "code", steps, batch, 6e-4, 0.1, min(100, steps // 10), 100, 256, None, shape
+            name, variant, int(last), "code", steps, batch, 6e-4, 0.1, min(100, steps // 10), every, 256, None, shape
         )
     batch = 8 if arguments.toy else 32
     steps = tuning_windows // batch

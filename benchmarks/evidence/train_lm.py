@@ -164,7 +164,7 @@ class Training:
             loss = self.model(self.texts[f"{run.text}_train"].training(self.step, run.batch, run.seed))
             loss.backward()
             clip_gradients(self.optimizer, self.model, MAX_NORM)
-            if self.step + 1 == run.steps:
+            if self.step == 1 or self.step + 1 == run.steps:
                 self.record["bytes"] = held_bytes(self.optimizer, self.model)  # with gradients alive
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

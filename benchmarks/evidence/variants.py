@@ -3,6 +3,8 @@
     fp32          torch.optim.AdamW(fused=True) on fp32 weights
     default       FlashAdamW: bf16 weights with 8-bit corrections, 8-bit states
     paper         the same with state_codec="paper"
+    exact         FlashAdamW with fp32 states and 32-bit weights (bf16 with 16-bit corrections): a control, which
+                  differs from fp32 by the order of operations alone
     uncorrected   the same as default, without corrections (weights rounded to nearest bf16)
     torchao       torchao.optim.AdamW8bit on fp32 weights
     bitsandbytes  bitsandbytes.optim.AdamW8bit on fp32 weights
@@ -17,6 +19,7 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1
 OURS = {
     "default": {},
     "paper": {"state_codec": "paper"},
+    "exact": {"quantize": False, "master_weight_bits": 32},
     "uncorrected": {"master_weight_bits": None},
 }
 VARIANTS = ("fp32", *OURS, "torchao", "bitsandbytes")
