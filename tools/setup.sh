@@ -70,7 +70,7 @@ if [[ -n $(absent torch==$torch) ]]; then
   "${pip[@]}" torch==$torch
 fi
 # Formatters and checkers have one version: another would find something else in the same sources.
-wanted=(numpy pytest hypothesis matplotlib scikit-learn scikit-build-core ninja
+wanted=(numpy pytest hypothesis matplotlib scikit-learn scikit-build-core ninja typer rich safetensors
   clang-format==18.1.8 ruff==0.17.6 mypy==2.4.1)
 cmake_is_new_enough >/dev/null 2>&1 || wanted+=(cmake)
 missing=$(absent "${wanted[@]}")

@@ -103,6 +103,16 @@ T5_BASE = {
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
 }
+OPT = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "hidden_size": 1024,
+    "ffn_dim": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "vocab_size": 50272,
+    "max_position_embeddings": 2048,
+}
 
 
 # Models that are functions
@@ -211,6 +221,10 @@ def efficientnetv2_s():
     return _timm("efficientnetv2_rw_s", 288)
 
 
+def swin_base():
+    return _timm("swin_base_patch4_window7_224")
+
+
 OURS = {"kind": "adamw"}
 FP32 = None  # torch's fused AdamW over fp32 weights, under autocast
 #: Name: configuration or function, setting, what is measured, whether the planner was tuned on it.
@@ -232,9 +246,11 @@ CASES = {
     "unet": ("verify_plan:unet", {"batch": 8, "length": 128}, [OURS, FP32], True),
     "lora 8b": ("verify_plan:lora", {"batch": 1, "length": 2048}, [OURS], True),
     "qwen3-0.6b": (QWEN3_SMALL, {"batch": 4, "length": 1024}, [OURS, FP32], False),
-    "t5-base": (T5_BASE, {"batch": 8, "length": 512}, [OURS], False),
+    "t5-base": (T5_BASE, {"batch": 8, "length": 512}, [OURS], True),  # was not, before its masks were looked into
     "convnext-base": ("verify_plan:convnext_base", {"batch": 64}, [OURS], False),
     "efficientnetv2-s": ("verify_plan:efficientnetv2_s", {"batch": 32}, [OURS], False),
+    "opt-350m": (OPT, {"batch": 8, "length": 1024}, [OURS, FP32], False),
+    "swin-base": ("verify_plan:swin_base", {"batch": 32}, [OURS], False),
 }
 
 

@@ -148,10 +148,16 @@ def _store_functions(path: Path | None) -> dict[str, Callable[..., Any]]:
     return functions
 
 
+_loaded = _load()
 #: The store's functions, each of which takes a store's handle first.
-store: SimpleNamespace = SimpleNamespace(**_store_functions(_load()))
+store: SimpleNamespace = SimpleNamespace(**_store_functions(_loaded))
 
 _why_asked = _layout.find(store, bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+
+
+def loaded_from() -> Path | None:
+    """The library that is in use; None where a program that embeds Python has it linked in."""
+    return _loaded
 
 
 def tensor_access() -> str:

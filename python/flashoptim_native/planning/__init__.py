@@ -9,6 +9,7 @@
 The command ``flashoptim-native plan`` prints these. See docs/cli.md for what is counted and how well it fits.
 """
 
+from ._advice import advice
 from ._choices import Choice, baselines, kinds, own
 from ._cuda_rules import Device
 from ._models import Model, PlanError, Weights, load
@@ -32,6 +33,7 @@ __all__ = [
     "Setting",
     "Verification",
     "Weights",
+    "advice",
     "baselines",
     "kinds",
     "largest_batch",

@@ -56,15 +56,9 @@ def attention_backend(device: Device, query: Tensor, key: Tensor, value: Tensor,
     if not is_plain:
         return "math"
     same_width = width == value.shape[-1]
-    trains_mask = mask is not None and mask.requires_grad
-    if (
-        device.prefers_cudnn_attention
-        and is_narrow
-        and same_width
-        and width % 8 == 0
-        and width <= 128
-        and (not trains_mask)
-    ):
+    if mask is not None and mask.requires_grad:
+        return "math"
+    if device.prefers_cudnn_attention and is_narrow and same_width and width % 8 == 0 and width <= 128:
         return "cudnn"
     if is_narrow and mask is None and same_width and width <= 256 and device.capability >= (8, 0):
         return "flash"
@@ -316,10 +310,37 @@ def _embedding_backward(args: tuple[Any, ...]) -> int:
     return 0 if count <= 3072 else 5 * 8 * count
 
 
+def _convolution(input: Tensor, weight: Tensor, transposed: bool, stride: list[int], padding: list[int]) -> int:
+    """cuDNN computes 16-bit convolutions with channels last: copies of a channels-first input and output.
+
+    Depthwise ones have kernels of torch's own, without.
+    """
+    is_depthwise = not transposed and weight.shape[1] == 1 and weight.shape[0] > 1
+    if input.dtype not in _NARROW or input.dim() != 4 or is_depthwise:
+        return 0
+    if not input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last):
+        return 0
+    outputs = weight.shape[1] if transposed else weight.shape[0]
+    area = 1
+    for side, kernel, step, edge in zip(input.shape[2:], weight.shape[2:], stride, padding):
+        area *= (side - 1) * step - 2 * edge + kernel if transposed else (side + 2 * edge - kernel) // step + 1
+    return input.nbytes + input.shape[0] * outputs * area * input.element_size()
+
+
+def _convolution_forward(args: tuple[Any, ...]) -> int:
+    return _convolution(args[0], args[1], args[6], args[3], args[4])
+
+
+def _convolution_backward(args: tuple[Any, ...]) -> int:
+    return _convolution(args[1], args[2], args[7], args[4], args[5])
+
+
 _WORKSPACES: dict[Any, Callable[[tuple[Any, ...]], int]] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    aten.convolution.default: _convolution_forward,
+    aten.convolution_backward.default: _convolution_backward,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
 }

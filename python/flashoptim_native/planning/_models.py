@@ -42,6 +42,8 @@ class Model(NamedTuple):
     batch_of: Callable[[nn.Module, int, int | None], Any]
     #: Makes the module recompute its blocks in the backward pass.
     checkpoint: Callable[[nn.Module], None]
+    #: Holds while a step of tensors without memory runs.
+    while_traced: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 @contextlib.contextmanager
@@ -164,7 +166,22 @@ def _hugging_face(path: Path) -> Model:
         module: nn.Module = architecture._from_config(config, dtype=torch.get_default_dtype())
         return module.train()
 
-    return Model(names[0], make, _hugging_face_batch, _checkpoint_hugging_face)
+    return Model(names[0], make, _hugging_face_batch, _checkpoint_hugging_face, _one_sequence_a_row)
+
+
+@contextlib.contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """transformers looks at values for sequences that share a row, and makes a mask where it cannot: there are none."""
+    masks: Any = importlib.import_module("transformers.masking_utils")
+    found = getattr(masks, "find_packed_sequence_indices", None)
+    if found is None:  # versions that do not look
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = found
 
 
 def _hugging_face_batch(model: nn.Module, batch: int, length: int | None) -> dict[str, Tensor]:

@@ -120,6 +120,12 @@ class Planner:
             peak = peak._replace(parts={**peak.parts, "gradients": gradients})
         return Row(choice, peak, count, trained)
 
+    def shapes(self, dtype: torch.dtype) -> list[Shape]:
+        """The model's parameters, in the dtype that a model made in ``dtype`` gives them."""
+        if isinstance(self.model, Weights):
+            return _of_weights(self.model, dtype).params
+        return _shapes_of(self._made(dtype))
+
     def traced(self, dtype: torch.dtype, setting: Setting) -> Traced:
         autocast = setting.autocast and dtype == torch.float32
         key = (dtype, setting.batch, setting.length, setting.checkpoint, autocast, setting.device)
@@ -127,14 +133,18 @@ class Planner:
             self._traced[key] = self._trace(dtype, setting, autocast)
         return self._traced[key]
 
+    def _made(self, dtype: torch.dtype) -> nn.Module:
+        assert isinstance(self.model, Model)
+        try:
+            with torch.device("meta"), _models.default_dtype(dtype):
+                return self.model.make()
+        except (RuntimeError, NotImplementedError) as error:
+            raise PlanError(f"{self.model.name} cannot be made on the meta device: {_said(error)}") from error
+
     def _trace(self, dtype: torch.dtype, setting: Setting, autocast: bool) -> Traced:
         if isinstance(self.model, Weights):
             return _of_weights(self.model, dtype)
-        try:
-            with torch.device("meta"), _models.default_dtype(dtype):
-                module = self.model.make()
-        except (RuntimeError, NotImplementedError) as error:
-            raise PlanError(f"{self.model.name} cannot be made on the meta device: {_said(error)}") from error
+        module = self._made(dtype)
         if setting.checkpoint:
             self.model.checkpoint(module)
         blocks = [
@@ -145,15 +155,20 @@ class Planner:
             _trace.fake_copy(module)
             with _models.default_dtype(dtype):
                 batch = self.model.batch_of(module, setting.batch, setting.length)
-            trace = _run(module, batch, dtype, autocast, setting)
-        shapes = [
-            Shape(name, torch.empty(param.shape, dtype=param.dtype, device="meta"), param.requires_grad)
-            for name, param in module.named_parameters()
-        ]
+            with self.model.while_traced():
+                trace = _run(module, batch, dtype, autocast, setting)
+        shapes = _shapes_of(module)
         buffers = {id(one): rounded(one.nbytes) for one in module.buffers()}
         del module, batch
         gc.collect()
         return Traced(shapes, sum(buffers.values()), trace, blocks)
+
+
+def _shapes_of(module: nn.Module) -> list[Shape]:
+    return [
+        Shape(name, torch.empty(param.shape, dtype=param.dtype, device="meta"), param.requires_grad)
+        for name, param in module.named_parameters()
+    ]
 
 
 def _run(module: nn.Module, batch: Any, dtype: torch.dtype, autocast: bool, setting: Setting) -> Trace:
@@ -191,8 +206,8 @@ def _of_weights(model: Weights, dtype: torch.dtype) -> Traced:
 def largest_batch(planner: Planner, choice: Choice, setting: Setting, card: int, most: int = 1 << 16) -> int:
     """The largest batch whose step a card of ``card`` bytes takes; 0: none.
 
-    Steps are traced at batches that a straight line through the last two points to, until one fits and the next does
-    not; memory is close to a straight line in the batch.
+    Steps are traced at batches that a straight line through the last two points to, then by halves, until one fits and
+    one that is 1 or 2 % larger does not.
     """
     sizes: dict[int, int] = {}
 
@@ -206,23 +221,23 @@ def largest_batch(planner: Planner, choice: Choice, setting: Setting, card: int,
 
     low, high = 0, most + 1  # fits, does not
     guess = setting.batch
-    while high - low > 1:
+    for turn in range(40):
+        if high - low <= max(1, low // 50):
+            break
         guess = min(max(guess, low + 1), high - 1)
         if fits(guess):
             low = guess
         else:
             high = guess
-        known = sorted(sizes)
-        if len(known) < 2:
-            guess = 2 * guess if low else 1
-            continue
-        a, b = (known[0], known[1]) if low == 0 else (max(x for x in known if x <= low), 0)
-        if low:
-            others = [x for x in known if x != a]
-            b = min(others, key=lambda x: abs(x - a))
-        slope = max(1.0, (sizes[b] - sizes[a]) / (b - a))
-        room = (card - CONTEXT_BYTES) / (1 + FRAGMENTATION) - sizes[a]
-        guess = a + int(room // slope)
+        if turn == 0:
+            guess = 2 * guess if low else guess // 2
+        elif turn < 4:  # a straight line through the two last points
+            a, b = list(sizes)[-2:]
+            slope = max(1.0, (sizes[b] - sizes[a]) / (b - a))
+            room = (card - CONTEXT_BYTES) / (1 + FRAGMENTATION) - sizes[b]
+            guess = b + int(room // slope)
+        else:
+            guess = (low + high) // 2
     return low
 
 
