@@ -5,7 +5,7 @@
 #   find_package_torch  the same for examples/cpp_quickstart with COMPONENTS torch (Torch_DIR)
 #   conda               the same against a torch that lies in a prefix as conda's does, with flashoptim in it, too
 #   add_subdirectory    builds examples/cmake_consumer with SOURCE_DIR as a part of it
-#   pip                 builds a wheel for old systems, looks at what it needs of them, trains with it in a new environment
+#   pip                 builds a wheel for old systems, looks at what it needs of them, trains with it
 set -euo pipefail
 kind=$1 source=$2 build=$3 work=$4
 rm -rf "$work"

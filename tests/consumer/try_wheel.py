@@ -20,7 +20,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 NEWEST_GLIBC = (2, 28)
-SYSTEM_LIBRARIES = {"libc.so.6", "libgcc_s.so.1", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
+SYSTEM_LIBRARIES = {
+    *("libc.so.6", "libgcc_s.so.1", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"),
+    "ld-linux-x86-64.so.2",
+}
 TORCH = "libtorch_cpu.so"
 
 LIST = "import json, importlib.metadata as m; print(json.dumps([f'{d.name} {d.version}' for d in m.distributions()]))"
