@@ -43,8 +43,10 @@ def test_release_frees_gradients_when_they_are_complete():
     trace = trace_of_squares()
     with_all = _replay.peak_of(trace, {}, releases=False)
     released = _replay.peak_of(trace, {}, releases=True)
-    assert with_all.parts["gradients"] == WIDTH * WIDTH * 4 * 2
-    assert released.total <= with_all.total - WIDTH * WIDTH * 4
+    # The peak is where the second gradient is made: one is complete, the other a temporary yet.
+    assert with_all.parts["gradients"] == WIDTH * WIDTH * 4
+    assert with_all.parts["temporaries"] >= WIDTH * WIDTH * 4
+    assert released.total <= with_all.total - (WIDTH * WIDTH * 4 - BYTES)  # the other layer's peak has its input
 
 
 def test_arrays_are_the_optimizers_own():
