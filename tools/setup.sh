@@ -18,6 +18,11 @@ command -v python3 >/dev/null || want_apt python3
 [[ -e /usr/include/CLI/CLI.hpp ]] || want_apt libcli11-dev
 [[ -e /usr/include/nlohmann/json.hpp ]] || want_apt nlohmann-json3-dev
 [[ -e /usr/include/zlib.h ]] || want_apt zlib1g-dev
+if [[ ${FLASHOPTIM_TEST_ALL:-} == 1 ]]; then  # tools/test_arm.sh
+  command -v aarch64-linux-gnu-g++ >/dev/null || want_apt g++-aarch64-linux-gnu
+  command -v qemu-aarch64 >/dev/null || want_apt qemu-user
+  [[ -e /usr/src/googletest/CMakeLists.txt ]] || want_apt googletest
+fi
 
 if ((${#apt_packages[@]})); then
   if ! command -v apt-get >/dev/null; then

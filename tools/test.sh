@@ -80,6 +80,9 @@ cuda() {
   [[ $device == OFF ]] || run_ctest build/cuda --tests-regex cuda
 }
 
+# The NEON loops' bits, under qemu-user; test_arm.sh says which packages that needs.
+arm() { tools/test_arm.sh --junit "$junit"; }
+
 phase "set-up" "" set_up
 phase "style" "set-up" style
 phase "build" "set-up" build_all
@@ -87,5 +90,6 @@ phase "C++ tests" "build" run_ctest build/dev
 phase "Python tests" "build" python_tests
 phase "C++ tests with ASan and UBSan" "set-up" sanitizers
 if command -v nvcc >/dev/null; then phase "CUDA" "set-up" cuda; fi
+if [[ ${FLASHOPTIM_TEST_ALL:-} == 1 ]]; then phase "C++ tests on Arm" "set-up" arm; fi
 run_phases
 "${python:-python3}" tools/sum_up_tests.py "$results" $SECONDS "${ended[@]}"

@@ -181,9 +181,9 @@ class Plan {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Name of the instruction set that CPU steps use: "scalar", "avx2", "avx512" (F, BW, DQ, VL) or "avx512_bf16" (and
-/// VBMI, BF16). Chosen once from the processor, or by the environment variable FLASHOPTIM_ISA; kUnsupported when that
-/// names one this machine lacks or is no name.
+/// Name of the instruction set that CPU steps use: "scalar", "avx2", "avx512" (F, BW, DQ, VL), "avx512_bf16" (and
+/// VBMI, BF16) or, on 64-bit Arm, "neon". Chosen once from the processor, or by the environment variable
+/// FLASHOPTIM_ISA; kUnsupported when that names one this machine lacks or is no name.
 Status cpu_isa(const char** name);
 
 // Element-wise conversions, those of the step, of `count` elements. Arrays of any alignment, which must not overlap.

@@ -260,7 +260,8 @@ def has_cuda() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def cpu_isa() -> str:
-    """The instruction set that steps on CPU tensors use: ``scalar``, ``avx2``, ``avx512`` or ``avx512_bf16``."""
+    """The instruction set that steps on CPU tensors use: ``scalar``, ``avx2``, ``avx512``,
+    ``avx512_bf16`` or (64-bit Arm) ``neon``."""
     isa: str = torch.ops.flashoptim.cpu_isa()
     return isa
 

@@ -99,6 +99,8 @@ extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;      ///< F, BW, DQ, VL
 extern const KernelTable kAvx512Bf16Kernels;  ///< and VBMI, BF16: Sapphire Rapids, Zen 4 and later
+#elif defined(__aarch64__)
+extern const KernelTable kNeonKernels;
 #endif
 
 /// The table of an instruction set by its name; null where this machine lacks it, or there is none of that name.

@@ -39,6 +39,8 @@ bool machine_has(const char* isa) {
   if (std::strcmp(isa, "avx512_bf16") == 0) {
     return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
   }
+#elif defined(__aarch64__)
+  if (std::strcmp(isa, "neon") == 0) return true;
 #endif
   return false;
 }
@@ -49,6 +51,8 @@ const KernelTable* const kTables[] = {
     &kAvx512Bf16Kernels,
     &kAvx512Kernels,
     &kAvx2Kernels,
+#elif defined(__aarch64__)
+    &kNeonKernels,
 #endif
     &kScalarKernels,
 };
@@ -67,8 +71,10 @@ Choice choose() {
                                          ": this machine's processor lacks that instruction set; unset the variable "
                                          "or set it to one it has (scalar always works)")};
   }
+  std::string allowed;
+  for (const KernelTable* table : kTables) allowed = table->isa + (allowed.empty() ? "" : ", " + allowed);
   return {nullptr, Status::unsupported(std::string("FLASHOPTIM_ISA=") + forced +
-                                       ": not an instruction set; allowed are scalar, avx2, avx512, avx512_bf16")};
+                                       ": not an instruction set; allowed are " + allowed)};
 }
 
 }  // namespace

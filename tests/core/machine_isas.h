@@ -9,7 +9,11 @@
 namespace flashoptim::test {
 
 /// The instruction sets that there are kernels for, each with those before it.
+#if defined(__aarch64__)
+inline constexpr const char* kIsas[] = {"scalar", "neon"};
+#else
 inline constexpr const char* kIsas[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+#endif
 
 /// Those that this machine has, found out without the library.
 inline std::vector<std::string> machine_isas() {
@@ -22,6 +26,8 @@ inline std::vector<std::string> machine_isas() {
     isas.push_back("avx512");
     if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) isas.push_back("avx512_bf16");
   }
+#elif defined(__aarch64__)
+  isas.push_back("neon");
 #endif
   return isas;
 }
@@ -31,6 +37,8 @@ inline std::vector<const cpu::KernelTable*> machine_tables() {
   std::vector<const cpu::KernelTable*> tables{&cpu::kScalarKernels};
 #if defined(__x86_64__)
   tables.insert(tables.end(), {&cpu::kAvx2Kernels, &cpu::kAvx512Kernels, &cpu::kAvx512Bf16Kernels});
+#elif defined(__aarch64__)
+  tables.push_back(&cpu::kNeonKernels);
 #endif
   tables.resize(machine_isas().size());
   return tables;

@@ -1,7 +1,7 @@
 // Lanes: the small set of operations in which every formula of core/ is written.
 //
 // A formula is a template over a lane type F. F = float is one element, on the host and in CUDA; a SIMD back end
-// defines a struct of 8 or 16 elements with the same functions (src/cpu/lanes_avx2-inl.h, lanes_avx512-inl.h). Every
+// defines a struct of 4 to 16 elements with the same functions (src/cpu/lanes_*-inl.h: NEON, AVX2, AVX-512). Every
 // operation is exact or IEEE round-to-nearest, so that all of them produce the same bits (docs/numerics.md). That
 // holds only when the compiler neither contracts a * b + c into an fma nor flushes subnormals: targets that include
 // core/ get -ffp-contract=off (--fmad=false) from the CMake package.
