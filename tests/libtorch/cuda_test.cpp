@@ -9,6 +9,7 @@
 
 #if FLASHOPTIM_TORCH_HAS_CUDA
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
