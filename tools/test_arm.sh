@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the torch-free library for 64-bit Arm and runs the tests of its bits under qemu-user: that NEON gives the scalar
+# Builds the torch-free library for 64-bit Arm and runs the tests of its bits under qemu-user: that NEON gives the
+# scalar
 # loops' bytes, and those of the oracle and the golden files. usage: tools/test_arm.sh [--junit FILE]
 # Needs Debian's g++-aarch64-linux-gnu, qemu-user and googletest.
 set -euo pipefail

@@ -48,6 +48,8 @@ BAD_DICTS = [None, 5, "state", [], [1], torch.zeros(2), object()]
 
 #: By name of an argument or of a group's option: values that are not allowed.
 WRONG = {
+    "states": [None, 0, True, "cpu", "disk", "", ["host"], b"host", object()],
+    "reduce": [None, 0, 1, "yes", [], object()],
     "lr": [*NO_NUMBERS, -1.0],
     "betas": [None, 0.9, "x", (0.9,), (0.9,) * 4, (1.0, 0.5), (0.5, 1.0), (-0.1, 0.5), (NAN, 0.5), ("a", 0.5), {}],
     "alpha": ["x", [1], {}, NAN, INF, -1.0],

@@ -142,10 +142,10 @@ def _decoded(slot: str, codes: Tensor, scales: Tensor, number: Any) -> dict[str,
     flat = [in_memory.view(torch.int8 if slot != "exp_avg_sq" else torch.uint8)]
     if slot == "exp_avg_sq":  # decoded beside a momentum, which AdamW's state has too
         momentum = torch.zeros(dense.numel(), dtype=torch.int8)
-        values = _ops.decode_states(kind, [momentum, *flat], [scales, scales], int(StateCodec.PAPER), ())[1]
+        values = _ops.decode_states(kind, [momentum, *flat], [scales.clone(), scales], int(StateCodec.PAPER), ())[1]
     elif kind == "adamw":
         variance = torch.zeros(dense.numel(), dtype=torch.uint8)
-        values = _ops.decode_states(kind, [*flat, variance], [scales, scales], int(StateCodec.PAPER), ())[0]
+        values = _ops.decode_states(kind, [*flat, variance], [scales, scales.clone()], int(StateCodec.PAPER), ())[0]
     else:
         values = _ops.decode_states(kind, flat, [scales], int(StateCodec.PAPER), ())[0]
     result = torch.empty_strided(dense.shape, dense.stride(), dtype=torch.float32)
