@@ -1,11 +1,12 @@
 """What a checkpoint file holds: whose it is, in which formats, and what its tensors look like, suspicious ones first.
 
-Reads state dicts of this library, of torch.optim, of the reference implementation and of bitsandbytes, as torch.save
-wrote them (weights_only: no code of a file is run), and safetensors files.
+Reads state dicts of this library, of torch.optim, of the reference implementation, of bitsandbytes and of torchao, as
+torch.save wrote them (no code of a file is run), and safetensors files. Whose a state dict is, convert.detect() says.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _groups, _ops, convert
 from ._ops import StateCodec
 from ._states import CODES, SCALE
+from .convert import bitsandbytes, torchao
 
-_GROUP_KEY = "flashoptim_native."
+#: Writers by what convert calls their formats, where a person would not.
+_WRITERS = {"flashoptim": "flashoptim-native", "reference": "flashoptim (reference)"}
 BINS = 32
 #: A group of 32 has one largest element, so that 1 in 32 codes may lie at the end of the range and be right.
 _MOST_SATURATED = 2 / 32
@@ -56,7 +59,8 @@ class TensorReport(NamedTuple):
 class Contents(NamedTuple):
     """What a file holds."""
 
-    #: "flashoptim-native", "torch", "flashoptim (reference)", "bitsandbytes" or "weights".
+    #: "flashoptim-native", "torch", "flashoptim (reference)", "bitsandbytes", "torchao" or "weights"; "unknown": an
+    #: optimizer's of none of these.
     writer: str
     #: The optimizer's name; empty where the file does not say.
     optimizer: str
@@ -91,10 +95,10 @@ def read(path: str | Path) -> Contents:
     if path.suffix == ".safetensors":
         return _weights(_safetensors(path))
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = convert.load(path)
     except Exception as error:  # whatever the unpickler meets in a damaged or foreign file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{str(path)!r} cannot be read by torch.load(weights_only=True): {reason}") from error
+        raise CheckpointError(f"{str(path)!r} cannot be read: {reason}") from error
     found = _optimizer_in(held)
     if found is not None:
         return _contents(found)
@@ -148,21 +152,20 @@ def _contents(held: Mapping[str, Any]) -> Contents:
     states: Mapping[Any, Mapping[str, Any]] = held["state"]
     options = [_options_of(group) for group in held["param_groups"]]
     names = _names(held["param_groups"])
-    writer = _writer(states, options)
+    writer = _writer(held)
     kind = next((one["optimizer"] for one in options if "optimizer" in one), "")
     version = next((one["format"] for one in options if "format" in one), None)
     reports: list[TensorReport] = []
     elements = 0
-    for number, state in states.items():
+    for number, saved in states.items():
+        state = _entries(saved, writer)
         name = names.get(number, str(number))
         codec = StateCodec.PAPER if _is_paper(state) else StateCodec.DEFAULT
         decoded = _decoded(kind, state, codec) if writer == "flashoptim-native" else {}
-        largest = 0
         for key, value in state.items():
             if isinstance(value, Tensor) and key != "step" and value.dim() > 0:
                 reports.append(_report(name, key, value, writer, decoded, codec))
-                largest = max(largest, value.numel())
-        elements += largest
+        elements += _elements(saved, writer)
     groups = [
         {"parameters": len(group.get("params", ())), **{k: v for k, v in one.items() if k not in ("codecs", "dtypes")}}
         for group, one in zip(held["param_groups"], options)
@@ -173,7 +176,7 @@ def _contents(held: Mapping[str, Any]) -> Contents:
 def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """How this library stored a group's parameters, which it writes as JSON in bytes; {}: another library's group."""
     for key, value in group.items():
-        if str(key).startswith(_GROUP_KEY) and isinstance(value, Tensor):
+        if str(key).startswith(_groups.PREFIX) and isinstance(value, Tensor):
             try:
                 said: dict[str, Any] = json.loads(bytes(value.to(torch.uint8).tolist()))
             except ValueError as error:
@@ -190,19 +193,39 @@ def _names(groups: list[Mapping[str, Any]]) -> dict[Any, str]:
     }
 
 
-def _writer(states: Mapping[Any, Mapping[str, Any]], options: list[dict[str, Any]]) -> str:
-    keys = {str(key) for state in states.values() for key in state}
-    if any(options) or any(key.endswith(CODES) for key in keys):
-        return "flashoptim-native"
-    if any("::" in key or key in ("error_bits", "ecc_bits") for key in keys):
-        return "flashoptim (reference)"
-    if "absmax1" in keys or "state1" in keys:
-        return "bitsandbytes"
-    return "torch"
+def _writer(held: Mapping[str, Any]) -> str:
+    try:
+        name = convert.detect(held)
+    except TypeError as error:
+        raise CheckpointError(f"the optimizer's state dict is damaged: {error}") from error
+    except ValueError:
+        return "unknown"
+    return _WRITERS.get(name, name)
+
+
+def _entries(state: Mapping[str, Any], writer: str) -> dict[str, Any]:
+    """A parameter's state as plain entries, where its writer has them in dicts or in classes of its own."""
+    if writer == bitsandbytes.NAME:
+        return bitsandbytes.unwrapped(state)
+    if writer != torchao.NAME:
+        return dict(state)
+    result: dict[str, Any] = {}
+    for key, value in state.items():
+        is_made_of_parts = torchao.kind_of_state(value) is not None
+        result |= {f"{key}.{part}": one for part, one in vars(value).items()} if is_made_of_parts else {key: value}
+    return result
+
+
+def _elements(saved: Mapping[str, Any], writer: str) -> int:
+    """Of the parameter: what its largest array has; of bitsandbytes the smallest, as AdEMAMix has two in one."""
+    if writer == bitsandbytes.NAME:
+        held = bitsandbytes.unwrapped(saved)
+        return min((held[key].numel() for key in ("state1", "state2") if isinstance(held.get(key), Tensor)), default=0)
+    return max((math.prod(one.shape) for one in saved.values() if isinstance(one, Tensor) and one.dim()), default=0)
 
 
 def _is_paper(state: Mapping[str, Any]) -> bool:
-    return any(str(key).endswith(CODES) and value.dtype == torch.int8 for key, value in state.items())
+    return any(str(key).endswith(CODES) and getattr(one, "dtype", None) == torch.int8 for key, one in state.items())
 
 
 def _decoded(kind: str, state: Mapping[str, Any], codec: StateCodec) -> dict[str, Tensor]:
@@ -227,12 +250,23 @@ def _two_bytes(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 # One tensor
 
 
+@functools.cache
+def _is_signed(slot: str) -> bool:
+    """By the rules that have such a slot."""
+    return all(
+        one.is_signed for kind in _ops.optimizer_names() for one in _ops.describe(kind).slots if one.name == slot
+    )
+
+
 def _kind_of(key: str, tensor: Tensor) -> str:
     if key.endswith(SCALE) or key.startswith("absmax") or "scale" in key:
         return "scales"
-    if key in ("correction", "error_bits", "ecc_bits"):
+    if key == "error_bits" or key.endswith("::quantized"):  # which torch may have cast to the parameter's dtype
+        kind, cast = ("correction", "other") if key == "error_bits" else ("codes", "values")
+        return cast if tensor.is_floating_point() else kind
+    if key == "correction":
         return "correction"
-    if key.startswith("qmap"):
+    if key.startswith("qmap") or key.endswith(".qmap"):
         return "other"
     if tensor.dtype in (torch.int8, torch.uint8):
         return "codes"
@@ -288,8 +322,7 @@ def _histogram(tensor: Tensor) -> list[int]:
 
 def _ends(key: str, codes: Tensor, codec: StateCodec) -> tuple[float, float]:
     """Shares of codes at the largest magnitude of their range, and at zero."""
-    is_signed = key.removesuffix(CODES) != "exp_avg_sq"
-    if not is_signed:
+    if not _is_signed(key.removesuffix(CODES)):
         magnitude, most = codes.to(torch.int16), 255
     elif codec == StateCodec.PAPER:
         magnitude, most = codes.to(torch.int16).abs(), 127

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from flashoptim_native.cli._app import app
+
+SAMPLES = Path(__file__).resolve().parents[1] / "data" / "convert"
 
 MODELS = """
 from torch import nn
@@ -218,6 +221,31 @@ def test_inspect_reads_torchs_checkpoints_and_draws_nothing(run, tmp_path):
     code, output = run("inspect", path, "--plot", tmp_path / "a.png")
     assert code == 2
     assert "no codes" in output
+
+
+@pytest.mark.parametrize(
+    "name, writer, elements",
+    [
+        *((f"bitsandbytes_{one}8", "bitsandbytes", 8330) for one in ("adamw", "ademamix", "lion", "sgd")),
+        *(
+            (f"reference_{version}_{one}", "flashoptim (reference)", 4234)
+            for version in ("013", "014")
+            for one in ("adamw_compressed", "adamw_plain", "sgd_compressed")
+        ),
+        *((f"torchao_adamw_{one}", "torchao", 4176) for one in ("4", "8", "fp8")),
+    ],
+)
+def test_inspect_reads_what_other_packages_wrote(run, name, writer, elements):
+    code, output = run("inspect", SAMPLES / f"{name}.pt", "--json")
+    said = json.loads(output)
+    assert (code, said["writer"], said["elements"]) == (0, writer, elements)
+    assert len(said["tensors"]) >= said["parameters"]
+    assert all(one["histogram"] for one in said["tensors"] if one["kind"] == "codes")
+
+
+def test_inspect_takes_nobodys_states_for_torchs(run, tmp_path):
+    code, output = run("inspect", saved(tmp_path, stepped(torch.optim.RMSprop, torch.float32)), "--json")
+    assert (code, json.loads(output)["writer"]) == (0, "unknown")
 
 
 def test_inspect_puts_suspicious_tensors_first(run, tmp_path):

@@ -25,7 +25,7 @@ def inspect(
 ) -> None:
     """What a checkpoint holds: whose it is, formats, bytes a parameter; per tensor codes, their ends and ranges.
 
-    Reads this library's state dicts, torch's, the reference implementation's, bitsandbytes', and files of weights.
+    Reads state dicts of this library, torch, the reference implementation, bitsandbytes, torchao; files of weights.
 
     [bold]flashoptim-native inspect checkpoint.pt[/bold]
     [bold]flashoptim-native inspect checkpoint.pt --plot codes.png[/bold]

@@ -34,7 +34,8 @@ def matches(state_dict: Mapping[str, Any]) -> bool:
     return any(_WRAPPED in held or "state1" in held for held in state_dict["state"].values())
 
 
-def _unwrapped(held: Mapping[str, Any]) -> dict[str, Any]:
+def unwrapped(held: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as it was before 0.46, without the dict in it."""
     inner = held.get(_WRAPPED, {})
     return {key: value for key, value in {**held, **inner}.items() if key != _WRAPPED}
 
@@ -44,7 +45,7 @@ def read(state_dict: Mapping[str, Any], optimizer: str | None = None) -> Checkpo
     Raises:
         ValueError: a state holds what this format does not.
     """
-    states = {number: _unwrapped(held) for number, held in state_dict["state"].items() if held}
+    states = {number: unwrapped(held) for number, held in state_dict["state"].items() if held}
     has_two = {"state2" in held for held in states.values()}
     if len(has_two) != 1:
         raise ValueError("some states of the checkpoint have a state2 and some have none; allowed is one optimizer's")
@@ -128,4 +129,4 @@ def _decoded(saved: Mapping[str, Any], index: int, number: Any) -> Tensor:
     return decoded.view(codes.shape)
 
 
-__all__ = ["NAME", "matches", "read"]
+__all__ = ["NAME", "matches", "read", "unwrapped"]

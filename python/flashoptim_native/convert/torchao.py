@@ -54,14 +54,14 @@ def stand_ins() -> list[tuple[type, str]]:
     return [(made[name], f"{package}.{_CLASSES[name]}.{name}") for name in _CLASSES for package in _PACKAGES]
 
 
-def _kind_of_state(value: Any) -> str | None:
+def kind_of_state(value: Any) -> str | None:
     """Which of the subclasses a tensor is, be it torchao's or a stand-in."""
     name = type(value).__name__
     return name if isinstance(value, Tensor) and name in _CLASSES else None
 
 
 def matches(state_dict: Mapping[str, Any]) -> bool:
-    return any(_kind_of_state(one) for held in state_dict["state"].values() for one in held.values())
+    return any(kind_of_state(one) for held in state_dict["state"].values() for one in held.values())
 
 
 def read(state_dict: Mapping[str, Any], optimizer: str | None = None) -> Checkpoint:
@@ -98,7 +98,7 @@ def _reader(state_dict: Mapping[str, Any]) -> Callable[[Any], State | None]:
 
 def _values(value: Any, key: str, number: Any) -> Tensor:
     """fp32 values of a state, in the parameter's shape."""
-    kind = _kind_of_state(value)
+    kind = kind_of_state(value)
     if kind is None:
         return tensor(value, key, number, _FLOATS).to(torch.float32)
     parts = vars(value)
@@ -128,4 +128,4 @@ def _values(value: Any, key: str, number: Any) -> Tensor:
     return by_blocks(values, scale.reshape(-1), values.numel() // scale.numel(), number, key).view(shape)
 
 
-__all__ = ["NAME", "matches", "read", "stand_ins"]
+__all__ = ["NAME", "kind_of_state", "matches", "read", "stand_ins"]
