@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _ops, optimizers
-from .._states import CODES
+from .. import _ops, _states, optimizers
+from .._states import STEP
 from ..optimizer import FlashOptimizer
 
 #: Hyperparameters that readers hand on under these names; what else a group of somebody's holds is their own affair.
@@ -103,6 +103,20 @@ def group_of(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return result
 
 
+def check_known(saved: Mapping[str, Any], known: Collection[str], number: Any, writer: str) -> None:
+    """Raises ValueError where a state holds other entries than those that ``writer`` writes."""
+    unknown = sorted(str(key) for key in set(saved) - set(known))
+    if unknown:
+        raise ValueError(f"the state of parameter {number!r} holds {', '.join(unknown)}, which {writer} does not write")
+
+
+def step_in(saved: Mapping[str, Any], number: Any) -> int:
+    """Raises ValueError where a state has no step count, or one that is no count."""
+    if STEP not in saved:
+        raise missing(STEP, number, saved)
+    return _states.whole_number(saved[STEP], f"parameter {number!r}")
+
+
 def missing(what: str, number: Any, held: Mapping[Any, Any]) -> ValueError:
     """What a reader raises for a state that lacks something."""
     return ValueError(
@@ -154,18 +168,15 @@ def by_blocks(values: Tensor, scale: Tensor, block: int, number: Any, key: str) 
     return values
 
 
-def codes_key(slot: str) -> str:
-    return slot + CODES
-
-
 __all__ = [
     "Checkpoint",
     "State",
     "by_blocks",
+    "check_known",
     "check_narrow",
-    "codes_key",
     "group_of",
     "missing",
     "optimizer_class",
+    "step_in",
     "tensor",
 ]

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _states
 from .._states import STEP
-from ._checkpoint import Checkpoint, State, by_blocks, group_of, missing, tensor
+from ._checkpoint import Checkpoint, State, by_blocks, check_known, group_of, missing, step_in, tensor
 
 NAME = "bitsandbytes"
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -86,14 +85,8 @@ def _reader(states: Mapping[Any, Mapping[str, Any]], kind: str | None) -> Callab
         saved = states.get(number)
         if saved is None:
             return None
-        unknown = sorted(str(key) for key in set(saved) - _KNOWN)
-        if unknown:
-            raise ValueError(
-                f"the state of parameter {number!r} holds {', '.join(unknown)}, which bitsandbytes does not write"
-            )
-        if STEP not in saved:
-            raise missing(STEP, number, saved)
-        held: dict[str, Any] = {STEP: _states.whole_number(saved[STEP], f"parameter {number!r}")}
+        check_known(saved, _KNOWN, number, NAME)
+        held: dict[str, Any] = {STEP: step_in(saved, number)}
         for index, slot in enumerate(_SLOTS[kind or ""], 1):
             held[slot] = _decoded(saved, index, number)
         if kind == "ademamix":

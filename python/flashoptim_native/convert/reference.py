@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import _ops, _states
 from .._ops import StateCodec
 from .._states import CODES, CORRECTION, SCALE, STEP
-from ._checkpoint import Checkpoint, State, group_of, missing, tensor
+from ._checkpoint import Checkpoint, State, check_known, group_of, missing, step_in, tensor
 
 NAME = "reference"
 _CODES, _SCALES, _ERRORS = "::quantized", "::scales", "error_bits"
@@ -69,11 +69,7 @@ def _reader(state_dict: Mapping[str, Any], widths: Mapping[Any, Any]) -> Callabl
         saved = state_dict["state"].get(number)
         if not saved:
             return None
-        unknown = sorted(str(key) for key in set(saved) - _KNOWN)
-        if unknown:
-            raise ValueError(
-                f"the state of parameter {number!r} holds {', '.join(unknown)}, which the reference does not write"
-            )
+        check_known(saved, _KNOWN, number, "the reference")
         held: dict[str, Any] = {}
         shape: tuple[int, ...] | None = None
         for slot in _SLOTS:
@@ -92,7 +88,7 @@ def _reader(state_dict: Mapping[str, Any], widths: Mapping[Any, Any]) -> Callabl
         if shape is None:
             raise missing("exp_avg or momentum_buffer", number, saved)
         if STEP in saved:
-            held[STEP] = _states.whole_number(saved[STEP], f"parameter {number!r}")
+            held[STEP] = step_in(saved, number)
         return State(held, shape, dtype)
 
     return read_state

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _states
 from .._states import CORRECTION, STEP
-from ._checkpoint import Checkpoint, State, group_of, missing, tensor
+from ._checkpoint import Checkpoint, State, group_of, missing, step_in, tensor
 
 NAME = "torch"
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -78,7 +78,7 @@ def _reader(state_dict: Mapping[str, Any]) -> Callable[[Any], State | None]:
                 return None  # SGD before its first step, or without momentum
             raise missing("exp_avg", number, saved)
         if STEP in saved:
-            held[STEP] = _states.whole_number(saved[STEP], f"parameter {number!r}")
+            held[STEP] = step_in(saved, number)
         return State(held, shape)
 
     return read_state

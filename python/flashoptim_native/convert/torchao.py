@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _states
 from .._states import STEP
-from ._checkpoint import Checkpoint, State, by_blocks, group_of, missing, tensor
+from ._checkpoint import Checkpoint, State, by_blocks, check_known, group_of, missing, step_in, tensor
 
 NAME = "torchao"
 _CLASSES = {"OptimState8bit": "subclass_8bit", "OptimState4bit": "subclass_4bit", "OptimStateFp8": "subclass_fp8"}
@@ -79,14 +78,8 @@ def _reader(state_dict: Mapping[str, Any]) -> Callable[[Any], State | None]:
         saved = state_dict["state"].get(number)
         if not saved:
             return None
-        unknown = sorted(str(key) for key in set(saved) - _KNOWN)
-        if unknown:
-            raise ValueError(
-                f"the state of parameter {number!r} holds {', '.join(unknown)}, which torchao does not write"
-            )
-        if STEP not in saved:
-            raise missing(STEP, number, saved)
-        held: dict[str, Any] = {STEP: _states.whole_number(saved[STEP], f"parameter {number!r}")}
+        check_known(saved, _KNOWN, number, NAME)
+        held: dict[str, Any] = {STEP: step_in(saved, number)}
         for key in ("exp_avg", "exp_avg_sq"):
             if key not in saved:
                 raise missing(key, number, saved)
