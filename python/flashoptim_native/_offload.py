@@ -110,13 +110,15 @@ class HostStates:
         self, param: Tensor, local: Local, form: Format, name: str,
         others: Callable[[], Iterable[tuple[Tensor, Local, Format, str]]],
     ) -> None:  # fmt: skip
-        items = [(param, local, form, name)]
+        items = []
         for one in others():
-            is_new = one[0] is not param and id(one[0]) not in self._placed and id(one[0]) not in self._waiting
-            if is_new and one[1].tensor.device == local.tensor.device:
+            is_new = id(one[0]) not in self._placed and id(one[0]) not in self._waiting
+            if one[0] is param:
+                items.append((param, local, form, name))
+            elif is_new and one[1].tensor.device == local.tensor.device:
                 items.append(one)
-        order = {id(one[0]): number for number, one in enumerate(others())}
-        items.sort(key=lambda one: order.get(id(one[0]), 0))
+        if all(one[0] is not param for one in items):
+            items.insert(0, (param, local, form, name))
         pin = self._options.pin and local.tensor.device.type == "cuda"
         try:
             made = _states.host_states(self._kind, [one[1:] for one in items], pin)

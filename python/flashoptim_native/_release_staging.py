@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -53,20 +54,22 @@ class Staging:
     @torch.no_grad()
     def step(self, optimizer: Any, factor: Factor) -> None:
         """Steps every parameter whose gradient is here. One that fails, and those behind it, stay for the next call."""
-        ahead: list[tuple[Tensor, Tensor, torch.cuda.Event | None]] = []
-        behind: list[tuple[int, torch.cuda.Event]] = []  # bytes of steps, and their ends
-        waiting = list(reversed(self._held.values()))  # as forward() goes
-        bytes_ahead = 0
+        ahead: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
+        behind: deque[tuple[int, torch.cuda.Event]] = deque()  # bytes of steps, and their ends
+        waiting = deque(reversed(self._held.values()))  # as forward() goes
+        bytes_ahead = bytes_behind = 0
         while waiting or ahead:
             while waiting and (not ahead or bytes_ahead + waiting[0].nbytes <= _BYTES_AHEAD):
-                param = waiting.pop(0)
+                param = waiting.popleft()
                 # What is ahead of the device must not pile up in its memory.
-                while behind and sum(size for size, _ in behind) > _BYTES_AHEAD:
-                    behind.pop(0)[1].synchronize()
+                while bytes_behind > _BYTES_AHEAD:
+                    size, end = behind.popleft()
+                    end.synchronize()
+                    bytes_behind -= size
                 grad, there = self._bring(param)
                 ahead.append((param, grad, there))
                 bytes_ahead += grad.nbytes
-            param, grad, there = ahead.pop(0)
+            param, grad, there = ahead.popleft()
             bytes_ahead -= grad.nbytes
             if there is not None:
                 torch.cuda.current_stream(grad.device).wait_event(there)
@@ -76,10 +79,10 @@ class Staging:
                 end = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 end.record(torch.cuda.current_stream(grad.device))
                 behind.append((grad.nbytes, end))
+                bytes_behind += grad.nbytes
 
     def _step_one(self, optimizer: Any, param: Tensor, grad: Tensor, factor: Factor) -> None:
-        local = _parameters.local(param)
-        param.grad = grad if local.spec is None else _parameters.wrap(local, grad, tuple(param.shape), "the gradient")
+        _set_grad(param, grad)
         stepper = optimizer._stepper
         coefficient = factor.coefficient
         steps = stepper.store.steps()
@@ -120,10 +123,7 @@ class Staging:
     def give_back(self) -> None:
         """Makes gradients that wait ``p.grad`` again, as accumulation leaves them."""
         for param in self._held.values():
-            local = _parameters.local(param)
-            grad = self._fetched(param, local.tensor.device)
-            spread = local.spec is not None
-            param.grad = _parameters.wrap(local, grad, tuple(param.shape), "the gradient") if spread else grad
+            _set_grad(param, self._fetched(param, _parameters.plain(param).device))
         self._held.clear()
 
     def _streams_of(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -159,6 +159,12 @@ def _dense_like(tensor: Tensor) -> Tensor:
     """A tensor whose sizes, strides and dtype a dense copy has."""
     dense = torch.ops.aten.is_non_overlapping_and_dense(tensor)
     return tensor.detach() if dense else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _set_grad(param: Tensor, grad: Tensor) -> None:
+    """Makes a local tensor the gradient of a parameter, which may be spread over processes."""
+    local = _parameters.local(param)
+    param.grad = grad if local.spec is None else _parameters.wrap(local, grad, tuple(param.shape), "the gradient")
 
 
 def _grad_of(param: Tensor) -> Tensor:

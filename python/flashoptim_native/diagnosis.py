@@ -79,7 +79,7 @@ def _instructions() -> Finding:
         return Finding(
             "note",
             "instructions",
-            f"{isa}: steps on the CPU take twice torch's time",
+            f"{isa}: steps on the CPU take longer than torch's",
             "a processor with AVX-512 is faster",
         )
     return Finding("ok", "instructions", isa)
