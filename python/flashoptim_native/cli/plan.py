@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.table import Table
@@ -30,6 +30,20 @@ PARTS = (
     ("temporaries", ("temporaries",), "red"),
     ("other", ("libraries", "communication"), "white"),
 )
+
+
+class _Outcome(NamedTuple):
+    """What was planned, to be shown."""
+
+    planner: Planner
+    rows: list[Row]
+    setting: Setting
+    #: Bytes of the card.
+    card: int | None
+    #: By a choice's title.
+    batches: dict[str, int]
+    verified: list[planning.Verification]
+    advice: list[str]
 
 
 @_output.guarded(PlanError)
@@ -94,11 +108,11 @@ def plan(
         rows.append(planner.row(choice, setting))
     largest = _largest_batches(planner, rows, setting, card) if batches else {}
     verified = [planning.verify(planner, row.choice, setting) for row in rows if _can_run(row.choice)] if verify else []
-    advice = planning.advice(planner, rows, setting, card)
+    done = _Outcome(planner, rows, setting, card, largest, verified, planning.advice(planner, rows, setting, card))
     if json:
-        _output.print_json(_as_json(planner, rows, setting, card, largest, verified, advice))
+        _output.print_json(_as_json(done))
     else:
-        _print(planner, rows, setting, card, largest, verified, advice)
+        _print(done)
     ours = [row for row in rows if row.choice.kind is not None]
     if card is not None and not any(row.fits(card) for row in ours):
         raise typer.Exit(_output.FOUND)
@@ -129,15 +143,8 @@ def _can_run(choice: Choice) -> bool:
     return choice.kind is not None or choice.title.startswith("torch")
 
 
-def _as_json(
-    planner: Planner,
-    rows: list[Row],
-    setting: Setting,
-    card: int | None,
-    batches: dict[str, int],
-    verified: list[planning.Verification],
-    advice: list[str],
-) -> dict[str, Any]:
+def _as_json(done: _Outcome) -> dict[str, Any]:
+    planner, rows, setting, card, batches, verified, advice = done
     return {
         "model": planner.model.name,
         "parameters": rows[0].parameters,
@@ -171,15 +178,8 @@ def _as_json(
     }
 
 
-def _print(
-    planner: Planner,
-    rows: list[Row],
-    setting: Setting,
-    card: int | None,
-    batches: dict[str, int],
-    verified: list[planning.Verification],
-    advice: list[str],
-) -> None:
+def _print(done: _Outcome) -> None:
+    planner, rows, setting, card, batches, verified, advice = done
     console = _output.console()
     trained = "" if rows[0].trained == rows[0].parameters else f", {rows[0].trained:,} of them trained"
     length = "" if setting.length is None else f" x {setting.length}"
