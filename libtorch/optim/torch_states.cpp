@@ -136,10 +136,13 @@ struct Types<SGD> {
   static constexpr const char* kName = "torch::optim::SGD";
 };
 
+/// With decouple_lr a weight decays by weight_decay * lr / initial_lr, in torch by weight_decay * lr.
+double decay_unit(const OptionValues& values) { return values.decouple_lr ? values.initial_lr : 1.0; }
+
 template <class Theirs>
 void take_options(const Theirs& from, OptionValues* to) {
   to->lr = from.lr();
-  to->weight_decay = from.weight_decay();
+  to->weight_decay = from.weight_decay() * decay_unit(*to);
   if constexpr (std::is_same_v<Theirs, SGDOptions>) {
     to->momentum = from.momentum();
     to->dampening = from.dampening();
@@ -153,7 +156,7 @@ void take_options(const Theirs& from, OptionValues* to) {
 template <class Theirs>
 void give_options(const OptionValues& from, Theirs* to) {
   to->lr(from.lr);
-  to->weight_decay(from.weight_decay);
+  to->weight_decay(from.weight_decay / decay_unit(from));
   if constexpr (std::is_same_v<Theirs, SGDOptions>) {
     to->momentum(from.momentum);
     to->dampening(from.dampening);
@@ -233,12 +236,20 @@ void export_to(const FlashOptimizer& from, Optimizer& to, const std::string& whe
   using State = typename Types<T>::State;
   TORCH_CHECK(dynamic_cast<T*>(&to) != nullptr, where, "`to` is another optimizer; must be ", Types<T>::kName);
   check_groups(where, from.param_groups(), to.param_groups());
+  std::vector<OptionValues> options;
+  for (size_t g = 0; g < from.param_groups().size(); ++g) {
+    options.push_back(StateImport::options_of(from, g)->values());
+    TORCH_CHECK(!options.back().maximize, where, "param_groups[", g,
+                "].maximize = true; must be false: ", Types<T>::kName, " minimizes alone");
+  }
+  int64_t corrections = 0;
   std::vector<std::pair<void*, std::unique_ptr<State>>> states;
   for (size_t g = 0; g < from.param_groups().size(); ++g) {
     for (size_t i = 0; i < from.param_groups()[g].params().size(); ++i) {
       const at::Tensor& param = from.param_groups()[g].params()[i];
       const FlashParamState* ours = from.param_state(param);
       if (ours == nullptr || ours->states.empty()) continue;
+      corrections += has_correction(*ours) ? 1 : 0;
       const auto decoded = from.decoded_state(param);
       auto made = std::make_unique<State>();
       if constexpr (std::is_same_v<State, SGDParamState>) {
@@ -252,11 +263,14 @@ void export_to(const FlashOptimizer& from, Optimizer& to, const std::string& whe
     }
   }
   for (size_t g = 0; g < from.param_groups().size(); ++g) {
-    const auto options = StateImport::options_of(from, g);
-    give_options(options->values(), &static_cast<typename Types<T>::Options&>(to.param_groups()[g].options()));
+    give_options(options[g], &static_cast<typename Types<T>::Options&>(to.param_groups()[g].options()));
   }
   to.state().clear();
   for (auto& [key, state] : states) to.state()[key] = std::move(state);
+  if (corrections > 0) {
+    TORCH_WARN(where, corrections, " parameters have corrections, which ", Types<T>::kName,
+               " does not keep: get_fp32_model_state() has the weights with them");
+  }
 }
 
 /// One of torch's over the same parameters.

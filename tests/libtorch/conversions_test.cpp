@@ -1,7 +1,5 @@
 // Parameters and options that change between steps or between save and load: what is stored is converted, and no weight
 // is lost that could be kept.
-#include <c10/util/Exception.h>
-
 #include "tests/libtorch/archives.h"
 
 namespace flashoptim_test {
@@ -9,17 +7,6 @@ namespace {
 
 using flashoptim::MasterWeights;
 using flashoptim::StateCodec;
-
-/// Collects TORCH_WARN of its life.
-class Warnings : public c10::WarningHandler {
- public:
-  Warnings() : guard_(this) {}
-  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-  std::vector<std::string> texts;
-
- private:
-  c10::WarningUtils::WarningHandlerGuard guard_;
-};
 
 void cast(const Tensor& param, torch::Dtype dtype) {
   Tensor(param).mutable_grad() = Tensor();

@@ -94,6 +94,42 @@ TEST(TorchStates, SGDGoesOn) {
                                                torch::optim::SGDOptions(1e-2).weight_decay(0.1), 1e-4);
 }
 
+TEST(TorchStates, DecayOfDecoupledLrMeansTheSame) {
+  const std::vector<Tensor> params = fp32_parameters(), twins = copies(params);
+  flash::FlashAdamW ours(params, flash::FlashAdamWOptions(0.5).quantize(false).weight_decay(0.02).decouple_lr(true));
+  step(ours, params, 0);
+  for (size_t i = 0; i < params.size(); ++i) twins[i].detach().copy_(params[i].detach());
+  torch::optim::AdamW theirs(twins, torch::optim::AdamWOptions(1.0));
+  flash::save_to_torch(ours, theirs);
+  ours.param_groups()[0].options().set_lr(0.05);
+  theirs.param_groups()[0].options().set_lr(0.05);
+  step(ours, params, 1);
+  set_gradients(twins, 1);
+  theirs.step();
+  for (size_t i = 0; i < params.size(); ++i) EXPECT_LT(distance(params[i].detach(), twins[i].detach()), 1e-6);
+  flash::load_from_torch(ours, theirs);
+  const auto& taken = static_cast<const flash::FlashAdamWOptions&>(ours.param_groups()[0].options());
+  EXPECT_TRUE(taken.decouple_lr());
+  EXPECT_NEAR(taken.weight_decay(), 0.02, 1e-15);
+}
+
+TEST(TorchStates, WhatTorchCannotKeepIsSaid) {
+  const std::vector<Tensor> params{parameter({64, 80}, 1)};
+  flash::FlashAdamW ours(params, flash::FlashAdamWOptions(1e-2));
+  step(ours, params, 0);
+  torch::optim::AdamW theirs(params, torch::optim::AdamWOptions(1.0));
+  {
+    const Warnings warnings;
+    flash::save_to_torch(ours, theirs);
+    ASSERT_EQ(warnings.texts.size(), 1u);
+    EXPECT_NE(warnings.texts[0].find("1 parameters have corrections"), std::string::npos) << warnings.texts[0];
+  }
+  static_cast<flash::FlashAdamWOptions&>(ours.param_groups()[0].options()).maximize(true);
+  ours.param_groups()[0].options().set_lr(0.5);
+  expect_error([&] { flash::save_to_torch(ours, theirs); }, {"param_groups[0].maximize = true", "must be false"});
+  EXPECT_EQ(theirs.param_groups()[0].options().get_lr(), 1e-2);
+}
+
 TEST(TorchStates, WhatDoesNotGoTogetherIsRefusedAndChangesNothing) {
   const std::vector<Tensor> params = fp32_parameters();
   flash::FlashAdamW ours(params, flash::FlashAdamWOptions(1e-2));

@@ -1,6 +1,4 @@
 // What goes along with training: clipping, policies by name, tables, telemetry, steps counted on the device.
-#include <c10/util/Exception.h>
-
 #include <limits>
 
 #include "tests/libtorch/archives.h"
@@ -9,17 +7,6 @@ namespace flashoptim_test {
 namespace {
 
 using Options = flash::FlashAdamWOptions;
-
-/// Collects TORCH_WARN of its life.
-class Warnings : public c10::WarningHandler {
- public:
-  Warnings() : guard_(this) {}
-  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-  std::vector<std::string> texts;
-
- private:
-  c10::WarningUtils::WarningHandlerGuard guard_;
-};
 
 TEST(ClipGradNorm, ScalesAllGradientsToTheNorm) {
   const std::vector<Tensor> params{parameter({40, 30}, 1, torch::kFloat), parameter({90}, 2, torch::kFloat)};

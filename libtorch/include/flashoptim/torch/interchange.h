@@ -20,7 +20,9 @@ namespace flashoptim::libtorch {
 /// counts no steps, so one with momentum buffers has taken one. Throws c10::Error, with nothing changed, where kinds,
 /// groups, shapes or values do not go together.
 void load_from_torch(FlashOptimizer& optimizer, const ::torch::optim::Optimizer& from);
-/// The inverse: options that both have, and states in float32.
+/// The inverse: options that both have, and states in float32. weight_decay means the same in both, with decouple_lr,
+/// too. Corrections are left behind, with a TORCH_WARN. Throws c10::Error, with nothing changed, where maximize is
+/// true, which torch's do not have.
 void save_to_torch(const FlashOptimizer& optimizer, ::torch::optim::Optimizer& to);
 
 /// The same from and to an archive that torch::optim's optimizer wrote or reads: torch::save(torch_adamw, path).
