@@ -5,6 +5,14 @@
 #include <stdexcept>
 
 namespace flashoptim::ops {
+namespace {
+
+bool is_wrapper(PyObject* object) {
+  const std::vector<PyObject*>& types = python_side().wrapper_types;
+  return std::find(types.begin(), types.end(), type_of(object)) != types.end();
+}
+
+}  // namespace
 
 LocalTensor::LocalTensor(PyObject* object) {
   const PythonSide& side = python_side();
@@ -12,18 +20,12 @@ LocalTensor::LocalTensor(PyObject* object) {
     object_ = object;
     return;
   }
-  PyObject* const type = type_of(object);
-  if (std::find(side.wrapper_types.begin(), side.wrapper_types.end(), type) == side.wrapper_types.end()) return;
+  if (!is_wrapper(object)) return;
   held_ = Reference(PyObject_GetAttr(object, side.local_tensor));
   if (is_plain_tensor(held_.get())) object_ = held_.get();
 }
 
 namespace {
-
-bool is_wrapper(PyObject* object) {
-  const std::vector<PyObject*>& types = python_side().wrapper_types;
-  return std::find(types.begin(), types.end(), type_of(object)) != types.end();
-}
 
 bool are_equal(PyObject* a, PyObject* b, PyObject* attribute) {
   const Reference first(PyObject_GetAttr(a, attribute)), second(PyObject_GetAttr(b, attribute));
@@ -52,6 +54,14 @@ std::string to_string(PyObject* text) {
   const char* const data = PyUnicode_AsUTF8AndSize(text, &size);
   if (data == nullptr) throw PythonError();
   return std::string(data, static_cast<size_t>(size));
+}
+
+std::string text_or_nothing(PyObject* key) {
+  PySsize size = 0;
+  const char* const data = PyUnicode_AsUTF8AndSize(key, &size);
+  if (data != nullptr) return std::string(data, static_cast<size_t>(size));
+  PyErr_Clear();
+  return {};
 }
 
 int64_t to_int(PyObject* number) {

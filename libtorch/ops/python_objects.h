@@ -64,6 +64,8 @@ inline const void* implementation_of(PyObject* object) {
 bool are_placed_alike(PyObject* a, PyObject* b);
 
 std::string to_string(PyObject* text);
+/// A dict's key as text; nothing where it is none.
+std::string text_or_nothing(PyObject* key);
 int64_t to_int(PyObject* number);
 std::vector<double> to_doubles(PyObject* list);
 

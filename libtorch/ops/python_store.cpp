@@ -28,15 +28,6 @@ PyObject* staged_or(PyObject* pair, PySsize place, PyObject* other) {
   return is_none(value) ? other : value;
 }
 
-/// A dict's key as text; nothing where it is none.
-std::string text_or_nothing(PyObject* key) {
-  PySsize size = 0;
-  const char* const data = PyUnicode_AsUTF8AndSize(key, &size);
-  if (data != nullptr) return std::string(data, static_cast<size_t>(size));
-  PyErr_Clear();
-  return {};
-}
-
 /// Address of a gradient that a step can take as it lies; false for one that it cannot.
 bool read_gradient(const store::Record& record, const LocalTensor& grad, const void** address) {
   Facts facts;
