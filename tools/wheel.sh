@@ -36,17 +36,11 @@ CMAKE_BUILD_PARALLEL_LEVEL=$jobs "$python" -m pip wheel --disable-pip-version-ch
   --wheel-dir build/wheel-raw -C build-dir="build/wheel-$cuda" -C install.strip=true \
   -C cmake.define.FLASHOPTIM_OLD_GLIBC=ON -C cmake.define.FLASHOPTIM_CUDA=$cuda .
 
-echo "[wheel] auditwheel"
+echo "[wheel] auditwheel: refuses what $platform does not have"
 rm -rf dist
 PATH="$auditor/bin:$PATH" auditwheel repair --plat $platform --only-plat --exclude libtorch_cpu.so --wheel-dir dist \
   build/wheel-raw/*.whl
 wheel=$(echo dist/*.whl)
-auditor_says=$("$auditor/bin/auditwheel" show "$wheel")
-if ! grep -q "\"$platform\"" <<<"$auditor_says"; then
-  echo "wheel: $wheel is not $platform:" >&2
-  echo "$auditor_says" >&2
-  exit 1
-fi
 bytes=$(stat -c %s "$wheel")
 if ((bytes > largest_bytes)); then
   echo "wheel: $wheel has $bytes bytes, more than $largest_bytes" >&2

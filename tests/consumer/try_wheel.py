@@ -29,9 +29,9 @@ TORCH = "libtorch_cpu.so"
 LIST = "import json, importlib.metadata as m; print(json.dumps([f'{d.name} {d.version}' for d in m.distributions()]))"
 
 
-def run(*command: str | Path) -> str:
-    """Output of a command, whose failure is an error that shows what it printed."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def run(*command: str | Path, folder: str | None = None) -> str:
+    """Output of a command, run in `folder` if there is one; its failure is an error that shows what it printed."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -70,8 +70,8 @@ def main(wheel: Path) -> None:
         changed = set(json.loads(after)) ^ set(json.loads(before))
         if {one.partition(" ")[0] for one in changed} != {"flashoptim-native"}:
             raise SystemExit(f"the wheel changed more than itself: {sorted(changed)}")
-        print(run(python, HERE / "one_step.py").strip())
-        print(run(python, HERE.parents[1] / "examples" / "readme" / "train.py").strip())
+        print(run(python, HERE / "one_step.py", folder=folder).strip())
+        print(run(python, HERE.parents[1] / "examples" / "readme" / "train.py", folder=folder).strip())
 
 
 if __name__ == "__main__":
