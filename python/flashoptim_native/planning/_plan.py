@@ -59,6 +59,11 @@ class Traced(NamedTuple):
     blocks: list[list[str]]
 
 
+def _room(card: int) -> float:
+    """Bytes of tensors that a card of ``card`` bytes takes."""
+    return (card - CONTEXT_BYTES) / (1 + FRAGMENTATION)
+
+
 class Row(NamedTuple):
     """What one choice takes. Bytes, on one card."""
 
@@ -74,7 +79,7 @@ class Row(NamedTuple):
 
     def fits(self, card: int) -> bool:
         """Whether a card of ``card`` bytes takes it, its context and the allocator's gaps."""
-        return self.total * (1 + FRAGMENTATION) + CONTEXT_BYTES <= card
+        return self.total <= _room(card)
 
 
 class Planner:
@@ -217,7 +222,7 @@ def largest_batch(planner: Planner, choice: Choice, setting: Setting, card: int,
         return sizes[batch]
 
     def fits(batch: int) -> bool:
-        return total(batch) * (1 + FRAGMENTATION) + CONTEXT_BYTES <= card
+        return total(batch) <= _room(card)
 
     low, high = 0, most + 1  # fits, does not
     guess = setting.batch
@@ -234,8 +239,7 @@ def largest_batch(planner: Planner, choice: Choice, setting: Setting, card: int,
         elif turn < 4:  # a straight line through the two last points
             a, b = list(sizes)[-2:]
             slope = max(1.0, (sizes[b] - sizes[a]) / (b - a))
-            room = (card - CONTEXT_BYTES) / (1 + FRAGMENTATION) - sizes[b]
-            guess = b + int(room // slope)
+            guess = b + int((_room(card) - sizes[b]) // slope)
         else:
             guess = (low + high) // 2
     return low
