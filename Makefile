@@ -25,7 +25,7 @@ build:  ## build everything into build/dev
 bench:  ## time the CPU step beside torch's AdamW; writes benchmarks/results/<machine>.md
 	tools/bench_cpu.sh
 
-wheel:  ## the wheel that is published, CPU and CUDA in one file, into dist/ (needs nvcc; tools/wheel.sh --cpu does not)
+wheel:  ## the wheel that is published, CPU and CUDA in one, into dist/ (15 minutes; tools/wheel.sh --cpu: no nvcc)
 	tools/wheel.sh
 
 docs:  ## the documentation's site, into build/site

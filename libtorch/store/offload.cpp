@@ -145,6 +145,16 @@ int64_t Offload::place(Piece* piece, int64_t offset, std::vector<OffloadCopy>* c
   return offset;
 }
 
+ParameterTensors Offload::in_slot(const Piece& piece, void* slot) {
+  ParameterTensors t = piece.tensors;
+  for (int k = 0; k < kMaxSlots; ++k) {
+    if (t.states[k] != nullptr) t.states[k] = static_cast<char*>(slot) + piece.states_at[k];
+    if (t.scales[k] != nullptr) t.scales[k] = static_cast<char*>(slot) + piece.scales_at[k];
+  }
+  if (t.correction != nullptr) t.correction = static_cast<char*>(slot) + piece.correction_at;
+  return t;
+}
+
 Offload::Offload(Op op, Backend backend, Device device, OptimizerKind optimizer, bool has_momentum, int64_t hyper_sets,
                  const std::vector<OffloadedRecord>& records, const RingOptions& options)
     : backend_(backend), device_(device), copies_(make_copies(op, backend, device)) {
@@ -180,14 +190,7 @@ Offload::Offload(Op op, Backend backend, Device device, OptimizerKind optimizer,
   for (Unit& unit : units) ring_.add(std::move(unit.copies), unit.parts);
 
   std::vector<ParameterTensors> tensors;
-  for (const Piece& piece : pieces_) {
-    ParameterTensors& t = tensors.emplace_back(piece.tensors);
-    for (int k = 0; k < kMaxSlots; ++k) {
-      if (t.states[k] != nullptr) t.states[k] = static_cast<char*>(memory) + piece.states_at[k];
-      if (t.scales[k] != nullptr) t.scales[k] = static_cast<char*>(memory) + piece.scales_at[k];
-    }
-    if (t.correction != nullptr) t.correction = static_cast<char*>(memory) + piece.correction_at;
-  }
+  for (const Piece& piece : pieces_) tensors.push_back(in_slot(piece, memory));
   // A plan takes as many sets as it has tensors, or as the largest index says.
   if (!tensors.empty()) tensors[0].hyper_index = static_cast<int32_t>(std::max<int64_t>(hyper_sets - 1, 0));
   op.check(DevicePlan::make(backend, device, optimizer, has_momentum, tensors, &plan_));
@@ -264,12 +267,7 @@ Status Offload::step(const std::vector<OffloadedStep>& taken, bool is_alone, std
     std::vector<int64_t> indices;
     for (const Part& part : work.parts) {
       const Piece& piece = *part.piece;
-      ParameterTensors t = piece.tensors;
-      for (int k = 0; k < kMaxSlots; ++k) {
-        if (t.states[k] != nullptr) t.states[k] = static_cast<char*>(slot) + piece.states_at[k];
-        if (t.scales[k] != nullptr) t.scales[k] = static_cast<char*>(slot) + piece.scales_at[k];
-      }
-      if (t.correction != nullptr) t.correction = static_cast<char*>(slot) + piece.correction_at;
+      ParameterTensors t = in_slot(piece, slot);
       t.gradient = advance(part.step->gradient, piece.first * width(t.gradient_dtype));
       t.hyper_index = part.step->hyper_index;
       indices.push_back(part.piece - pieces_.data());

@@ -69,7 +69,7 @@ class Offload {
  private:
   /// Elements that follow each other, of one record, and where their arrays are in the slot; -1: it has none.
   struct Piece {
-    int64_t record = 0, first = 0, first_group = 0;
+    int64_t record = 0, first = 0;
     ParameterTensors tensors;  // on the host
     int64_t unit = 0, part = 0;
     int64_t states_at[kMaxSlots], scales_at[kMaxSlots], correction_at = -1;
@@ -79,6 +79,8 @@ class Offload {
     size_t stepped = 0;  // of them, in a step that failed
   };
 
+  /// A piece as it is stepped: its states and corrections in a slot.
+  static ParameterTensors in_slot(const Piece& piece, void* slot);
   void cut(const OffloadedRecord& record, int64_t slot_bytes, std::vector<Piece>* pieces) const;
   int64_t place(Piece* piece, int64_t offset, std::vector<OffloadCopy>* copies, bool may_join) const;
   void use_stream();
