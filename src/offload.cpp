@@ -28,8 +28,10 @@ Status OffloadRing::make(OffloadDevice* device, void* memory, int64_t slot_bytes
       }
       made.free_.push_back(s);
     }
+    Status status = device->make_event(&made.up_over_);
+    if (!status.is_ok()) return status;
     // The memory may still be in use by what the step queue was given before.
-    Status status = device->record(made.slots_[0].stepped, OffloadQueue::kStep);
+    status = device->record(made.slots_[0].stepped, OffloadQueue::kStep);
     if (status.is_ok()) status = device->wait(OffloadQueue::kUp, made.slots_[0].stepped);
     if (status.is_ok()) *ring = std::move(made);
     return status;
@@ -139,6 +141,7 @@ Status OffloadRing::upload(int64_t number, int64_t place) {
   if (status.is_ok() && unit.home_slot >= 0 && unit.home_slot != place) {
     status = device_->wait(OffloadQueue::kUp, slots_[static_cast<size_t>(unit.home_slot)].down);
   }
+  up_in_flight_ = true;
   for (size_t i = 0; status.is_ok() && i < unit.copies.size(); ++i) {
     const OffloadCopy& copy = unit.copies[i];
     status = device_->copy_up(address(place) + copy.offset, copy.host, copy.bytes);
@@ -268,7 +271,14 @@ Status OffloadRing::flush() {
 }
 
 Status OffloadRing::synchronize() {
-  Status status = flush();
+  const Status flushed = flush();
+  Status status;
+  if (up_in_flight_) {  // what was brought up ahead, and nobody has waited for
+    status = device_->record(up_over_, OffloadQueue::kUp);
+    if (status.is_ok()) status = device_->synchronize(up_over_);
+    up_in_flight_ = !status.is_ok();
+  }
+  if (!flushed.is_ok()) return flushed;
   if (!status.is_ok() || !in_flight_) return status;
   if (last_down_ >= 0) status = device_->synchronize(last_down_);
   if (!status.is_ok()) return status;

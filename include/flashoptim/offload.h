@@ -86,7 +86,8 @@ class OffloadRing {
 
   /// A pass is over: what has been stepped goes down, whether or not parts are missing.
   Status flush();
-  /// The same, and the host waits until everything is home.
+  /// The same, and the host waits until everything is home and no copy is under way: afterwards nobody reads the units'
+  /// memory or writes to the slots. Copies up are waited for even where those down fail.
   Status synchronize();
   /// The host's memory of a unit was written by others: a copy on the device is no longer it. (What has been stepped
   /// and is not home yet is lost: synchronize() before writing.)
@@ -138,6 +139,8 @@ class OffloadRing {
   int64_t last_ = -1, open_ = -1;
   int64_t last_down_ = -1;  // the event of the last copy down
   bool in_flight_ = false;
+  int64_t up_over_ = -1;       // an event, for the end of all copies up
+  bool up_in_flight_ = false;  // there may be one that the host has not waited for
   uint64_t uses_ = 0;
   OffloadCounts counts_;
 };

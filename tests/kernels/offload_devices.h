@@ -78,7 +78,8 @@ class VirtualDevice : public OffloadDevice {
   }
   Status synchronize(int64_t event) override {
     if (fails()) return failure("synchronize");
-    host_behind_ = events_.at(static_cast<size_t>(event)).behind;
+    const Event& one = events_.at(static_cast<size_t>(event));
+    for (size_t q = 0; q < kQueues; ++q) host_behind_[q] = std::max(host_behind_[q], one.behind[q]);
     return Status::ok();
   }
   void* step_stream() const override { return reinterpret_cast<void*>(uintptr_t{on_second_stream}); }
@@ -93,7 +94,8 @@ class VirtualDevice : public OffloadDevice {
   /// When everything is done.
   double end() const { return std::max({queues_[0].time, queues_[1].time, queues_[2].time, queues_[3].time}); }
   double time_of(OffloadQueue queue) const { return queues_[static_cast<size_t>(queue)].time; }
-  /// Work of the copy queues that the host does not know to be done.
+  /// Whether the host knows that all copies in a direction are done.
+  bool host_knows_all_up() const { return host_behind_[0] >= queues_[0].number; }
   bool host_knows_all_down() const { return host_behind_[2] >= queues_[2].number; }
 
   /// The races, in words; empty: there is none.

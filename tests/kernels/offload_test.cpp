@@ -67,6 +67,7 @@ TEST(OffloadRing, StepsEveryUnitWhereverItIs) {
   }
   ASSERT_TRUE(model.ring.synchronize().is_ok());
   EXPECT_TRUE(device.host_knows_all_down());
+  EXPECT_TRUE(device.host_knows_all_up()) << "memory may be freed, with copies ahead on their way";
   for (size_t u = 0; u < 10; ++u) {
     for (const unsigned char value : model.host[u]) ASSERT_EQ(value, u + 4);
   }
@@ -208,6 +209,22 @@ TEST(OffloadRing, GoesOnBehindAFailureOfAnyCall) {
     }
     ASSERT_EQ(device.races(), "") << "call " << fails_at;
     calls = device.calls;
+  }
+}
+
+TEST(OffloadRing, NothingIsUnderWayBehindASynchronizationWhateverFails) {
+  for (int64_t fails_at = 0;; ++fails_at) {
+    VirtualDevice device;
+    Model model(&device, 8, 1000, 3);
+    const int64_t before = device.calls;
+    device.fails_at = before + fails_at;
+    for (int64_t u = 7; u >= 0; --u) static_cast<void>(model.step(&device, u));
+    const bool has_failed = device.calls > device.fails_at;
+    device.fails_at = -1;
+    ASSERT_TRUE(model.ring.synchronize().is_ok());
+    EXPECT_TRUE(device.host_knows_all_up()) << "call " << fails_at << " failed";
+    EXPECT_TRUE(device.host_knows_all_down()) << "call " << fails_at << " failed";
+    if (!has_failed) break;
   }
 }
 
