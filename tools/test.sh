@@ -61,10 +61,13 @@ build_all() {
   configure build/dev dev -DCMAKE_BUILD_TYPE=Release -DFLASHOPTIM_BUILD_BENCHMARKS=ON && build build/dev
 }
 
+# A test that hangs ends the run, with every thread's stack, instead of taking its time limit without a word.
 python_tests() {
+  local hung=$([[ ${FLASHOPTIM_TEST_ALL:-} == 1 ]] && echo 3600 || echo 900)
   PYTHONPATH=$PWD/python FLASHOPTIM_OPS_LIBRARY=$PWD/build/dev/libtorch/ops/libflashoptim_ops.so \
     FLASHOPTIM_FRONT_END_BYTES=$PWD/build/dev/tests/front_ends/front_end_bytes \
-    "$python" -m pytest tests/python tests/reliability --durations=5 --junitxml="$junit"
+    "$python" -m pytest tests/python tests/reliability --durations=5 --junitxml="$junit" \
+    -o faulthandler_timeout="$hung" -o faulthandler_exit_on_timeout=true
 }
 
 sanitizers() {

@@ -28,8 +28,9 @@ from . import _checksums, _corrections, _parameters
 
 #: Of ``state_dict()``: int64, for each parameter a checksum of the weights that its correction belongs to; 0: none.
 KEY = "flashoptim_native.weights"
-_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
-_lock = threading.Lock()
+#: By id. No lock guards it, as an exception that a trace function raises at the end of a ``with`` leaves it locked:
+#: adding one and listing the references are one call into C each.
+_optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _here = threading.local()
 
 
@@ -117,21 +118,23 @@ def origins_of(saved: Any, params: Sequence[Tensor], state: Mapping[Any, Any]) -
 
 
 def watch(optimizer: Any) -> None:
-    """Has loads of any module see to this optimizer's corrections. It is held weakly."""
-    with _lock:
-        _optimizers.add(optimizer)
-        if not hasattr(nn.Module.load_state_dict, "_flashoptim_original"):
-            nn.Module.load_state_dict = _watched(nn.Module.load_state_dict)  # type: ignore[method-assign]
+    """Has loads of any module see to this optimizer's corrections. It is held weakly.
+
+    Threads that make their first optimizers at once may wrap the method twice; the inner wrapper then does nothing.
+    """
+    _optimizers[id(optimizer)] = optimizer
+    if not hasattr(nn.Module.load_state_dict, "_flashoptim_original"):
+        nn.Module.load_state_dict = _watched(nn.Module.load_state_dict)  # type: ignore[method-assign]
 
 
 def owners(module: nn.Module) -> list[tuple[Any, Tensor]]:
     """Every optimizer that is alive and holds parameters of a module, with each of them."""
-    with _lock:
-        optimizers = list(_optimizers)
+    optimizers = [reference() for reference in _optimizers.valuerefs()]
     params = {id(param) for param in module.parameters()}
     return [
         (optimizer, param)
         for optimizer in optimizers
+        if optimizer is not None
         for group in optimizer.param_groups
         for param in group["params"]
         if id(param) in params
@@ -145,8 +148,8 @@ def _watched(original: Any) -> Any:
             return original(self, *args, **kwargs)
         owned = _owned(self)
         before = checksums([param for _, param, _ in owned])
-        _here.is_inside = True
         try:
+            _here.is_inside = True
             return original(self, *args, **kwargs)
         finally:  # where it raises, it may have loaded some
             _here.is_inside = False

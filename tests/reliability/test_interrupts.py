@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import signal
+import threading
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import flashoptim_native
 from attacks import IS_LONG, contents, plain, small
+from flashoptim_native import _model_loads
 from helpers import CLASSES, set_grads
 from interrupts import At, Interrupt, places
 
@@ -279,6 +281,48 @@ def test_casts_are_whole_and_can_be_taken_up_again(opcodes, tally):
             tally.count("whole")
 
 
+def another_thread_can_take(lock):
+    def take():
+        if lock.acquire(timeout=60):
+            taken.append(True)
+            lock.release()
+
+    taken = []
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return bool(taken)
+
+
+def owners_by_another_thread(model):
+    """Identities of the optimizers that hold a model's parameters; none where that never ends."""
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(_model_loads.owners(model)), daemon=True)
+    thread.start()
+    thread.join(60)
+    return {id(owner) for owner, _ in found}
+
+
+def test_no_lock_is_held_at_any_place_by_the_module_that_loads_use(tally):
+    """What stands for every optimizer there is must not be left locked, whoever raises where."""
+    model = model_of()
+    optimizer = flashoptim_native.FlashAdamW(model.parameters())
+    saved = copy.deepcopy(model.state_dict())
+    actions = [
+        lambda: model.load_state_dict(saved),
+        lambda: flashoptim_native.FlashAdamW(model.parameters()),
+        lambda: _model_loads.owners(model),
+        lambda: _model_loads.watch(optimizer),
+    ]
+    for action in actions:
+        for opcodes in (False, True):
+            for number in chosen(places(action, opcodes)):
+                with At(number, opcodes):
+                    action()
+                is_found = id(optimizer) in owners_by_another_thread(model)
+                tally.count("free") if is_found else tally.find(f"{action} at {number}")
+
+
 @pytest.mark.parametrize("kind", CLASSES if IS_LONG else ["adamw"])
 def test_signals_at_random_moments(kind, tally):
     """SIGINT itself, by a timer, at moments spread over a step and a little beyond."""
@@ -300,6 +344,9 @@ def test_signals_at_random_moments(kind, tally):
             except KeyboardInterrupt:
                 outcome = "interrupted"
             signal.setitimer(signal.ITIMER_REAL, 0)
+            if not another_thread_can_take(optimizer._store.lock):
+                tally.find("a lock is held behind a signal")
+                break
             taken = optimizer.state[params[0]]["step"] - held[1]
             set_grads(reference_params, number % 5)
             for _ in range(taken):
