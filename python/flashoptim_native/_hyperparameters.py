@@ -59,14 +59,14 @@ class Hyperparameters:
 
     def read(self, groups: list[dict[str, Any]]) -> list[list[float]]:
         """The numbers of every group, checked; the step is still open."""
-        if len(self._known) != len(groups):
+        if len(self.lrs) != len(groups):  # lrs last: an interrupt between the two has them made again
             self._known = [None] * len(groups)
             self.lrs = [None] * len(groups)
         return [self._read(groups, index) for index in range(len(groups))]
 
     def read_group(self, groups: list[dict[str, Any]], index: int) -> list[float]:
         """The numbers of one group, checked; the step is still open."""
-        if len(self._known) != len(groups):
+        if len(self.lrs) != len(groups):
             self.read(groups)
         return self._read(groups, index)
 
