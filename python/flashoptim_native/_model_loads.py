@@ -17,20 +17,16 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _checksums, _corrections, _parameters
+from . import _checksums, _corrections, _living, _parameters
 
 #: Of ``state_dict()``: int64, for each parameter a checksum of the weights that its correction belongs to; 0: none.
 KEY = "flashoptim_native.weights"
-#: By id. No lock guards it, as an exception that a trace function raises at the end of a ``with`` leaves it locked:
-#: adding one and listing the references are one call into C each.
-_optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _here = threading.local()
 
 
@@ -122,19 +118,17 @@ def watch(optimizer: Any) -> None:
 
     Threads that make their first optimizers at once may wrap the method twice; the inner wrapper then does nothing.
     """
-    _optimizers[id(optimizer)] = optimizer
+    _living.add(optimizer)
     if not hasattr(nn.Module.load_state_dict, "_flashoptim_original"):
         nn.Module.load_state_dict = _watched(nn.Module.load_state_dict)  # type: ignore[method-assign]
 
 
 def owners(module: nn.Module) -> list[tuple[Any, Tensor]]:
     """Every optimizer that is alive and holds parameters of a module, with each of them."""
-    optimizers = [reference() for reference in _optimizers.valuerefs()]
     params = {id(param) for param in module.parameters()}
     return [
         (optimizer, param)
-        for optimizer in optimizers
-        if optimizer is not None
+        for optimizer in _living.optimizers()
         for group in optimizer.param_groups
         for param in group["params"]
         if id(param) in params
@@ -144,7 +138,7 @@ def owners(module: nn.Module) -> list[tuple[Any, Tensor]]:
 def _watched(original: Any) -> Any:
     @functools.wraps(original)
     def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not _optimizers or getattr(_here, "is_inside", False):
+        if not _living.optimizers() or getattr(_here, "is_inside", False):
             return original(self, *args, **kwargs)
         owned = _owned(self)
         before = checksums([param for _, param, _ in owned])

@@ -1,7 +1,9 @@
-"""A child of fork() has none of the threads of its parent's pool: its steps must not wait for them."""
+"""A child of fork() has none of the threads of its parent's pool: nothing in it must wait for them."""
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -37,6 +39,8 @@ def test_a_step_in_a_child_behind_a_threaded_step_ends_and_has_the_same_bits():
             try:
                 signal.alarm(SECONDS)  # a child that hangs is ended, and that is a failure
                 optimizer.step()
+                large = torch.ones(2048, 1024).to(torch.int64)  # of torch, which would wait for its threads
+                assert torch.get_num_threads() == 1 and int(large.sum()) == large.numel()
                 os.close(read)
                 with os.fdopen(write, "wb") as pipe:
                     pipe.write(stored_bytes(parameter))
@@ -52,3 +56,18 @@ def test_a_step_in_a_child_behind_a_threaded_step_ends_and_has_the_same_bits():
         assert there == stored_bytes(parameter)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork() is what is tested")
+def test_a_child_of_a_process_that_has_not_stepped_keeps_its_threads():
+    script = """
+import os, sys, torch, flashoptim_native
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.ones(8))
+optimizer = flashoptim_native.FlashAdamW([p])
+child = os.fork()
+if child == 0:
+    os._exit(torch.get_num_threads())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=SECONDS).returncode == 2
