@@ -1,6 +1,7 @@
 // Entries of archives: read as what they must be, or refused by name; and checksums over what they mean.
 #pragma once
 
+#include <c10/util/Exception.h>
 #include <torch/serialize/archive.h>
 #include <torch/types.h>
 
@@ -27,6 +28,14 @@ class ArchiveReader {
   std::vector<std::string> keys() const;
 
   int64_t read_int(const std::string& key);
+  /// An int from 0 to that of `last`.
+  template <class Enum>
+  Enum read_enumerator(const std::string& key, Enum last) {
+    const int64_t value = read_int(key);
+    TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(last), where_, key, " = ", value,
+                " in the archive; must be 0 to ", static_cast<int64_t>(last));
+    return static_cast<Enum>(value);
+  }
   bool read_bool(const std::string& key);
   std::string read_string(const std::string& key);
   /// A strided tensor all of whose elements lie in its storage: reading it cannot leave memory.
@@ -70,8 +79,8 @@ class Checksum {
 /// `name` precedes the names of its entries. Shapes are looked at where the parameter is known (checked_state).
 void check_values(const std::string& name, OptimizerKind kind, const FlashParamState& state);
 /// A copy of `saved` where the parameter is, checked (check_values(), shapes, order in memory, numbers that codes stand
-/// for) against what it says of its own format.
+/// for) against what it says of its own format. `is_as_saved`: whether a checksum says that its bytes are those saved.
 FlashParamState checked_state(const std::string& name, const ::torch::Tensor& param, OptimizerKind kind,
-                              const FlashParamState& saved);
+                              const FlashParamState& saved, bool is_as_saved);
 
 }  // namespace flashoptim::libtorch

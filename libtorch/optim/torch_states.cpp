@@ -39,7 +39,7 @@ void StateImport::add(size_t group, size_t index, FlashParamState state) {
   const std::string name = where_ + FlashOptimizer::Position{group, index}.str();
   check_param(name, param);
   const at::NoGradGuard no_grad;
-  state = checked_state(name, param, kind(), state);
+  state = checked_state(name, param, kind(), state, /*is_as_saved=*/false);
   const Form form = form_of(options(group), param);
   if (fit_of(kind(), name, state, param, form) == store::Fit::kYes) {
     states_.push_back({param, {std::make_unique<FlashParamState>(std::move(state)), {}, store::CorrectionFate::kKept}});

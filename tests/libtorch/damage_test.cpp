@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "tests/libtorch/archives.h"
+#include "tests/reliability/tally.h"
 
 namespace flashoptim_test {
 namespace {
@@ -54,6 +55,7 @@ Trained small(const std::string& codec) {
 }
 
 TEST(Damage, EveryCutAndFlipOfAFileIsFound) {
+  flashoptim::test::Tally tally("cuts and flips of files of save_archive()");
   const Folder folder;
   for (const std::string codec : {"default", "paper"}) {
     SCOPED_TRACE(codec);
@@ -74,12 +76,11 @@ TEST(Damage, EveryCutAndFlipOfAFileIsFound) {
       plain.load_from(path);  // the 32 bytes behind the zip file are passed over
       trained.optimizer->load(plain);
     }
-    int64_t tried = 0, accepted = 0;
     const auto attack = [&](const std::string& with) {
       write_bytes(damaged, with);
       InputArchive archive;
-      ++tried;
-      accepted += error_of([&] { flash::load_archive(damaged, archive); }).find(damaged) == std::string::npos;
+      const std::string message = error_of([&] { flash::load_archive(damaged, archive); });
+      tally.count(message.find(damaged) == std::string::npos ? "says " + message : "");
     };
     const size_t stride = is_long() ? 1 : 19;
     for (size_t i = 0; i < bytes.size(); i += stride) {
@@ -90,9 +91,8 @@ TEST(Damage, EveryCutAndFlipOfAFileIsFound) {
         attack(flipped);
       }
     }
-    EXPECT_GT(tried, 1000);
-    EXPECT_EQ(accepted, 0) << "of " << tried;
   }
+  EXPECT_GT(tally.tried(), 2000);
 }
 
 TEST(Damage, FilesThatCannotBeWrittenOrReadAreNamed) {
@@ -113,61 +113,6 @@ TEST(Damage, FilesThatCannotBeWrittenOrReadAreNamed) {
   std::filesystem::create_symlink("/dev/full", full + ".partial");
   expect_error([&] { flash::save_archive(full, out); }, {"as it was before"});
   EXPECT_EQ(bytes_of(full), "old");
-}
-
-/// Writes what `in` holds to `out`; `edit` is asked about every entry first, by its path, and says whether it wrote
-/// something in its place.
-using Edit = std::function<bool(const std::string& path, const std::string& key, OutputArchive& out)>;
-
-void copy(InputArchive& in, const std::string& path, const Edit& edit, OutputArchive& out) {
-  for (const std::string& key : in.keys()) {
-    const std::string inner_path = path.empty() ? key : path + "/" + key;
-    if (edit(inner_path, key, out)) continue;
-    InputArchive inner;
-    c10::IValue value;
-    if (in.try_read(key, inner)) {
-      OutputArchive inner_out(out.compilation_unit());
-      copy(inner, inner_path, edit, inner_out);
-      out.write(key, inner_out);
-    } else if (in.try_read(key, value)) {
-      if (value.isTensor()) {
-        out.write(key, value.toTensor(), /*is_buffer=*/true);
-      } else {
-        out.write(key, value);
-      }
-    }
-  }
-}
-
-/// The archive of version 1, which has no checksums, with one entry (or more) changed.
-std::stringstream edited(const flash::FlashOptimizer& optimizer, const Edit& edit, bool with_checksums = false) {
-  std::stringstream stream = saved(optimizer), result;
-  InputArchive in;
-  in.load_from(stream);
-  OutputArchive out;
-  copy(
-      in, "",
-      [&](const std::string& path, const std::string& key, OutputArchive& to) {
-        if (edit(path, key, to)) return true;
-        if (with_checksums) return false;
-        if (path == "flashoptim_archive_version") to.write(key, c10::IValue(int64_t{1}));
-        return key == "checksum" || path == "flashoptim_archive_version";
-      },
-      out);
-  out.save_to(result);
-  return result;
-}
-
-Edit put(const std::string& where, const c10::IValue& value) {
-  return [=](const std::string& path, const std::string& key, OutputArchive& out) {
-    if (path != where) return false;
-    if (value.isTensor()) {
-      out.write(key, value.toTensor(), /*is_buffer=*/true);
-    } else if (!value.isNone()) {
-      out.write(key, value);
-    }
-    return true;
-  };
 }
 
 struct Attack {
