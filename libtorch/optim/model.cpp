@@ -216,10 +216,8 @@ void set_fp32_model_state(Module& module, ::torch::optim::Optimizer& optimizer, 
   const auto check = [&](const auto& item) {
     const at::Tensor* value = state.find(item.key());
     TORCH_CHECK(value != nullptr, where, "state[\"", item.key(), "\"] is missing; the module has it");
-    TORCH_CHECK(value->defined() && value->layout() == at::kStrided && value->has_storage() &&
-                    (!value->is_meta() || item.value().is_meta()),
-                where, "state[\"", item.key(), "\"] is undefined, sparse or without values; must be a dense tensor");
     const std::string entry = "state[\"" + item.key() + "\"]";
+    check_has_values(where + entry, *value, /*may_be_meta=*/item.value().is_meta());
     in_store([&] { store::read_tensor({"set_fp32_model_state"}, {entry.c_str()}, handle_of(*value)); });
     TORCH_CHECK(value->sizes() == item.value().sizes(), where, "state[\"", item.key(), "\"] has shape ", value->sizes(),
                 "; must be ", item.value().sizes());

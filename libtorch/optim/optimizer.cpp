@@ -190,9 +190,12 @@ at::Tensor FlashOptimizer::clip_grad_norm_(double max_norm) {
   clip_ = coefficient;
   if (norm.defined()) return norm;
   std::vector<at::Tensor> grads;
-  for (const auto& group : param_groups_) {
-    for (const at::Tensor& param : group.params()) {
-      if (param.grad().defined()) grads.push_back(param.grad());
+  for (size_t g = 0; g < param_groups_.size(); ++g) {
+    const std::vector<at::Tensor>& params = param_groups_[g].params();
+    for (size_t i = 0; i < params.size(); ++i) {
+      if (!params[i].grad().defined()) continue;
+      check_gradient(prefix(kind_) + Position{g, i}.str() + ".grad", params[i], params[i].grad());
+      grads.push_back(params[i].grad());
     }
   }
   return clip_in_place(grads, max_norm);
@@ -208,6 +211,8 @@ void FlashOptimizer::set_lr_tensor(size_t group, const at::Tensor& lr) {
   const std::string where = prefix(kind_) + "set_lr_tensor: ";
   TORCH_CHECK(group < param_groups_.size(), where, "group = ", group, "; must be below ", param_groups_.size());
   if (lr.defined()) {
+    TORCH_CHECK(group_options(group).values().capturable, where, "group = ", group,
+                " has capturable = false; must be true, else steps take the option lr");
     TORCH_CHECK(lr.scalar_type() == at::kFloat && lr.numel() == 1 && lr.layout() == at::kStrided, where, "lr is a ",
                 lr.scalar_type(), " tensor of shape ", lr.sizes(), "; must be Float, of one element");
     for (const at::Tensor& param : param_groups_[group].params()) {

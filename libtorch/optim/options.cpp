@@ -165,6 +165,8 @@ void FlashOptions::check(const std::string& where) const {
   need(!v.nesterov || v.dampening == 0, "dampening", v.dampening, "0 with nesterov = true");
   need(v.master_weight_bits == 0 || v.master_weight_bits == 24 || v.master_weight_bits == 32, "master_weight_bits",
        v.master_weight_bits, "0, 24 or 32");
+  need(!v.stochastic_rounding || v.master_weight_bits == 0, "master_weight_bits", v.master_weight_bits,
+       "0 with stochastic_rounding = true (corrections of the default codec are rounded without bias anyway)");
   need(v.state_codec == "default" || v.state_codec == "paper", "state_codec", "\"" + v.state_codec + "\"",
        "\"default\" or \"paper\"");
   need(v.min_quantized_numel >= 0, "min_quantized_numel", v.min_quantized_numel, "at least 0");

@@ -78,6 +78,13 @@ void check_param(const std::string& name, const at::Tensor& param) {
               ", by which two of its elements may be one in memory; each must be its own");
 }
 
+void check_has_values(const std::string& name, const at::Tensor& tensor, bool may_be_meta) {
+  TORCH_CHECK(tensor.defined(), name, " is undefined; must be a dense tensor");
+  TORCH_CHECK(tensor.layout() == at::kStrided && tensor.has_storage(), name, " has layout ", tensor.layout(),
+              "; must be Strided (dense)");
+  TORCH_CHECK(may_be_meta || !tensor.is_meta(), name, " is on meta, without values; must be on a device that has some");
+}
+
 void check_gradient(const std::string& name, const at::Tensor& param, const at::Tensor& grad) {
   TORCH_CHECK(grad.layout() == at::kStrided, name, " has layout ", grad.layout(),
               "; must be Strided (for sparse gradients: grad.to_dense())");

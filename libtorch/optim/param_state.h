@@ -28,6 +28,8 @@ Hyperparameters hyperparameters_of(OptimizerKind kind, const OptionValues& value
 
 /// Throws unless `param` can be optimized; `name` stands for it in the message.
 void check_param(const std::string& name, const at::Tensor& param);
+/// Throws unless `tensor` is dense and has values, or is on meta where it may be.
+void check_has_values(const std::string& name, const at::Tensor& tensor, bool may_be_meta = false);
 /// Throws unless `grad` goes with `param`; `name` stands for it in the message.
 void check_gradient(const std::string& name, const at::Tensor& param, const at::Tensor& grad);
 

@@ -364,7 +364,7 @@ void save_safetensors(const std::string& path, const FlashOptimizer& optimizer) 
                       {kLibrary, library_version()},
                       {kParamGroups, text},
                       {kChecksum, checksum_of(text, content)}};
-  write_safetensors(path, content);
+  write_safetensors("save_safetensors", path, content);
 }
 
 void load_safetensors(const std::string& path, FlashOptimizer& optimizer) {
@@ -372,7 +372,7 @@ void load_safetensors(const std::string& path, FlashOptimizer& optimizer) {
   const std::string where = "load_safetensors: " + path + ": ";
   StateImport into(optimizer, where);
   const OptimizerKind kind = optimizer.kind();
-  const Safetensors content = read_safetensors(path);
+  const Safetensors content = read_safetensors("load_safetensors", path);
   const auto said = [&](const std::string& key) {
     const auto found = content.metadata.find(key);
     TORCH_CHECK(found != content.metadata.end(), where, key,

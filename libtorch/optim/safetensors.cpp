@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <utility>
 #include <vector>
 
 #include "flashoptim/torch/interchange.h"
+#include "libtorch/optim/param_state.h"
 #include "libtorch/optim/whole_file.h"
 
 namespace flashoptim::libtorch {
@@ -99,8 +101,12 @@ void sort_for_file(::torch::OrderedDict<std::string, at::Tensor>* tensors) {
   for (auto& [name, tensor] : sorted) tensors->insert(std::move(name), std::move(tensor));
 }
 
-Safetensors read_safetensors(const std::string& path) {
-  const std::string where = "read_safetensors: " + path + ": ";
+Safetensors read_safetensors(const std::string& path) { return read_safetensors("read_safetensors", path); }
+
+Safetensors read_safetensors(const char* caller, const std::string& path) {
+  const std::string where = std::string(caller) + ": " + path + ": ";
+  std::error_code error;
+  TORCH_CHECK(!std::filesystem::is_directory(path, error), where, "is a folder; must be a safetensors file");
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   TORCH_CHECK(file.is_open(), where, "cannot be opened: ", std::strerror(errno));
   const auto size = static_cast<uint64_t>(std::max<std::streamoff>(0, file.tellg()));
@@ -151,13 +157,16 @@ Safetensors read_safetensors(const std::string& path) {
 }
 
 void write_safetensors(const std::string& path, const Safetensors& content) {
-  const std::string where = "write_safetensors: " + path + ": ";
+  write_safetensors("write_safetensors", path, content);
+}
+
+void write_safetensors(const char* caller, const std::string& path, const Safetensors& content) {
+  const std::string where = std::string(caller) + ": " + path + ": ";
   Json header = Json::object();
   if (!content.metadata.empty()) header[kMetadata] = content.metadata;
   uint64_t end = 0;
   for (const auto& item : content.tensors) {
-    TORCH_CHECK(item.value().defined() && item.value().layout() == at::kStrided && item.value().has_storage(), where,
-                "tensor \"", item.key(), "\" is undefined, sparse or without values; must be a dense tensor");
+    check_has_values(where + "tensor \"" + item.key() + "\"", item.value());
     TORCH_CHECK(item.key() != kMetadata, where, "a tensor is called ", kMetadata, "; must be another name");
   }
   ::torch::OrderedDict<std::string, at::Tensor> tensors = content.tensors;

@@ -225,7 +225,7 @@ TEST(Fp32State, BadStatesSetNothing) {
       },
       {"head.weight", "embedding.weight", "tied"});
   // The last of all names, when the others would have been written already.
-  const std::vector<std::pair<Tensor, std::string>> strange{{torch::zeros({16}).to_sparse(), "sparse"},
+  const std::vector<std::pair<Tensor, std::string>> strange{{torch::zeros({16}).to_sparse(), "layout Sparse"},
                                                             {torch::empty({16}, torch::kMeta), "without values"},
                                                             {Tensor(), "undefined"}};
   for (const auto& [value, part] : strange) {

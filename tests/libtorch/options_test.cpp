@@ -70,7 +70,7 @@ Options other_defaults() {
   Options o = Options(0.5)
                   .weight_decay(0.3)
                   .maximize(true)
-                  .master_weight_bits(32)
+                  .master_weight_bits(0)
                   .state_codec("paper")
                   .quantize(false)
                   .min_quantized_numel(7)
@@ -108,8 +108,9 @@ template <class Optimizer>
 void check_all_setters() {
   using Options = typename Optimizer::Options;
   EXPECT_EQ(set_names(Options()), std::vector<std::string>{});
-  const Options defaults = other_defaults<Options>();
   for (const Setters<Options>& setters : setters_of<Options>()) {
+    Options defaults = other_defaults<Options>();
+    if (setters.name == "master_weight_bits") defaults.stochastic_rounding(false);  // which needs 0
     for (size_t way = 0; way < setters.ways.size(); ++way) {
       SCOPED_TRACE(setters.name + ", way " + std::to_string(way));
       Options options;

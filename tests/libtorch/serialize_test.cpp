@@ -40,7 +40,6 @@ TEST(Serialize, TorchSaveAndLoadRestoreOptionsAndGroups) {
                                                                      .state_codec("paper")
                                                                      .quantize(false)
                                                                      .min_quantized_numel(5)
-                                                                     .stochastic_rounding(true)
                                                                      .seed((int64_t{1} << 53) - 1)));
   flash::FlashAdamW optimizer(groups, flash::FlashAdamWOptions(1e-3));
   optimizer.param_groups()[0].options().set_lr(1e-3 / 7);

@@ -40,7 +40,7 @@ struct OptionValues {
   std::string state_codec = "default";  ///< "default" or "paper"
   bool quantize = true;                 ///< false: states in fp32
   int64_t min_quantized_numel = 4096;   ///< smaller parameters keep fp32 states; >= 0, 0 quantizes everything
-  bool stochastic_rounding = false;     ///< with master_weight_bits 0: round 16-bit parameters without bias
+  bool stochastic_rounding = false;     ///< needs master_weight_bits 0: 16-bit parameters are rounded without bias
   double beta3 = 0.9999;                ///< of the slow average, >= 0 and < 1
   double alpha = 5;                     ///< share of the slow average in an update; finite, >= 0
   int64_t t_alpha = 0;                  ///< steps in which alpha grows to its value; 0: it has it
