@@ -18,14 +18,25 @@ std::string kept_lines(const std::string& path, std::int64_t last_step) {
   return kept;
 }
 
+/// The file is the old one or the new one; nothing is left beside it where that fails.
+void replace_file(const std::string& path, const std::string& text) {
+  const std::string partial = path + ".partial";
+  std::ofstream file(partial);
+  file << text << std::flush;
+  std::error_code error;
+  if (file) std::filesystem::rename(partial, path, error);
+  if (file && !error) return;
+  std::error_code unused;
+  std::filesystem::remove(partial, unused);
+  throw std::runtime_error("cannot write " + path + ": " + (error ? error.message() : "is there room on the disk?"));
+}
+
 }  // namespace
 
 MetricsLog::MetricsLog(const std::string& path, std::int64_t resume_step) : path_(path) {
-  const std::string kept = resume_step > 0 ? kept_lines(path, resume_step) : "";
-  file_.open(path, std::ios::trunc);
+  replace_file(path, resume_step > 0 ? kept_lines(path, resume_step) : "");
+  file_.open(path, std::ios::app);
   if (!file_) throw std::runtime_error("cannot write " + path);
-  file_ << kept << std::flush;
-  if (!file_) throw std::runtime_error("cannot write " + path + ": is there room on the disk?");
 }
 
 void MetricsLog::write(const StepMetrics& metrics) {
@@ -40,15 +51,7 @@ void MetricsLog::write(const StepMetrics& metrics) {
   if (!file_) throw std::runtime_error("cannot write " + path_ + ": is there room on the disk?");
 }
 
-void write_json(const std::string& path, const nlohmann::json& json) {
-  const std::string partial = path + ".partial";
-  {
-    std::ofstream file(partial);
-    file << json.dump(2) << "\n" << std::flush;
-    if (!file) throw std::runtime_error("cannot write " + partial);
-  }
-  std::filesystem::rename(partial, path);
-}
+void write_json(const std::string& path, const nlohmann::json& json) { replace_file(path, json.dump(2) + "\n"); }
 
 double median(std::vector<double> values) {
   if (values.empty()) return 0;

@@ -89,6 +89,18 @@ static int opened(int descriptor) {
 OPEN(open)
 OPEN(open64)
 
+#define FOPEN(name)                               \
+  FILE* name(const char* path, const char* how) { \
+    REAL(name);                                   \
+    if (!is_named(path)) return real(path, how);  \
+    if (fails("open")) return NULL;               \
+    FILE* const file = real(path, how);           \
+    if (file != NULL) opened(fileno(file));       \
+    return file;                                  \
+  }
+FOPEN(fopen)
+FOPEN(fopen64)
+
 ssize_t write(int descriptor, const void* data, size_t bytes) {
   REAL(write);
   if (!is_watched(descriptor)) return real(descriptor, data, bytes);
