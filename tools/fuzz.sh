@@ -29,4 +29,5 @@ fuzz() {
 }
 
 fuzz fuzz fuzz_steps
+fuzz fuzz-torch fuzz_archives
 echo "[fuzz] nothing found"
