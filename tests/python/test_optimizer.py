@@ -454,6 +454,27 @@ def test_a_step_that_grad_scaler_skips_is_not_called_where_accelerate_looks(dtyp
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+def test_decoded_states_are_copies(quantize):
+    results = []
+    for looks in (False, True):
+        params = make_params(torch.bfloat16)
+        optimizer = flashoptim_native.FlashAdEMAMix(params, quantize=quantize, min_quantized_numel=0)
+        run(optimizer, params, 0, 2)
+        if looks:
+            seen = [value for p in params for value in optimizer.decoded_state(p).values()]
+            before = [bits(value) for value in seen]
+        run(optimizer, params, 2, 4)
+        if looks:
+            assert [bits(value) for value in seen] == before
+            for p in params:
+                for value in optimizer.decoded_state(p).values():
+                    value.fill_(7.0)
+        run(optimizer, params, 4, 6)
+        results.append((params, optimizer))
+    assert_same_bits(*results)
+
+
 def test_hostile_gradients_spoil_their_own_group_and_are_counted():
     p = torch.nn.Parameter(torch.ones(128, 64, dtype=torch.bfloat16))
     optimizer = flashoptim_native.FlashAdamW([p])
