@@ -28,6 +28,8 @@ class Inspection(torch.optim.Optimizer):
     def decoded_state(self, p: Tensor) -> dict[str, Tensor]:
         """The states of a parameter as fp32 tensors of its shape: exp_avg, exp_avg_sq, momentum_buffer.
 
+        They are copies in every format: a later step does not change them, nor do changes of theirs change the state.
+
         Raises:
             TypeError: ``p`` is no tensor.
             ValueError: it is in no group of this optimizer, or its state is in no known format.
@@ -40,6 +42,7 @@ class Inspection(torch.optim.Optimizer):
         slots = _states.slots_in(self.kind, state)
         local = _parameters.local(p)
         values = _states.decode(self.kind, state, slots, local)
+        values = [value.clone() if slot in state else value for slot, value in zip(slots, values)]  # kept as fp32
         return {slot: _parameters.wrap(local, value, local.whole, slot) for slot, value in zip(slots, values)}
 
     @torch.no_grad()

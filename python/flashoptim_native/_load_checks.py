@@ -16,6 +16,8 @@ from ._states import CODES, CORRECTION, SCALE, STEP, Format
 #: Numbers that every file of an optimizer that has them holds.
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening")
 _LARGEST_VARIANCE = 2.0**127
+#: Rules that do not need the number of steps: torch's SGD and most packages' Lion keep a floating-point slot alone.
+_UNCOUNTED = ("sgd", "sgdw", "lion")
 
 
 def structure(state_dict: Any) -> list[Any]:
@@ -103,8 +105,8 @@ def arrays(kind: str, saved: Mapping[Any, Any], param: Local, name: str) -> None
         if slot in present and slot + CODES in present:
             raise ValueError(f"the state of {name} holds {slot} and {slot + CODES}; allowed is one of them")
         for key in (slot, slot + CODES, slot + SCALE, CORRECTION):
-            is_torchs = kind.startswith("sgd") and key == slot  # whose SGD counts no steps
-            if key in present and STEP not in present and not is_torchs:
+            is_uncounted = kind in _UNCOUNTED and key == slot
+            if key in present and STEP not in present and not is_uncounted:
                 raise ValueError(f"the state of {name} lacks {STEP}; it holds {', '.join(sorted(map(str, present)))}")
         if slot + SCALE in present and not present & {slot, slot + CODES}:
             raise ValueError(f"the state of {name} lacks {slot + CODES}, and holds {slot + SCALE}; allowed are both")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,4 +49,19 @@ class Scaling(NamedTuple):
         return moved[0], moved[1], moved[2]
 
 
-__all__ = ["Scaling"]
+def takes_scale(optimizer: Any) -> bool:
+    """Whether GradScaler may leave unscaling to step().
+
+    Accelerate takes a step for skipped, so that schedulers wait, where GradScaler has not called step(), and sees it by
+    a function in step's place. There GradScaler is to unscale, and to look for overflows, itself; not where it cannot
+    (fp16 gradients) or where release has taken the gradients already.
+    """
+    if getattr(optimizer.step, "__module__", None) != "accelerate.optimizer":
+        return True
+    if getattr(optimizer, "_gradient_release", None) is not None:
+        return True
+    grads = (param.grad for group in optimizer.param_groups for param in group["params"])
+    return any(grad is not None and grad.dtype == torch.float16 for grad in grads)
+
+
+__all__ = ["Scaling", "takes_scale"]

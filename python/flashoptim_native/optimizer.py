@@ -17,6 +17,7 @@ from ._inspection import Inspection
 from ._offload import DEFAULT_BUFFER, OffloadOptions, check_group
 from ._policy import Policy
 from ._profiling import profile_hook_step
+from ._scaling import takes_scale
 from ._stepper import Stepper
 from ._tracing import outside_compile
 from .arguments import MoreArguments, check_torch_arguments, python_value
@@ -53,8 +54,8 @@ class FlashOptimizer(Inspection):
     kind: str
     _policy: Policy | None = None
     _offload: OffloadOptions = OffloadOptions()
-    # torch.amp.GradScaler then leaves gradients as they are and hands over grad_scale and found_inf.
-    _step_supports_amp_scaling = True
+    # True: torch.amp.GradScaler leaves gradients as they are and hands over grad_scale and found_inf.
+    _step_supports_amp_scaling = property(takes_scale)
 
     def __init__(
         self,

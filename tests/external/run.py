@@ -61,7 +61,7 @@ COUNTS = ("collected", "passed", "failed", "skipped")
 
 def run(name, suite, folder, python, more):
     """Counts of the suite's tests, by JUnit's file of them."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "FLASHOPTIM_SUITE": name}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "FLASHOPTIM_SUITE": name, **suite.get("environment", {})}
     paths = [str(HERE), str(ROOT / "python"), str(folder), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory() as results:

@@ -1,6 +1,7 @@
 // front_end_bytes DIR: also what gradient release and clipping leave, DIR/clip-<way>-<dtype>.bin, and
-// front_end_bytes train STEPS FROM TO: a run of FlashAdamW that is at step FROM and goes on to TO; weights and states
-// are read from STEPS/<FROM>.{weights,state}.safetensors where FROM is not 0, and written as those of TO.
+// front_end_bytes train STEPS FROM TO [archive]: a run of FlashAdamW that is at step FROM and goes on to TO; weights
+// and states are read from STEPS/<FROM>.{weights,state}.safetensors (states from <FROM>.state.archive) where FROM is
+// not 0, and written as those of TO, states as both, and as torch::optim::AdamW's in <TO>.torch.archive.
 //
 // front_end_bytes DIR: runs every optimizer of the C++ front end in several formats on inputs made by a formula and
 // writes the bytes of parameters, corrections, states and scales to DIR/<case>.bin. The Python package does the same on
@@ -136,7 +137,7 @@ void run_clipped(const std::filesystem::path& folder, const std::string& way, to
   write_all(folder / ("clip-" + way + "-" + dtype_name + ".bin"), optimizer, params);
 }
 
-int train(const std::filesystem::path& folder, int from, int to) {
+int train(const std::filesystem::path& folder, int from, int to, bool from_archive) {
   namespace flash = flashoptim::torch;
   std::vector<torch::Tensor> params = make_params(torch::kBFloat16);
   params.push_back(
@@ -148,14 +149,20 @@ int train(const std::filesystem::path& folder, int from, int to) {
           std::make_unique<flash::FlashAdamWOptions>(
               flash::FlashAdamWOptions(1e-3).state_codec("paper").master_weight_bits(32)))};
   flash::FlashAdamW optimizer(groups, flash::FlashAdamWOptions(3e-3).weight_decay(0.1).seed(7).min_quantized_numel(0));
-  const auto file = [&](int step, const char* what) {
-    return (folder / (std::to_string(step) + "." + what + ".safetensors")).string();
+  const auto file = [&](int step, const std::string& what) {
+    return (folder / (std::to_string(step) + what)).string();
   };
   if (from > 0) {
     const torch::NoGradGuard no_grad;
-    const flash::Safetensors weights = flash::read_safetensors(file(from, "weights"));
+    const flash::Safetensors weights = flash::read_safetensors(file(from, ".weights.safetensors"));
     for (size_t i = 0; i < params.size(); ++i) params[i].copy_(weights.tensors[std::to_string(i)]);
-    flash::load_safetensors(file(from, "state"), optimizer);
+    if (from_archive) {
+      torch::serialize::InputArchive archive;
+      flash::load_archive(file(from, ".state.archive"), archive);
+      optimizer.load(archive);
+    } else {
+      flash::load_safetensors(file(from, ".state.safetensors"), optimizer);
+    }
   }
   for (int t = from; t < to; ++t) {
     for (size_t i = 0; i < params.size(); ++i) {
@@ -166,17 +173,24 @@ int train(const std::filesystem::path& folder, int from, int to) {
   }
   flash::Safetensors weights;
   for (size_t i = 0; i < params.size(); ++i) weights.tensors.insert(std::to_string(i), params[i].detach());
-  flash::write_safetensors(file(to, "weights"), weights);
-  flash::save_safetensors(file(to, "state"), optimizer);
+  flash::write_safetensors(file(to, ".weights.safetensors"), weights);
+  flash::save_safetensors(file(to, ".state.safetensors"), optimizer);
+  torch::serialize::OutputArchive archive, torchs;
+  optimizer.save(archive);
+  flash::save_archive(file(to, ".state.archive"), archive);
+  flash::save_torch_archive(optimizer, torchs);
+  flash::save_archive(file(to, ".torch.archive"), torchs);
   return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 5 && std::string(argv[1]) == "train") return train(argv[2], std::stoi(argv[3]), std::stoi(argv[4]));
+  if ((argc == 5 || (argc == 6 && std::string(argv[5]) == "archive")) && std::string(argv[1]) == "train") {
+    return train(argv[2], std::stoi(argv[3]), std::stoi(argv[4]), argc == 6);
+  }
   if (argc != 2) {
-    std::cerr << "usage: front_end_bytes DIR | front_end_bytes train STEPS FROM TO\n";
+    std::cerr << "usage: front_end_bytes DIR | front_end_bytes train STEPS FROM TO [archive]\n";
     return 2;
   }
   for (const std::string way : {"none", "two_pass", "previous", "parameter", "step"}) {

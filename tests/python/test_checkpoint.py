@@ -203,6 +203,24 @@ def test_plain_pytorch_checkpoints_both_ways(ours, theirs, dtype):
         assert all(p.isfinite().all() for p in params)
 
 
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+def test_a_lion_that_counts_no_steps_is_taken(value_dtype):
+    """As lion-pytorch and timm keep it: exp_avg alone, which is all that the rule needs."""
+    params = make_params(torch.bfloat16)
+    momenta = [torch.randn_like(p, dtype=value_dtype) for p in params]
+    opt = flashoptim_native.FlashLion(params, lr=1e-3, quantize=False)
+    groups = [{"params": list(range(len(params))), "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}]
+    opt.load_state_dict({"state": {i: {"exp_avg": m} for i, m in enumerate(momenta)}, "param_groups": groups})
+    for p, momentum in zip(params, momenta):
+        assert opt.state[p]["step"] == 1
+        assert torch.equal(opt.decoded_state(p)["exp_avg"], momentum.float())
+    run(opt, params, 0, 2)
+    coded = opt.state_dict()["state"][0] | {"exp_avg_codes": torch.zeros(2), "exp_avg_scale": torch.zeros(2)}
+    coded = {key: value for key, value in coded.items() if key.startswith("exp_avg_")}
+    with pytest.raises(ValueError, match="lacks step"):  # codes are ours, which counts
+        opt.load_state_dict({"state": {0: coded}, "param_groups": groups})
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from flashoptim_native import FlashAdamW, _ops, enable_gradient_release
+from flashoptim_native import FlashAdamW, _ops, convert, enable_gradient_release
 from helpers import CLASSES
 
 PROGRAM = os.environ.get("FLASHOPTIM_FRONT_END_BYTES")
@@ -181,26 +181,43 @@ def save(folder, step, params, opt):
     safetensors.torch.save_file(tensors, path, said)
 
 
-def test_a_run_that_goes_from_cpp_to_python_and_back_is_the_uninterrupted_one(tmp_path):
+def load_converted(folder, step, params, opt, suffix):
+    """The same by convert, which reads what C++ wrote: a safetensors file, or an archive."""
+    with safetensors.safe_open(folder / f"{step}.weights.safetensors", "pt") as file:
+        for i, p in enumerate(params):
+            p.data.copy_(file.get_tensor(str(i)))
+    convert.file(folder / f"{step}.state.{suffix}", folder / f"{step}.pt")
+    opt.load_state_dict(torch.load(folder / f"{step}.pt"))
+
+
+def save_converted(folder, step, params, opt, suffix):
+    weights = {str(i): p.detach().contiguous() for i, p in enumerate(params)}
+    safetensors.torch.save_file(weights, folder / f"{step}.weights.safetensors")
+    torch.save(opt.state_dict(), folder / f"{step}.python.pt")
+    convert.file(folder / f"{step}.python.pt", folder / f"{step}.state.{suffix}", to=suffix)
+
+
+def run_cpp(folder, first, last, *more):
     if not PROGRAM:
         pytest.skip("FLASHOPTIM_FRONT_END_BYTES names no program: the C++ front end was not built")
+    subprocess.run([PROGRAM, "train", str(folder), str(first), str(last), *more], check=True)
+
+
+@pytest.mark.parametrize("way", ["by hand", "safetensors", "archive"])
+def test_a_run_that_goes_from_cpp_to_python_and_back_is_the_uninterrupted_one(tmp_path, way):
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     for folder in (whole, changing):
         folder.mkdir()
-
-    def cpp(folder, first, last):
-        subprocess.run([PROGRAM, "train", str(folder), str(first), str(last)], check=True)
-
-    cpp(whole, 0, 9)
-    cpp(changing, 0, 3)
+    run_cpp(whole, 0, 9)
+    run_cpp(changing, 0, 3)
     params, opt = trained()
-    load(changing, 3, params, opt)
+    load(changing, 3, params, opt) if way == "by hand" else load_converted(changing, 3, params, opt, way)
     for t in range(3, 6):
         for i, p in enumerate(params):
             p.grad = (ramp(p.shape, 0.11 * (t + 1), i) * 1e-2).bfloat16()
         opt.step()
-    save(changing, 6, params, opt)
-    cpp(changing, 6, 9)
+    save(changing, 6, params, opt) if way == "by hand" else save_converted(changing, 6, params, opt, way)
+    run_cpp(changing, 6, 9, *(["archive"] if way == "archive" else []))
     for what in ("weights", "state"):
         names = [folder / f"9.{what}.safetensors" for folder in (whole, changing)]
         ours, theirs = (safetensors.torch.load_file(name) for name in names)
@@ -210,3 +227,26 @@ def test_a_run_that_goes_from_cpp_to_python_and_back_is_the_uninterrupted_one(tm
     with safetensors.safe_open(names[0], "pt") as a, safetensors.safe_open(names[1], "pt") as b:
         groups = [json.loads(one.metadata()["flashoptim_native.param_groups"]) for one in (a, b)]
     assert groups[0] == groups[1]
+
+
+def test_what_cpp_wrote_loads_by_convert_as_it_is(tmp_path):
+    """A file and an archive of one moment hold one state, and it is what Python has at that moment, byte for byte."""
+    run_cpp(tmp_path, 0, 3)
+    params, opt = trained()
+    for t in range(3):
+        for i, p in enumerate(params):
+            p.grad = (ramp(p.shape, 0.11 * (t + 1), i) * 1e-2).bfloat16()
+        opt.step()
+    for suffix in ("safetensors", "archive"):
+        others, loaded = trained()
+        load_converted(tmp_path, 3, others, loaded, suffix)
+        (tmp_path / "3.pt").unlink()
+        assert bytes_of(loaded, others) == bytes_of(opt, params)
+        assert all(loaded.state[q]["step"] == 3 for q in others)
+
+
+def test_an_archive_that_cpp_wrote_for_torch_is_refused_by_name(tmp_path):
+    run_cpp(tmp_path, 0, 1)
+    with pytest.raises(ValueError, match="torch.archive"):
+        convert.file(tmp_path / "1.torch.archive", tmp_path / "1.pt")
+    assert not (tmp_path / "1.pt").exists()

@@ -421,6 +421,60 @@ def test_grad_scaler(dtype):
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_that_grad_scaler_skips_is_not_called_where_accelerate_looks(dtype):
+    """As its AcceleratedOptimizer does: a function of its own in step's place, while GradScaler's step() runs."""
+    results = []
+    for is_watched in (False, True):
+        params = make_params(dtype)
+        optimizer = flashoptim_native.FlashAdamW(params)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        called = []
+        for step in range(3):
+            set_grads(params, step)
+            scaler.scale(torch.ones(()))  # makes the scale
+            if step == 1:
+                params[0].grad.view(-1)[0] = float("inf")
+            if is_watched:
+                inner = optimizer.step
+
+                def watched(*arguments, count=step, method=inner, seen=called, **named):
+                    seen.append(count)
+                    return method(*arguments, **named)
+
+                watched.__module__ = "accelerate.optimizer"
+                optimizer.step = watched
+            scaler.step(optimizer)
+            scaler.update()
+            if is_watched:
+                optimizer.step = inner
+        # GradScaler refuses to unscale fp16 gradients: they go on to be unscaled by step(), as with torch's fused ones.
+        assert called == ([] if not is_watched else [0, 1, 2] if dtype == torch.float16 else [0, 2])
+        results.append((params, optimizer))
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_decoded_states_are_copies(quantize):
+    results = []
+    for looks in (False, True):
+        params = make_params(torch.bfloat16)
+        optimizer = flashoptim_native.FlashAdEMAMix(params, quantize=quantize, min_quantized_numel=0)
+        run(optimizer, params, 0, 2)
+        if looks:
+            seen = [value for p in params for value in optimizer.decoded_state(p).values()]
+            before = [bits(value) for value in seen]
+        run(optimizer, params, 2, 4)
+        if looks:
+            assert [bits(value) for value in seen] == before
+            for p in params:
+                for value in optimizer.decoded_state(p).values():
+                    value.fill_(7.0)
+        run(optimizer, params, 4, 6)
+        results.append((params, optimizer))
+    assert_same_bits(*results)
+
+
 def test_hostile_gradients_spoil_their_own_group_and_are_counted():
     p = torch.nn.Parameter(torch.ones(128, 64, dtype=torch.bfloat16))
     optimizer = flashoptim_native.FlashAdamW([p])

@@ -34,6 +34,7 @@ def install():
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.synchronize = lambda *arguments: None
     torch.cuda.device_count = lambda: 1
+    torch.cuda.is_bf16_supported = lambda *arguments: True
     torch.Generator = Generator
     move = torch.nn.Module.to
     torch.nn.Module.to = lambda self, *args, **kwargs: move(

@@ -25,4 +25,6 @@ def install():
 
 def is_ours(nodeid):
     test = nodeid.rpartition("::")[2]
-    return any(one in test for one in ("Adam8bit", "AdamW8bit", "bf16_stochastic_round_correctness", "param_groups"))
+    if "4bit" in test or "Fp8" in test:
+        return False
+    return any(one in test for one in ("Adam8bit", "AdamW8bit", "bf16_stochastic_round_correctness"))
