@@ -141,14 +141,13 @@ inline void run_general(const KernelTable& t, const Configuration& c, Block& b, 
 }
 
 inline const cpu::UsualStages& usual_of(const KernelTable& t, const Configuration& c) {
-  return t.usual[static_cast<int>(c.rule)][static_cast<int>(c.codec)][static_cast<int>(c.master)];
+  return cpu::usual_stages(t, {c.rule, c.codec, DType::kBFloat16, DType::kBFloat16, c.master});
 }
 
 inline std::vector<const KernelTable*> tables_with_usual() {
   std::vector<const KernelTable*> tables;
   for (const KernelTable* t : machine_tables()) {
-    if (t->usual[0][static_cast<int>(StateCodec::kDefault)][static_cast<int>(MasterWeights::kCorrection8)].begin !=
-        nullptr)
+    if (usual_of(*t, {RuleKind::kAdamW, StateCodec::kDefault, MasterWeights::kCorrection8}).begin != nullptr)
       tables.push_back(t);
   }
   return tables;

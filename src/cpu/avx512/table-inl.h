@@ -26,12 +26,12 @@ struct HotAvx512 {
     using Paper = HotPaperStates<Rule>;
     using RelativeEntries = HotWeights::Entries<Rule, Relative>;
     using PaperEntries = HotWeights::Entries<Rule, Paper>;
-    auto& usual = t.usual[static_cast<int>(kind)];
-    constexpr int kM = static_cast<int>(kMaster);
-    usual[static_cast<int>(StateCodec::kDefault)][kM] = {RelativeEntries::template begin<kMaster>,
-                                                         HotWeights::finish<Rule, kMaster>,
-                                                         {Relative::encode_variance, Relative::encode_momentum}};
-    usual[static_cast<int>(StateCodec::kPaper)][kM] = {
+    constexpr DType kBf16 = DType::kBFloat16;
+    usual_stages(t, {kind, StateCodec::kDefault, kBf16, kBf16, kMaster}) = {
+        RelativeEntries::template begin<kMaster>,
+        HotWeights::finish<Rule, kMaster>,
+        {Relative::encode_variance, Relative::encode_momentum}};
+    usual_stages(t, {kind, StateCodec::kPaper, kBf16, kBf16, kMaster}) = {
         PaperEntries::template begin<kMaster>, HotWeights::finish<Rule, kMaster>, {Paper::encode, nullptr}};
   }
   template <core::Rule Rule>

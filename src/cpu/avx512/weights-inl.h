@@ -9,26 +9,12 @@ inline namespace FLASHOPTIM_AVX512 {
 struct HotWeights : HotPieces {
   // ---- weights and gradients ------------------------------------------------------------------------------------
 
-  template <int kBits>
-  struct CorrectionConstants {
-    static constexpr int kFraction = kBits == 8 ? 23 : 15;
-    static constexpr uint32_t kLargest = static_cast<uint32_t>(core::Correction<kBits>::kMax);
-    float inverse_high = core::Correction<kBits>::kInverseHigh * core::half_ulp_of_unit_scale<core::BFloat16>();
-    float inverse_low = core::Correction<kBits>::kInverseLow * core::half_ulp_of_unit_scale<core::BFloat16>();
-    /// Pattern of twice_inverse_scale(0) * kUnits: split_update_dithered's two factors as one, which loses nothing
-    /// where the scale is not far from 1.
-    uint32_t units = std::bit_cast<uint32_t>(static_cast<float>(1 << core::BFloat16::kMantissaBits) *
-                                             core::Correction<kBits>::kMax * static_cast<float>(1 << kFraction)) +
-                     (128u << 23);
-    uint32_t above = ((kLargest + 1u) << kFraction) - 1u, below = 0u - (kLargest << kFraction);
-  };
-
   /// core::correction_value for normal n. c * kInverseHigh is exact, so an fma rounds as the sum does, and half an ULP
   /// of 1 is a power of two.
   template <int kBits>
   struct CorrectionValue {
-    __m512 inverse_high = all_f(known<CorrectionConstants<kBits>>().inverse_high);
-    __m512 inverse_low = all_f(known<CorrectionConstants<kBits>>().inverse_low);
+    __m512 inverse_high = all_f(known<CorrectionConstants<core::BFloat16, kBits>>().inverse_high);
+    __m512 inverse_low = all_f(known<CorrectionConstants<core::BFloat16, kBits>>().inverse_low);
     __m512i exponent = all(known<Constants>().exponent);
 
     FLASHOPTIM_HD __m512 fraction(const void* corrections, int i) const {
@@ -53,10 +39,10 @@ struct HotWeights : HotPieces {
   /// integers, which exceed N by roundings alone: by less than 1 of 127, and 3 of 32767.
   template <int kBits, bool kNearest>
   struct CutCorrection {
-    static constexpr int kFraction = CorrectionConstants<kBits>::kFraction;
-    __m512i units = all(known<CorrectionConstants<kBits>>().units);
-    __m512i above = all(known<CorrectionConstants<kBits>>().above),
-            below = all(known<CorrectionConstants<kBits>>().below);
+    static constexpr int kFraction = CorrectionConstants<core::BFloat16, kBits>::kFraction;
+    __m512i units = all(known<CorrectionConstants<core::BFloat16, kBits>>().units);
+    __m512i above = all(known<CorrectionConstants<core::BFloat16, kBits>>().above),
+            below = all(known<CorrectionConstants<core::BFloat16, kBits>>().below);
     __m512i exponent = all(known<Constants>().exponent);
     PackBytes<3> top_bytes;
 
@@ -86,8 +72,7 @@ struct HotWeights : HotPieces {
   /// clamp.
   template <int kBits>
   struct CutCorrection<kBits, true> {
-    __m512i units = all(known<CorrectionConstants<kBits>>().units -
-                        (static_cast<uint32_t>(CorrectionConstants<kBits>::kFraction) << 23));
+    __m512i units = all(known<CorrectionConstants<core::BFloat16, kBits>>().nearest_units);
     __m512i exponent = all(known<Constants>().exponent);
     __m512 magic = all_f(known<Constants>().last_digit_is_one);
     PackBytes<0> low_bytes;
