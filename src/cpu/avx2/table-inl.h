@@ -6,6 +6,7 @@
 
 #include "src/cpu/avx2/default_states-inl.h"
 #include "src/cpu/avx2/paper_states-inl.h"
+#include "src/cpu/usual_table-inl.h"
 
 namespace flashoptim::cpu::avx2 {
 
@@ -21,61 +22,27 @@ bool begin(Block& b) {
 }
 
 struct Hot : Pieces {
-  template <core::Rule Rule, DType kGradient, DType kParameter, MasterWeights kMaster>
-  static constexpr void add_stages(KernelTable& t, RuleKind kind) {
+  template <core::Rule Rule, StateCodec kCodec, DType kGradient, DType kParameter, MasterWeights kMaster>
+  static constexpr UsualStages stages() {
     // A rule whose decay is its own reads no weights until its end.
     constexpr DType kRead = Rule::kDecoupledDecay ? DType::kFloat32 : kParameter;
     constexpr MasterWeights kReadMaster = Rule::kDecoupledDecay ? MasterWeights::kNone : kMaster;
-    using Default = DefaultStates<Rule>;
-    using Paper = PaperStates<Rule>;
-    usual_stages(t, {kind, StateCodec::kDefault, kParameter, kGradient, kMaster}) = {
-        begin<Rule, Default, kGradient, kRead, kReadMaster>,
-        Weights<Rule, kParameter, kMaster>::finish,
-        {Default::encode_variance, Default::encode_momentum}};
-    usual_stages(t, {kind, StateCodec::kPaper, kParameter, kGradient, kMaster}) = {
-        begin<Rule, Paper, kGradient, kRead, kReadMaster>,
-        Weights<Rule, kParameter, kMaster>::finish,
-        {Paper::encode, nullptr}};
-  }
-  template <core::Rule Rule, DType kParameter, MasterWeights kMaster>
-  static constexpr void add_gradients(KernelTable& t, RuleKind kind) {
-    add_stages<Rule, DType::kFloat32, kParameter, kMaster>(t, kind);
-    add_stages<Rule, DType::kBFloat16, kParameter, kMaster>(t, kind);
-    add_stages<Rule, DType::kFloat16, kParameter, kMaster>(t, kind);
-  }
-  template <core::Rule Rule, DType kParameter>
-  static constexpr void add_corrected(KernelTable& t, RuleKind kind) {
-    if constexpr (Rule::kDecoupledDecay) {
-      add_gradients<Rule, kParameter, MasterWeights::kCorrection8>(t, kind);
-      add_gradients<Rule, kParameter, MasterWeights::kCorrection16>(t, kind);
-      add_gradients<Rule, kParameter, MasterWeights::kCorrection8Nearest>(t, kind);
-      add_gradients<Rule, kParameter, MasterWeights::kCorrection16Nearest>(t, kind);
+    constexpr Stage kFinish = Weights<Rule, kParameter, kMaster>::finish;
+    if constexpr (kCodec == StateCodec::kDefault) {
+      using States = DefaultStates<Rule>;
+      return {begin<Rule, States, kGradient, kRead, kReadMaster>,
+              kFinish,
+              {States::encode_variance, States::encode_momentum}};
     } else {
-      add_stages<Rule, kParameter, kParameter, MasterWeights::kCorrection8>(t, kind);
-      add_stages<Rule, kParameter, kParameter, MasterWeights::kCorrection16>(t, kind);
-      add_stages<Rule, kParameter, kParameter, MasterWeights::kCorrection8Nearest>(t, kind);
-      add_stages<Rule, kParameter, kParameter, MasterWeights::kCorrection16Nearest>(t, kind);
-    }
-  }
-  template <core::Rule Rule>
-  static constexpr void add_rule(KernelTable& t, RuleKind kind) {
-    if constexpr (core::kHasBoundingVariance<Rule> && core::MomentumOverVariance<Rule>::kFits) {
-      add_corrected<Rule, DType::kBFloat16>(t, kind);
-      if constexpr (Rule::kDecoupledDecay) {
-        add_corrected<Rule, DType::kFloat16>(t, kind);
-        add_gradients<Rule, DType::kBFloat16, MasterWeights::kNone>(t, kind);
-        add_gradients<Rule, DType::kFloat16, MasterWeights::kNone>(t, kind);
-        add_gradients<Rule, DType::kFloat32, MasterWeights::kNone>(t, kind);
-      }
+      using States = PaperStates<Rule>;
+      return {begin<Rule, States, kGradient, kRead, kReadMaster>, kFinish, {States::encode, nullptr}};
     }
   }
 
   static constexpr KernelTable table(const char* isa) {
     KernelTable t = Generic::table(isa);
     t.usual_element = element;
-#define FLASHOPTIM_ADD_RULE(name) add_rule<core::name>(t, RuleKind::k##name);
-    FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_ADD_RULE)
-#undef FLASHOPTIM_ADD_RULE
+    UsualTable<Hot>::add(t);
     return t;
   }
 };
