@@ -46,26 +46,28 @@ struct Format<DType::kBFloat16> : Pieces {
 
   /// The scale of a correction, core::scale_bits: of normal numbers their exponent. If the old weight was not normal,
   /// and the new is, and not far from 1, the old was 0 or subnormal, and its correction is too small to count.
-  static FLASHOPTIM_HD __m256i scale(__m256 narrow) { return _mm256_and_si256(bits_of(narrow), all(0x7f800000u)); }
+  __m256i exponent = held(0x7f800000u);
+  FLASHOPTIM_HD __m256i scale(__m256 narrow) const { return _mm256_and_si256(bits_of(narrow), exponent); }
 
   /// New weights: the pair is `value` rounded to nearest, ties to even.
   struct Rounded {
     Pair value;
     __m256i words;
-    /// In kOutside those that the hot path leaves to core's formulas: not between 2^-63 and 2^65 in magnitude.
-    FLASHOPTIM_HD __m256i flags() const { return _mm256_sub_epi16(words, all_words(64 << 7)); }
     FLASHOPTIM_HD void store(void* base, int i) const {
       auto* const p = static_cast<uint16_t*>(base) + i;
       store_halves(p, p + 16, words);
     }
   };
-  static constexpr uint16_t kOutside = 0x4000;
-  static FLASHOPTIM_HD Rounded round(Pair value) {
-    const auto rounded = [](__m256 x) __attribute__((always_inline)) {
+  /// In `outside` those that the hot path leaves to core's formulas: not between 2^-63 and 2^65 in magnitude.
+  FLASHOPTIM_HD __m256i flags(const Rounded& to) const { return _mm256_sub_epi16(to.words, exponent_of_64); }
+  __m256i outside = held_words(0x4000), exponent_of_64 = held_words(64 << 7);
+  __m256i last_digit = held((16u << 23) | 0x00400000u);
+
+  FLASHOPTIM_HD Rounded round(Pair value) const {
+    const auto rounded = [this](__m256 x) __attribute__((always_inline)) {
       // 1.5 * 2^16 times the power of two below x: the last digit of a sum with it is bf16's of x. (Where that
       // overflows, the result is x itself, or a NaN.)
-      const __m256 magic =
-          float_of(_mm256_add_epi32(_mm256_and_si256(bits_of(x), all(0x7f800000u)), all((16u << 23) | 0x00400000u)));
+      const __m256 magic = float_of(_mm256_add_epi32(_mm256_and_si256(bits_of(x), exponent), last_digit));
       return _mm256_sub_ps(_mm256_add_ps(x, magic), magic);
     };
     const Pair to = {{rounded(value.lo.v)}, {rounded(value.hi.v)}};
@@ -86,25 +88,24 @@ struct Format<DType::kFloat16> : Pieces {
     return {{widen(p)}, {widen(p + 4)}};
   }
   /// No finite weight is unusual: the scale of subnormals is that of the smallest normal numbers.
-  static FLASHOPTIM_HD __m256i scale(__m256 narrow) {
-    constexpr uint32_t kSmallest = static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23;
-    return _mm256_max_epi32(_mm256_and_si256(bits_of(narrow), all(0x7f800000u)), all(kSmallest));
+  __m256i exponent = held(0x7f800000u), smallest = held(static_cast<uint32_t>(1 - Narrow::kBias + 127) << 23);
+  FLASHOPTIM_HD __m256i scale(__m256 narrow) const {
+    return _mm256_max_epi32(_mm256_and_si256(bits_of(narrow), exponent), smallest);
   }
   struct Rounded {
     Pair value;
     __m128i low, high;  ///< of the lower and the upper vector
-    /// In kOutside infinities and NaN.
-    FLASHOPTIM_HD __m256i flags() const {
-      const __m256i words = _mm256_set_m128i(high, low);
-      return _mm256_add_epi16(_mm256_and_si256(words, all_words(0x7fff)), all_words(0x0400));
-    }
     FLASHOPTIM_HD void store(void* base, int i) const {
       auto* const p = static_cast<uint16_t*>(base) + i;
       _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi64(low, high));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm_unpackhi_epi64(low, high));
     }
   };
-  static constexpr uint16_t kOutside = 0x8000;
+  /// In `outside` infinities and NaN.
+  FLASHOPTIM_HD __m256i flags(const Rounded& to) const {
+    return _mm256_add_epi16(_mm256_and_si256(_mm256_set_m128i(to.high, to.low), magnitude), one_more);
+  }
+  __m256i outside = held_words(0x8000), magnitude = held_words(0x7fff), one_more = held_words(0x0400);
   static FLASHOPTIM_HD Rounded round(Pair value) {
     Rounded to;
     to.low = _mm256_cvtps_ph(value.lo.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -121,6 +122,11 @@ struct Corrections : Pieces {
   /// Corrections are read into the top bits of lanes, which extends their sign.
   static constexpr CorrectionConstants<typename Of::Narrow, kBits, 32 - kBits> kConstants{};
   static constexpr int kFraction = kConstants.kFraction;
+  Of format;
+  __m256i units = held(kConstants.units), nearest_units = held(kConstants.nearest_units);
+  __m256i least = kBits == 8 ? held_bytes(0x81) : held_words(0x8001);
+  __m256 inverse_high = float_of(held(bits_of(all_f(kConstants.inverse_high))));
+  __m256 inverse_low = float_of(held(bits_of(all_f(kConstants.inverse_low))));
 
   struct OfGroup {
     __m256i bytes;     ///< of 8 bits
@@ -139,11 +145,10 @@ struct Corrections : Pieces {
     return of;
   }
   /// Of a group, as words of its halves; saturated at N, which leaves what is below -N.
-  static FLASHOPTIM_HD void store(void* base, int i, __m256i first, __m256i second) {
+  FLASHOPTIM_HD void store(void* base, int i, __m256i first, __m256i second) const {
     if constexpr (kBits == 8) {
-      Pieces::store(static_cast<char*>(base) + i, _mm256_max_epi8(_mm256_packs_epi16(first, second), all_bytes(0x81)));
+      Pieces::store(static_cast<char*>(base) + i, _mm256_max_epi8(_mm256_packs_epi16(first, second), least));
     } else {
-      const __m256i least = all_words(0x8001);
       auto* const p = static_cast<uint16_t*>(base) + i;
       store_halves(p, p + 16, _mm256_max_epi16(first, least));
       store_halves(p + 8, p + 24, _mm256_max_epi16(second, least));
@@ -152,7 +157,7 @@ struct Corrections : Pieces {
 
   /// core::correction_value's parts, whose product is exact. c * kInverseHigh is exact, so an fma rounds as the sum
   /// does, and half an ULP of 1 is a power of two.
-  static FLASHOPTIM_HD Pair fraction(const OfGroup& of, int half) {
+  FLASHOPTIM_HD Pair fraction(const OfGroup& of, int half) const {
     if constexpr (kBits == 8) {
       return {{fraction_of(spread_bytes<3>(of.bytes, 2 * half))},
               {fraction_of(spread_bytes<3>(of.bytes, 2 * half + 1))}};
@@ -162,25 +167,25 @@ struct Corrections : Pieces {
               {fraction_of(_mm256_unpackhi_epi16(zero, of.words[half]))}};
     }
   }
-  static FLASHOPTIM_HD __m256 fraction_of(__m256i correction) {
+  FLASHOPTIM_HD __m256 fraction_of(__m256i correction) const {
     const __m256 c = _mm256_cvtepi32_ps(correction);
-    return _mm256_fmadd_ps(c, all_f(kConstants.inverse_high), _mm256_mul_ps(c, all_f(kConstants.inverse_low)));
+    return _mm256_fmadd_ps(c, inverse_high, _mm256_mul_ps(c, inverse_low));
   }
-  static FLASHOPTIM_HD Pair scale(Pair narrow) {
-    return {{float_of(Of::scale(narrow.lo.v))}, {float_of(Of::scale(narrow.hi.v))}};
+  FLASHOPTIM_HD Pair scale(Pair narrow) const {
+    return {{float_of(format.scale(narrow.lo.v))}, {float_of(format.scale(narrow.hi.v))}};
   }
 
   /// The correction of core::split_update_dithered: clamped are integers, which exceed N by roundings alone: by less
   /// than 1 of 127, and 3 of 32767.
-  static FLASHOPTIM_HD __m256i cut(__m256 rest, __m256 narrow, __m256i dither) {
-    const __m256i factor = _mm256_sub_epi32(all(kConstants.units), Of::scale(narrow));
+  FLASHOPTIM_HD __m256i cut(__m256 rest, __m256 narrow, __m256i dither) const {
+    const __m256i factor = _mm256_sub_epi32(units, format.scale(narrow));
     const __m256i x = _mm256_cvttps_epi32(_mm256_mul_ps(rest, float_of(factor)));
     return _mm256_srai_epi32(_mm256_add_epi32(x, _mm256_srli_epi32(dither, 32 - kFraction)), kFraction);
   }
   /// That of core::split. What a weight is rounded by, a single time, is at most half an ULP: there is nothing to
   /// clamp.
-  static FLASHOPTIM_HD __m256i cut_nearest(__m256 rest, __m256 narrow) {
-    const __m256i factor = _mm256_sub_epi32(all(kConstants.nearest_units), Of::scale(narrow));
+  FLASHOPTIM_HD __m256i cut_nearest(__m256 rest, __m256 narrow) const {
+    const __m256i factor = _mm256_sub_epi32(nearest_units, format.scale(narrow));
     return _mm256_cvtps_epi32(_mm256_mul_ps(rest, float_of(factor)));
   }
 };

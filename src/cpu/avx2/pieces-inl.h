@@ -31,6 +31,15 @@ struct Pieces {
   static FLASHOPTIM_HD __m256i all_words(uint16_t bits) { return _mm256_set1_epi16(static_cast<int16_t>(bits)); }
   static FLASHOPTIM_HD __m256i all_bytes(uint8_t bits) { return _mm256_set1_epi8(static_cast<char>(bits)); }
   static FLASHOPTIM_HD __m256 all_f(float value) { return _mm256_set1_ps(value); }
+  /// Of constants of passes, before their loops: where registers are short, the compiler keeps these in memory, and
+  /// lets operations read them there. Those that it knows it makes anew, by two operations each.
+  static FLASHOPTIM_HD __m256i held(__m256i constant) {
+    asm("" : "+x"(constant));
+    return constant;
+  }
+  static FLASHOPTIM_HD __m256i held(uint32_t bits) { return held(all(bits)); }
+  static FLASHOPTIM_HD __m256i held_words(uint16_t bits) { return held(all_words(bits)); }
+  static FLASHOPTIM_HD __m256i held_bytes(uint8_t bits) { return held(all_bytes(bits)); }
   static FLASHOPTIM_HD __m256i bits_of(__m256 a) { return _mm256_castps_si256(a); }
   static FLASHOPTIM_HD __m256 float_of(__m256i a) { return _mm256_castsi256_ps(a); }
   static FLASHOPTIM_HD __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -99,6 +108,9 @@ struct Pieces {
   template <core::DitherStream kStream>
   struct Dither {
     PerGroup start;
+    __m256i lanes = held(_mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneSteps<kStream>.of)));
+    __m256i further[3] = {held(4u * core::kDitherLaneStep<kStream>), held(8u * core::kDitherLaneStep<kStream>),
+                          held(12u * core::kDitherLaneStep<kStream>)};
 
     explicit FLASHOPTIM_HD Dither(const Block& b) {
       for_each_header(
@@ -107,14 +119,10 @@ struct Pieces {
                         core::dither_group_start<kStream, F>(b.dither, core::load_u32<F>(b.group_hash + first)).v);
           });
     }
-    /// Vector 0's; each(words, j) goes on to the others.
-    FLASHOPTIM_HD __m256i group(int group) const {
-      return _mm256_add_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneSteps<kStream>.of)),
-                              start.spread(group));
-    }
-    static FLASHOPTIM_HD __m256i of(__m256i group, int j) {
-      return j == 0 ? group
-                    : _mm256_add_epi32(group, all(static_cast<uint32_t>(4 * j) * core::kDitherLaneStep<kStream>));
+    /// Of vector 0; of() goes on to vector j.
+    FLASHOPTIM_HD __m256i group(int group) const { return _mm256_add_epi32(lanes, start.spread(group)); }
+    FLASHOPTIM_HD __m256i of(__m256i group, int j) const {
+      return j == 0 ? group : _mm256_add_epi32(group, further[j - 1]);
     }
   };
   struct NoDither {
@@ -132,16 +140,16 @@ struct Pieces {
         : of{static_cast<const char*>(b.states[0]) + b.ahead, static_cast<const char*>(b.states[1]) + b.ahead} {}
     FLASHOPTIM_HD void ask(int group) const { __builtin_prefetch(of[group & 1] + (group & ~1) * kGroup, 1, 3); }
   };
-  /// Of an array of elements of kBytes, those of `group`; kWrite as __builtin_prefetch has it.
+  /// The same of an array of elements of kBytes; kWrite as __builtin_prefetch has it.
+  template <int kBytes>
+  static FLASHOPTIM_HD const char* ahead_of(const Block& b, const void* array) {
+    return static_cast<const char*>(array) + b.ahead * kBytes;
+  }
   template <int kBytes, int kWrite>
-  static FLASHOPTIM_HD void ask_ahead(const Block& b, const void* array, int group) {
-    const char* const at = static_cast<const char*>(array) + (b.ahead + int64_t{group} * kGroup) * kBytes;
-    if constexpr (kBytes == 1) {
-      if (group % 2 == 0) __builtin_prefetch(at, kWrite, 3);
-    } else {
-      __builtin_prefetch(at, kWrite, 3);
-      if constexpr (kBytes == 4) __builtin_prefetch(at + 64, kWrite, 3);
-    }
+  static FLASHOPTIM_HD void ask(const char* ahead, int group) {
+    // Every line once, or twice, which costs less than to ask whether.
+    __builtin_prefetch(ahead + group * kGroup * kBytes, kWrite, 3);
+    if constexpr (kBytes == 4) __builtin_prefetch(ahead + group * kGroup * 4 + 64, kWrite, 3);
   }
 
   // ---- extremes of groups ---------------------------------------------------------------------------------------
