@@ -72,9 +72,8 @@ using Stage = void (*)(Block&);
 /// cycles per 16 elements).
 inline constexpr int kRuleStages = 3;
 
-/// A step of a block of bf16 weights and gradients in fewer passes, where its values allow it: begin, finish,
-/// encode[0], finish, encode[1], with half of the groups to each finish. Where begin returns false, nothing has
-/// happened and the stages above do the step.
+/// A step of a block in fewer passes, where its values allow it: begin, finish, encode[0], finish, encode[1], with half
+/// of the groups to each finish. Where begin returns false, nothing has happened and the stages above do the step.
 struct UsualStages {
   bool (*begin)(Block&);
   Stage finish;     ///< of groups store_begin ... store_end - 1
@@ -87,12 +86,30 @@ struct KernelTable {
   Stage load_weights[kDTypes][kMasterKinds];
   Stage load_gradient[kDTypes];
   Stage rule[kRuleKinds][kCodecs][kRuleStages];
-  UsualStages usual[kRuleKinds][kCodecs][kMasterKinds];  ///< null where there is none
-  Stage store_weights[kDTypes][kMasterKinds];            ///< of groups store_begin ... store_end - 1
-  Stage split_weights[kDTypes][kMasterKinds];            ///< weight -> parameter, correction (nearest)
-  Stage decode[kRuleKinds][kCodecs];                     ///< states -> state_f32
-  Stage encode[kRuleKinds][kCodecs];                     ///< state_f32 -> states (nearest)
+  /// Of a dtype of parameters, one of gradients, master weights; null where there is none.
+  UsualStages usual[kRuleKinds][kCodecs][kDTypes][kDTypes][kMasterKinds];
+  /// Element of a group whose numbers the usual stages leave each other at place i of its fp32 arrays; null: i.
+  int (*usual_element)(int i);
+  Stage store_weights[kDTypes][kMasterKinds];  ///< of groups store_begin ... store_end - 1
+  Stage split_weights[kDTypes][kMasterKinds];  ///< weight -> parameter, correction (nearest)
+  Stage decode[kRuleKinds][kCodecs];           ///< states -> state_f32
+  Stage encode[kRuleKinds][kCodecs];           ///< state_f32 -> states (nearest)
 };
+
+/// What a block's stages are chosen by.
+struct BlockKind {
+  RuleKind rule;
+  StateCodec codec;
+  DType parameter, gradient;
+  MasterWeights master;
+};
+
+/// Those of a table for one kind of blocks.
+template <class Table>
+constexpr auto& usual_stages(Table& t, const BlockKind& k) {
+  return t.usual[static_cast<int>(k.rule)][static_cast<int>(k.codec)][static_cast<int>(k.parameter)]
+                [static_cast<int>(k.gradient)][static_cast<int>(k.master)];
+}
 
 extern const KernelTable kScalarKernels;
 #if defined(__x86_64__)

@@ -1,9 +1,7 @@
-#include "src/cpu/lanes_avx2-inl.h"
-//
-#include "src/cpu/loops-inl.h"
+#include "src/cpu/avx2/table-inl.h"
 
 namespace flashoptim::cpu {
 
-const KernelTable kAvx2Kernels = Loops<core::Avx2Float>::table("avx2");
+const KernelTable kAvx2Kernels = avx2::Hot::table("avx2");
 
 }  // namespace flashoptim::cpu

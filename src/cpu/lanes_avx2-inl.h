@@ -1,4 +1,4 @@
-// 8 lanes of AVX2 (with F16C): the operations of core/lanes.h, each bit-equal to the scalar one.
+// 8 lanes of AVX2 (with F16C and FMA): the operations of core/lanes.h, each bit-equal to the scalar one.
 // Only included by translation units compiled for AVX2.
 #pragma once
 
@@ -127,18 +127,21 @@ FLASHOPTIM_HD void store_16(uint16_t* p, Avx2Int a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(a.v));
 }
 
-FLASHOPTIM_HD uint32_t reduce_int_max(Avx2Int a) {
-  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
-}
-
-FLASHOPTIM_HD uint32_t reduce_unsigned_min(Avx2Int a) {
-  __m128i m = _mm_min_epu32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  m = _mm_min_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_min_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+/// Lane r is the maximum (minimum) over row r of 8 rows of 8 lanes, by a tree that reduces within halves of registers
+/// and then across them: 21 operations, where separate reductions take 56.
+template <class Pick>
+FLASHOPTIM_HD Avx2Int reduce_8_rows(const uint32_t* rows, Pick pick) {
+  const auto row = [rows](int r) __attribute__((always_inline)) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 8 * r));
+  };
+  const auto quarter = [&](int r) __attribute__((always_inline)) {
+    const __m256i r0 = row(r), r1 = row(r + 1), r2 = row(r + 2), r3 = row(r + 3);
+    const __m256i m01 = pick(_mm256_unpacklo_epi32(r0, r1), _mm256_unpackhi_epi32(r0, r1));
+    const __m256i m23 = pick(_mm256_unpacklo_epi32(r2, r3), _mm256_unpackhi_epi32(r2, r3));
+    return pick(_mm256_unpacklo_epi64(m01, m23), _mm256_unpackhi_epi64(m01, m23));
+  };
+  const __m256i low = quarter(0), high = quarter(4);
+  return {pick(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31))};
 }
 
 template <>
@@ -173,12 +176,14 @@ struct LaneMemory<Avx2Float> {
 
   /// out[r] = max (as signed numbers) over lanes of rows[r * kWidth ...], r = 0 ... 15.
   static FLASHOPTIM_HD void max_of_rows(const uint32_t* rows, uint32_t* out) {
-    for (int r = 0; r < 16; ++r) out[r] = reduce_int_max(load_u32(rows + 8 * r));
+    const auto pick = [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); };
+    for (int r = 0; r < 16; r += 8) store_u32(out + r, reduce_8_rows(rows + 8 * r, pick));
   }
 
   /// The same for minima as unsigned numbers.
   static FLASHOPTIM_HD void unsigned_min_of_rows(const uint32_t* rows, uint32_t* out) {
-    for (int r = 0; r < 16; ++r) out[r] = reduce_unsigned_min(load_u32(rows + 8 * r));
+    const auto pick = [](__m256i a, __m256i b) { return _mm256_min_epu32(a, b); };
+    for (int r = 0; r < 16; r += 8) store_u32(out + r, reduce_8_rows(rows + 8 * r, pick));
   }
 };
 

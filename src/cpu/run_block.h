@@ -5,14 +5,6 @@
 
 namespace flashoptim::cpu {
 
-/// What a block's stages are chosen by.
-struct BlockKind {
-  RuleKind rule;
-  StateCodec codec;
-  DType parameter, gradient;
-  MasterWeights master;
-};
-
 inline void store_groups(Stage store, Block& b, int begin, int end) {
   b.store_begin = begin;
   b.store_end = end;
@@ -44,10 +36,8 @@ inline void run_usual(const UsualStages& usual, Block& b) {
 
 /// A step of a block whose memory and hyperparameters are set.
 inline void run_block(const KernelTable& kernels, const BlockKind& kind, Block& b) {
-  const auto& usual =
-      kernels.usual[static_cast<int>(kind.rule)][static_cast<int>(kind.codec)][static_cast<int>(kind.master)];
-  const bool all_bf16 = kind.parameter == DType::kBFloat16 && kind.gradient == DType::kBFloat16;
-  if (all_bf16 && usual.begin != nullptr && usual.begin(b)) {
+  const UsualStages& usual = usual_stages(kernels, kind);
+  if (usual.begin != nullptr && usual.begin(b)) {
     run_usual(usual, b);
   } else {
     run_stages(kernels, kind, b);

@@ -1,6 +1,6 @@
 // A block's memory between guard bytes, and contents made to break the conditions of "usual" blocks (cpu/kernels.h):
-// every bf16 pattern beside every kind of correction, weights at the ends of what a fast group may hold, headers and
-// codes at all ends and damaged ones, gradients of all exponents, chosen dither, cancellation and ties.
+// every pattern of weights beside every kind of correction, weights at the ends of what a fast group may hold, headers
+// and codes at all ends and damaged ones, gradients of all exponents, chosen dither, cancellation and ties.
 #pragma once
 
 #include <algorithm>
@@ -54,8 +54,8 @@ class Memory {
     }
   }
 
-  void attach(Block& b, int correction_bits, bool f32_gradient = false) {
-    b.parameter = words(kParameter);
+  void attach(Block& b, int correction_bits, bool f32_gradient = false, bool f32_parameter = false) {
+    b.parameter = f32_parameter ? static_cast<void*>(floats(kParameter)) : words(kParameter);
     b.gradient = f32_gradient ? static_cast<void*>(floats(kGradient)) : words(kGradient);
     b.correction = correction_bits == 8 ? static_cast<void*>(bytes(kCorrection)) : words(kCorrection);
     b.states[0] = bytes(kMomentum);
@@ -92,6 +92,7 @@ struct Configuration {
   RuleKind rule;
   StateCodec codec;
   MasterWeights master;
+  DType parameter = DType::kBFloat16, gradient = DType::kBFloat16;
 
   int bits() const { return core::correction_bits(master); }
   std::string name() const {
@@ -99,7 +100,11 @@ struct Configuration {
                        : rule == RuleKind::kAdam ? "Adam"
                                                  : "other rule") +
            ", " + (codec == StateCodec::kPaper ? "paper" : "default") + " codec, master " +
-           std::to_string(static_cast<int>(master));
+           std::to_string(static_cast<int>(master)) + ", weights " + dtype_name(parameter) + ", gradients " +
+           dtype_name(gradient);
+  }
+  static const char* dtype_name(DType dtype) {
+    return dtype == DType::kFloat32 ? "fp32" : dtype == DType::kBFloat16 ? "bf16" : "fp16";
   }
 };
 
@@ -121,7 +126,7 @@ struct Setting {
 
 /// A block over `m`, its scratch full of what an earlier one could have left.
 void open_block(Block& b, Memory& m, const Setting& s, const cpu::HyperStorage& hyper, int bits, Random& random,
-                int groups = kGroups, bool f32_gradient = false) {
+                int groups = kGroups, bool f32_gradient = false, bool f32_parameter = false) {
   static const int kPoison[] = {0x00, 0xff, 0x7f, 0x40};
   std::memset(static_cast<void*>(&b), kPoison[random.below(4)], sizeof b);
   b.groups = groups;
@@ -133,22 +138,21 @@ void open_block(Block& b, Memory& m, const Setting& s, const cpu::HyperStorage& 
   b.ahead = 0;
   b.store_begin = b.store_end = 0;
   std::copy_n(s.group_hash, kGroups, b.group_hash);
-  m.attach(b, bits, f32_gradient);
+  m.attach(b, bits, f32_gradient, f32_parameter);
 }
 
-inline void run_general(const KernelTable& t, const Configuration& c, Block& b, DType gradient = DType::kBFloat16) {
-  cpu::run_stages(t, {c.rule, c.codec, DType::kBFloat16, gradient, c.master}, b);
+inline void run_general(const KernelTable& t, const Configuration& c, Block& b) {
+  cpu::run_stages(t, {c.rule, c.codec, c.parameter, c.gradient, c.master}, b);
 }
 
 inline const cpu::UsualStages& usual_of(const KernelTable& t, const Configuration& c) {
-  return t.usual[static_cast<int>(c.rule)][static_cast<int>(c.codec)][static_cast<int>(c.master)];
+  return cpu::usual_stages(t, {c.rule, c.codec, c.parameter, c.gradient, c.master});
 }
 
 inline std::vector<const KernelTable*> tables_with_usual() {
   std::vector<const KernelTable*> tables;
   for (const KernelTable* t : machine_tables()) {
-    if (t->usual[0][static_cast<int>(StateCodec::kDefault)][static_cast<int>(MasterWeights::kCorrection8)].begin !=
-        nullptr)
+    if (usual_of(*t, {RuleKind::kAdamW, StateCodec::kDefault, MasterWeights::kCorrection8}).begin != nullptr)
       tables.push_back(t);
   }
   return tables;
@@ -161,8 +165,16 @@ inline uint32_t bfloat16(float value) {
 inline float widened(uint32_t word) { return float_of(word << 16); }
 inline uint32_t exponent_of(uint32_t word) { return (word >> 7) & 0xffu; }
 inline bool is_normal(uint32_t word) { return exponent_of(word) != 0 && exponent_of(word) != 255; }
-/// Weights of which finish() makes fast groups.
-inline bool is_near(uint32_t word) { return exponent_of(word) >= 64 && exponent_of(word) <= 191; }
+/// Weights of which finish() makes fast groups, of a dtype of 16 bits.
+inline bool is_near(DType dtype, uint32_t word) {
+  if (dtype == DType::kFloat16) return (word & 0x7c00u) != 0x7c00u;
+  return exponent_of(word) >= 64 && exponent_of(word) <= 191;
+}
+/// Infinity is the largest number.
+inline uint32_t finite_half(float value) {
+  const uint32_t half = core::float_to_half(value);
+  return (half & 0x7fffu) == 0x7c00u && std::isfinite(value) ? half - 1u : half;
+}
 
 inline float with_exponent(int exponent, uint32_t mantissa, uint32_t sign) {
   const int e = exponent < 0 ? 0 : exponent > 254 ? 254 : exponent;
@@ -238,6 +250,9 @@ class Adversary {
     if (kind == Kind::kFlawed) {
       for (uint64_t n = 1 + random.below(3); n > 0; --n) flaw(m);
     }
+    store_gradients(m);
+    // Weights of fp16 are of the same patterns.
+    if (c_.parameter == DType::kFloat32) store_as_f32(m, Memory::kParameter);
   }
 
   /// Weights about as large as their updates, so that they cancel and round in all ways.
@@ -252,6 +267,14 @@ class Adversary {
         if (style == 1) target *= std::ldexp(1.0f, static_cast<int>(random.below(18)));
         if (style >= 2) target = std::ldexp(target, octaves);
         if (random.below(2) == 0) target = -target;
+        if (c_.parameter == DType::kFloat32) {
+          m.floats(Memory::kParameter)[i] = target;
+          continue;
+        }
+        if (c_.parameter == DType::kFloat16) {
+          m.words(Memory::kParameter)[i] = static_cast<uint16_t>(finite_half(target));
+          continue;
+        }
         uint32_t word = bfloat16(target) & 0xffffu;
         if (random.below(4) == 0) word = (word & 0xff80u) | (random.below(2) == 0 ? 0x7fu : 0u);
         if ((normal && !is_normal(word)) || exponent_of(word) > largest_exponent_) word = 0x3f80u;
@@ -276,6 +299,23 @@ class Adversary {
   float root_[kGroup] = {};  ///< of the group's variances
 
   double pick(std::initializer_list<double> list) { return list.begin()[random.below(list.size())]; }
+
+  /// bf16 numbers in place, with more digits.
+  void store_as_f32(Memory& m, Memory::Array array) {
+    const bool more = !exact_ && random.below(2) == 0;
+    float values[kElements];
+    for (int i = 0; i < kElements; ++i)
+      values[i] = float_of(m.words(array)[i] * 0x10000u + (more ? random.bits() & 0xffffu : 0u));
+    std::copy_n(values, kElements, m.floats(array));
+  }
+  void store_gradients(Memory& m) {
+    if (c_.gradient == DType::kFloat32) store_as_f32(m, Memory::kGradient);
+    if (c_.gradient != DType::kFloat16) return;
+    for (int i = 0; i < kElements; ++i) {
+      uint16_t& word = m.words(Memory::kGradient)[i];
+      word = static_cast<uint16_t>(finite_half(widened(word)));
+    }
+  }
 
   static uint32_t inverse_of(uint32_t odd) {
     uint32_t x = odd;

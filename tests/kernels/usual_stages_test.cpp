@@ -23,6 +23,8 @@ void check_blocks(const Configuration& c, int64_t blocks) {
   std::vector<Counts> counts(tables.size());
   Adversary adversary(c, 1000 + static_cast<uint64_t>(c.rule) * 100 + static_cast<uint64_t>(c.codec) * 10 +
                              static_cast<uint64_t>(c.master));
+  const int parameter = static_cast<int>(c.parameter), gradient = static_cast<int>(c.gradient);
+  const bool f32_parameter = c.parameter == DType::kFloat32, f32_gradient = c.gradient == DType::kFloat32;
   Random& random = adversary.random;
   const KernelTable& scalar = cpu::kScalarKernels;
   static Block b;
@@ -39,27 +41,27 @@ void check_blocks(const Configuration& c, int64_t blocks) {
     adversary.fill(before, setting, kind);
     if (kind != Adversary::Kind::kDamaged && random.below(2) == 0) {
       Memory scratch = before;
-      open_block(b, scratch, setting, hyper, c.bits(), random, groups);
-      scalar.load_weights[kBFloat16][static_cast<int>(c.master)](b);
-      scalar.load_gradient[kBFloat16](b);
+      open_block(b, scratch, setting, hyper, c.bits(), random, groups, f32_gradient, f32_parameter);
+      scalar.load_weights[parameter][static_cast<int>(c.master)](b);
+      scalar.load_gradient[gradient](b);
       scalar.rule[static_cast<int>(c.rule)][static_cast<int>(c.codec)][0](b);
       adversary.approach(before, b.delta, kind == Adversary::Kind::kTaken && c.rule == RuleKind::kAdam);
     }
     Memory expected = before;
-    open_block(b, expected, setting, hyper, c.bits(), random, groups);
+    open_block(b, expected, setting, hyper, c.bits(), random, groups, f32_gradient, f32_parameter);
     run_general(scalar, c, b);
     const int64_t nonfinite = b.nonfinite;
 
     for (size_t t = 0; t < tables.size(); ++t) {
       const std::string where = std::string(tables[t]->isa) + ", block " + std::to_string(n) + ": " + setting.name();
       Memory general = before;
-      open_block(b, general, setting, hyper, c.bits(), random, groups);
+      open_block(b, general, setting, hyper, c.bits(), random, groups, f32_gradient, f32_parameter);
       run_general(*tables[t], c, b);
       ASSERT_TRUE(general == expected) << "general stages of " << where << ": " << expected.difference(general);
       ASSERT_EQ(b.nonfinite, nonfinite) << "general stages of " << where;
 
       Memory actual = before;
-      open_block(b, actual, setting, hyper, c.bits(), random, groups);
+      open_block(b, actual, setting, hyper, c.bits(), random, groups, f32_gradient, f32_parameter);
       ++counts[t].blocks;
       if (usual_of(*tables[t], c).begin(b)) {
         ++counts[t].taken;
@@ -67,7 +69,7 @@ void check_blocks(const Configuration& c, int64_t blocks) {
         for (int group = 0; group < groups; ++group) {
           bool near = true;
           for (int i = group * kGroup; i < (group + 1) * kGroup; ++i)
-            near = near && is_near(expected.words(Memory::kParameter)[i]);
+            near = near && (f32_parameter || is_near(c.parameter, expected.words(Memory::kParameter)[i]));
           counts[t].near_groups += near;
         }
       } else {
@@ -96,21 +98,42 @@ class UsualStages : public testing::Test {
   }
 };
 
-TEST_F(UsualStages, EveryRuleCodecAndMasterWeightsHaveThem) {
-  for (const KernelTable* t : tables_with_usual()) {
-    for (int rule = 0; rule < cpu::kRuleKinds; ++rule) {
-      for (int codec = 0; codec < cpu::kCodecs; ++codec) {
-        for (int master = 0; master < cpu::kMasterKinds; ++master) {
-          const auto& usual = t->usual[rule][codec][master];
-          const bool has = rule <= static_cast<int>(RuleKind::kAdam) &&
-                           codec != static_cast<int>(StateCodec::kFloat32) &&
-                           core::has_correction(static_cast<MasterWeights>(master));
-          EXPECT_EQ(usual.begin != nullptr, has) << t->isa << " " << rule << " " << codec << " " << master;
-          EXPECT_EQ(usual.finish != nullptr, has);
-          EXPECT_EQ(usual.encode[0] != nullptr, has);
+/// Whether there are usual stages: with AdamW for weights that are stored and not rounded stochastically, and gradients
+/// of any dtype; with Adam for bf16 weights with corrections, and bf16 gradients.
+bool has_usual(const Configuration& c) {
+  if (c.codec == StateCodec::kFloat32 || c.master == MasterWeights::kNoneStochastic) return false;
+  if (c.parameter == DType::kFloat32 && core::has_correction(c.master)) return false;
+  if (c.rule == RuleKind::kAdamW) return true;
+  return c.rule == RuleKind::kAdam && c.parameter == DType::kBFloat16 && c.gradient == DType::kBFloat16 &&
+         core::has_correction(c.master);
+}
+
+/// body(configuration) for everything that a table has places for.
+template <class Body>
+void for_each_configuration(Body body) {
+  constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  for (int rule = 0; rule < cpu::kRuleKinds; ++rule) {
+    for (int codec = 0; codec < cpu::kCodecs; ++codec) {
+      for (int master = 0; master < cpu::kMasterKinds; ++master) {
+        for (DType parameter : kTypes) {
+          for (DType gradient : kTypes) {
+            body(Configuration{static_cast<RuleKind>(rule), static_cast<StateCodec>(codec),
+                               static_cast<MasterWeights>(master), parameter, gradient});
+          }
         }
       }
     }
+  }
+}
+
+TEST_F(UsualStages, EveryRuleCodecAndFormatHasThem) {
+  for (const KernelTable* t : tables_with_usual()) {
+    for_each_configuration([t](const Configuration& c) {
+      const auto& usual = usual_of(*t, c);
+      EXPECT_EQ(usual.begin != nullptr, has_usual(c)) << t->isa << " " << c.name();
+      EXPECT_EQ(usual.finish != nullptr, has_usual(c));
+      EXPECT_EQ(usual.encode[0] != nullptr, has_usual(c));
+    });
   }
 }
 
@@ -125,6 +148,14 @@ TEST_F(UsualStages, AdamWPaperCodec) {
 }
 TEST_F(UsualStages, AdamPaperCodec) {
   for (MasterWeights master : kCorrected) check_blocks({RuleKind::kAdam, StateCodec::kPaper, master}, block_count());
+}
+
+/// What the tests above leave out, each with fewer blocks.
+TEST_F(UsualStages, OtherFormats) {
+  for_each_configuration([](const Configuration& c) {
+    const bool all_bf16 = c.parameter == DType::kBFloat16 && c.gradient == DType::kBFloat16;
+    if (has_usual(c) && !(all_bf16 && core::has_correction(c.master))) check_blocks(c, block_count() / 5);
+  });
 }
 
 TEST_F(UsualStages, BlocksOf16And32GroupsAreTakenAndOthersRefused) {
@@ -154,11 +185,12 @@ TEST_F(UsualStages, BlocksOf16And32GroupsAreTakenAndOthersRefused) {
 
 // ---- finish() alone: every narrow value, any step -------------------------------------------------------------------
 
-template <class Rule>
+template <class Rule, class Narrow = core::BFloat16>
 void check_finish(const Configuration& c, int passes) {
   SCOPED_TRACE(c.name());
   constexpr uint32_t kBlocks = 65536 / kElements;
-  const int bits = c.bits(), n_max = bits == 8 ? 127 : 32767;
+  const int bits = c.bits(), n_max = bits == 8 ? 127 : 32767, parameter = static_cast<int>(c.parameter);
+  constexpr bool kIsHalf = Narrow::kBias != 127;
   const KernelTable& scalar = cpu::kScalarKernels;
   const std::vector<const KernelTable*> tables = tables_with_usual();
   static Block b;
@@ -189,12 +221,13 @@ void check_finish(const Configuration& c, int passes) {
                                 (noise & 3u) == 0
                                     ? ends[(noise >> 2) & 7u]
                                     : static_cast<int>(noise >> 8) % (n_max + 1) * ((noise & 4u) != 0 ? 1 : -1));
-          const float n = widened(word);
+          const float n = Narrow::template widen<float>(word);
           const uint32_t c_bits = static_cast<uint32_t>(before.correction(bits, i));
-          const float value = bits == 8 ? core::correction_value<core::BFloat16, 8, float>(n, c_bits)
-                                        : core::correction_value<core::BFloat16, 16, float>(n, c_bits);
+          const float value = bits == 8 ? core::correction_value<Narrow, 8, float>(n, c_bits)
+                                        : core::correction_value<Narrow, 16, float>(n, c_bits);
           const float w = n + value;
-          const float half = with_exponent(static_cast<int>(exponent_of(word)) - 8, 0, 0);
+          const int exponent = static_cast<int>(core::scale_bits<Narrow, float>(n) >> 23);
+          const float half = with_exponent(exponent - Narrow::kMantissaBits - 1, 0, 0);
           float delta = 0.0f;
           switch (style) {
             case 0:
@@ -213,10 +246,12 @@ void check_finish(const Configuration& c, int passes) {
               delta = half * (static_cast<float>(noise) * 0x1p-30f - 2.0f);
               break;
             case 5: {  // to the ends of what is near
-              static const int kEdges[] = {62, 63, 64, 65, 190, 191, 192, 193};
+              static const int kHalfEdges[] = {102, 103, 111, 112, 113, 114, 142, 143};
+              static const int kBf16Edges[] = {62, 63, 64, 65, 190, 191, 192, 193};
+              static const auto& kEdges = kIsHalf ? kHalfEdges : kBf16Edges;
               const uint32_t edge_mantissa = (noise & 7u) == 0   ? 0x7f8000u
                                              : (noise & 7u) == 1 ? 0u
-                                             : (noise & 7u) == 2 ? 0x7f7fffu
+                                             : (noise & 7u) == 2 ? (kIsHalf ? 0x7fefffu : 0x7f7fffu)
                                                                  : noise >> 9;
               delta = w - with_exponent(kEdges[(noise_of_group >> 8) & 7u], edge_mantissa, noise >> 8);
               break;
@@ -242,20 +277,21 @@ void check_finish(const Configuration& c, int passes) {
       }
       Memory expected = before;
       open_block(b, expected, setting, hyper, bits, random);
-      scalar.load_weights[kBFloat16][static_cast<int>(c.master)](b);
+      scalar.load_weights[parameter][static_cast<int>(c.master)](b);
       for (int i = 0; i < kElements; ++i) b.delta[i] = Rule::template decayed<float>(b.weight[i], steps[i], h);
-      store_groups(scalar.store_weights[kBFloat16][static_cast<int>(c.master)], b, 0, kGroups);
+      store_groups(scalar.store_weights[parameter][static_cast<int>(c.master)], b, 0, kGroups);
       for (int group = 0; group < kGroups; ++group) {
         bool near = true;
         for (int i = group * kGroup; i < (group + 1) * kGroup; ++i)
-          near = near && is_near(expected.words(Memory::kParameter)[i]) && b.delta[i] != 0.0f;
+          near = near && is_near(c.parameter, expected.words(Memory::kParameter)[i]) && b.delta[i] != 0.0f;
         fast += near;
         ++groups;
       }
       for (const KernelTable* t : tables) {
         Memory actual = before;
         open_block(b, actual, setting, hyper, bits, random);
-        std::copy_n(steps, kElements, b.delta);
+        for (int i = 0; i < kElements; ++i)
+          b.delta[i] = steps[t->usual_element == nullptr ? i : i / kGroup * kGroup + t->usual_element(i % kGroup)];
         const auto& usual = usual_of(*t, c);
         store_groups(usual.finish, b, 0, kGroups / 2);
         store_groups(usual.finish, b, kGroups / 2, kGroups);
@@ -271,8 +307,12 @@ TEST_F(UsualStages, FinishFromEveryNarrowValueByAnyStep) {
   const int passes = (kSanitized ? 10 : 120) * (test_all() ? 20 : 1);
   for (MasterWeights master : kCorrected) {
     check_finish<core::AdamW>({RuleKind::kAdamW, StateCodec::kDefault, master}, passes);
+    check_finish<core::AdamW, core::Float16>({RuleKind::kAdamW, StateCodec::kDefault, master, DType::kFloat16}, passes);
     check_finish<core::Adam>({RuleKind::kAdam, StateCodec::kPaper, master}, passes);
   }
+  check_finish<core::AdamW>({RuleKind::kAdamW, StateCodec::kDefault, MasterWeights::kNone}, passes);
+  check_finish<core::AdamW, core::Float16>(
+      {RuleKind::kAdamW, StateCodec::kDefault, MasterWeights::kNone, DType::kFloat16}, passes);
 }
 
 // ---- general stages of the same tables, one by one ------------------------------------------------------------------
@@ -297,7 +337,9 @@ TEST_F(UsualStages, GeneralStagesOfTheirTables) {
         Random& random = adversary.random;
         for (int64_t n = 0; n < blocks; ++n) {
           const auto kind = static_cast<Adversary::Kind>(random.below(3));
-          const DType gradient = random.below(2) == 0 ? DType::kBFloat16 : DType::kFloat32;
+          Configuration of = c;
+          of.gradient = random.below(2) == 0 ? DType::kBFloat16 : DType::kFloat32;
+          const DType gradient = of.gradient;
           const int groups = random.below(2) == 0 ? kGroups : 1 + static_cast<int>(random.below(kGroups));
           const Setting setting = adversary.setting(kind);
           cpu::HyperStorage hyper;
@@ -315,13 +357,13 @@ TEST_F(UsualStages, GeneralStagesOfTheirTables) {
           }
           Memory expected = before;
           open_block(want, expected, setting, hyper, c.bits(), random, groups, gradient == DType::kFloat32);
-          run_general(scalar, c, want, gradient);
+          run_general(scalar, of, want);
           for (const KernelTable* t : tables_with_usual()) {
             const std::string where =
                 std::string(t->isa) + ", " + c.name() + ", block " + std::to_string(n) + ": " + setting.name();
             Memory actual = before;
             open_block(got, actual, setting, hyper, c.bits(), random, groups, gradient == DType::kFloat32);
-            run_general(*t, c, got, gradient);
+            run_general(*t, of, got);
             ASSERT_TRUE(same_floats(want.weight, got.weight, groups * kGroup)) << where;
             if (core::has_correction(c.master)) {
               ASSERT_TRUE(same_floats(want.correction_value, got.correction_value, groups * kGroup)) << where;

@@ -3,41 +3,11 @@
 
 #include <immintrin.h>
 
+#include "src/cpu/bounded_lane-inl.h"
 #include "src/cpu/lanes_avx512-inl.h"
 #include "src/cpu/lanes_pair-inl.h"
 //
 #include "src/cpu/loops-inl.h"
-
-namespace flashoptim::cpu {
-
-/// F for a rule whose bounds are known to change nothing.
-template <class F>
-struct BoundedLane {
-  F v;
-
-  friend FLASHOPTIM_HD BoundedLane operator+(BoundedLane a, BoundedLane b) { return {a.v + b.v}; }
-  friend FLASHOPTIM_HD BoundedLane operator-(BoundedLane a, BoundedLane b) { return {a.v - b.v}; }
-  friend FLASHOPTIM_HD BoundedLane operator*(BoundedLane a, BoundedLane b) { return {a.v * b.v}; }
-  friend FLASHOPTIM_HD BoundedLane operator/(BoundedLane a, BoundedLane b) { return {a.v / b.v}; }
-  friend FLASHOPTIM_HD BoundedLane sqrt(BoundedLane a) { return {core::sqrt(a.v)}; }
-  /// Rules name the bound first.
-  friend FLASHOPTIM_HD BoundedLane max(BoundedLane, BoundedLane a) { return a; }
-  friend FLASHOPTIM_HD BoundedLane min(BoundedLane, BoundedLane a) { return a; }
-};
-
-}  // namespace flashoptim::cpu
-
-namespace flashoptim::core {
-
-template <class F>
-struct LaneTraits<cpu::BoundedLane<F>> {
-  using Int = IntOf<F>;
-  using Mask = MaskOf<F>;
-  static constexpr int kWidth = LaneTraits<F>::kWidth;
-  static FLASHOPTIM_HD cpu::BoundedLane<F> splat(float value) { return {core::splat<F>(value)}; }
-};
-
-}  // namespace flashoptim::core
 
 namespace flashoptim::cpu {
 inline namespace FLASHOPTIM_AVX512 {

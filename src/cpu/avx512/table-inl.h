@@ -8,6 +8,7 @@
 
 #include "src/cpu/avx512/default_states-inl.h"
 #include "src/cpu/avx512/paper_states-inl.h"
+#include "src/cpu/usual_table-inl.h"
 
 namespace flashoptim::cpu {
 inline namespace FLASHOPTIM_AVX512 {
@@ -20,19 +21,20 @@ struct HotAvx512 {
     if constexpr (!core::is_nearest(kMaster))
       t.store_weights[kBFloat16][static_cast<int>(kMaster)] = HotWeights::store_weights<kMaster>;
   }
-  template <core::Rule Rule, MasterWeights kMaster>
-  static constexpr void add_usual(KernelTable& t, RuleKind kind) {
-    using Relative = HotDefaultStates<Rule>;
-    using Paper = HotPaperStates<Rule>;
-    using RelativeEntries = HotWeights::Entries<Rule, Relative>;
-    using PaperEntries = HotWeights::Entries<Rule, Paper>;
-    auto& usual = t.usual[static_cast<int>(kind)];
-    constexpr int kM = static_cast<int>(kMaster);
-    usual[static_cast<int>(StateCodec::kDefault)][kM] = {RelativeEntries::template begin<kMaster>,
-                                                         HotWeights::finish<Rule, kMaster>,
-                                                         {Relative::encode_variance, Relative::encode_momentum}};
-    usual[static_cast<int>(StateCodec::kPaper)][kM] = {
-        PaperEntries::template begin<kMaster>, HotWeights::finish<Rule, kMaster>, {Paper::encode, nullptr}};
+  template <core::Rule Rule, StateCodec kCodec, DType kGradient, DType kParameter, MasterWeights kMaster>
+  static constexpr UsualStages stages() {
+    // A rule whose decay is its own reads no weights until its end.
+    constexpr MasterWeights kRead = Rule::kDecoupledDecay ? MasterWeights::kCorrection8 : kMaster;
+    constexpr Stage kFinish = HotWeights::finish<Rule, kParameter, kMaster>;
+    if constexpr (kCodec == StateCodec::kDefault) {
+      using States = HotDefaultStates<Rule>;
+      return {HotWeights::Entries<Rule, States>::template begin<kGradient, kRead>,
+              kFinish,
+              {States::encode_variance, States::encode_momentum}};
+    } else {
+      using States = HotPaperStates<Rule>;
+      return {HotWeights::Entries<Rule, States>::template begin<kGradient, kRead>, kFinish, {States::encode, nullptr}};
+    }
   }
   template <core::Rule Rule>
   static constexpr void add_rule(KernelTable& t, RuleKind kind) {
@@ -42,10 +44,6 @@ struct HotAvx512 {
   }
   template <core::Rule Rule>
   static constexpr void add_rule_with_variance(KernelTable& t, RuleKind kind) {
-    add_usual<Rule, MasterWeights::kCorrection8>(t, kind);
-    add_usual<Rule, MasterWeights::kCorrection16>(t, kind);
-    add_usual<Rule, MasterWeights::kCorrection8Nearest>(t, kind);
-    add_usual<Rule, MasterWeights::kCorrection16Nearest>(t, kind);
     auto& stages = t.rule[static_cast<int>(kind)];
     constexpr int kDefault = static_cast<int>(StateCodec::kDefault), kPaper = static_cast<int>(StateCodec::kPaper);
     stages[kDefault][0] = HotWeights::Entries<Rule, HotDefaultStates<Rule>>::update;
@@ -65,6 +63,7 @@ struct HotAvx512 {
 #define FLASHOPTIM_ADD_RULE(name) add_rule<core::name>(t, RuleKind::k##name);
     FLASHOPTIM_FOR_EACH_RULE(FLASHOPTIM_ADD_RULE)
 #undef FLASHOPTIM_ADD_RULE
+    UsualTable<HotAvx512>::add(t);
     return t;
   }
 };

@@ -1,112 +1,14 @@
-// AVX-512's hot path: bf16 weights and their corrections, loaded, stored, and updated without a stage between.
+// AVX-512's hot path: weights and their corrections, updated without a stage between; and bf16 ones loaded and stored
+// for the general stages.
 #pragma once
 
-#include "src/cpu/avx512/pieces-inl.h"
+#include "src/cpu/avx512/formats-inl.h"
 
 namespace flashoptim::cpu {
 inline namespace FLASHOPTIM_AVX512 {
 
-struct HotWeights : HotPieces {
+struct HotWeights : HotFormats {
   // ---- weights and gradients ------------------------------------------------------------------------------------
-
-  template <int kBits>
-  struct CorrectionConstants {
-    static constexpr int kFraction = kBits == 8 ? 23 : 15;
-    static constexpr uint32_t kLargest = static_cast<uint32_t>(core::Correction<kBits>::kMax);
-    float inverse_high = core::Correction<kBits>::kInverseHigh * core::half_ulp_of_unit_scale<core::BFloat16>();
-    float inverse_low = core::Correction<kBits>::kInverseLow * core::half_ulp_of_unit_scale<core::BFloat16>();
-    /// Pattern of twice_inverse_scale(0) * kUnits: split_update_dithered's two factors as one, which loses nothing
-    /// where the scale is not far from 1.
-    uint32_t units = std::bit_cast<uint32_t>(static_cast<float>(1 << core::BFloat16::kMantissaBits) *
-                                             core::Correction<kBits>::kMax * static_cast<float>(1 << kFraction)) +
-                     (128u << 23);
-    uint32_t above = ((kLargest + 1u) << kFraction) - 1u, below = 0u - (kLargest << kFraction);
-  };
-
-  /// core::correction_value for normal n. c * kInverseHigh is exact, so an fma rounds as the sum does, and half an ULP
-  /// of 1 is a power of two.
-  template <int kBits>
-  struct CorrectionValue {
-    __m512 inverse_high = all_f(known<CorrectionConstants<kBits>>().inverse_high);
-    __m512 inverse_low = all_f(known<CorrectionConstants<kBits>>().inverse_low);
-    __m512i exponent = all(known<Constants>().exponent);
-
-    FLASHOPTIM_HD __m512 fraction(const void* corrections, int i) const {
-      const __m512 c = _mm512_cvtepi32_ps(load(corrections, i));
-      return _mm512_fmadd_ps(c, inverse_high, _mm512_mul_ps(c, inverse_low));
-    }
-    FLASHOPTIM_HD __m512 scale(__m512 n) const { return float_of(_mm512_and_si512(bits_of(n), exponent)); }
-    FLASHOPTIM_HD __m512 operator()(__m512 n, const void* corrections, int i) const {
-      return _mm512_mul_ps(fraction(corrections, i), scale(n));
-    }
-    static FLASHOPTIM_HD __m512i load(const void* base, int i) {
-      if constexpr (kBits == 8) {
-        return _mm512_cvtepi8_epi32(load_16_bytes(static_cast<const uint8_t*>(base) + i));
-      } else {
-        return _mm512_cvtepi16_epi32(
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(base) + i)));
-      }
-    }
-  };
-
-  /// The correction of core::split_update_dithered, for new narrow values that are not far from 1. Clamped are
-  /// integers, which exceed N by roundings alone: by less than 1 of 127, and 3 of 32767.
-  template <int kBits, bool kNearest>
-  struct CutCorrection {
-    static constexpr int kFraction = CorrectionConstants<kBits>::kFraction;
-    __m512i units = all(known<CorrectionConstants<kBits>>().units);
-    __m512i above = all(known<CorrectionConstants<kBits>>().above),
-            below = all(known<CorrectionConstants<kBits>>().below);
-    __m512i exponent = all(known<Constants>().exponent);
-    PackBytes<3> top_bytes;
-
-    /// With kFraction digits behind the point. `rest` is the weight less its new narrow value.
-    FLASHOPTIM_HD __m512i operator()(__m512 rest, __m512 narrow, __m512i dither) const {
-      const __m512i factor = _mm512_sub_epi32(units, _mm512_and_si512(bits_of(narrow), exponent));
-      const __m512 x = _mm512_mul_ps(rest, float_of(factor));
-      return _mm512_add_epi32(_mm512_cvttps_epi32(x), _mm512_srli_epi32(dither, 32 - kFraction));
-    }
-    FLASHOPTIM_HD void store(void* base, int i, __m512i low, __m512i high) const {
-      if constexpr (kBits == 8) {
-        // Upper halves hold 7 digits behind the point. Twice that, saturated, has floor(x), at most 127, in its top
-        // byte.
-        const __m256i packed = top_bytes(_mm512_adds_epi16(low, low), _mm512_adds_epi16(high, high));
-        store_32_bytes(static_cast<uint8_t*>(base) + i, _mm256_max_epi8(packed, _mm256_set1_epi8(-127)));
-      } else {
-        const auto clamped = [this](__m512i c) __attribute__((always_inline)) {
-          const __m512i inside = _mm512_max_epi32(_mm512_min_epi32(c, above), below);
-          return _mm512_add_epi32(inside, inside);
-        };
-        _mm512_storeu_si512(static_cast<uint16_t*>(base) + i, upper_halves(clamped(low), clamped(high)));
-      }
-    }
-  };
-
-  /// That of core::split. What a weight is rounded by, a single time, is at most half an ULP: there is nothing to
-  /// clamp.
-  template <int kBits>
-  struct CutCorrection<kBits, true> {
-    __m512i units = all(known<CorrectionConstants<kBits>>().units -
-                        (static_cast<uint32_t>(CorrectionConstants<kBits>::kFraction) << 23));
-    __m512i exponent = all(known<Constants>().exponent);
-    __m512 magic = all_f(known<Constants>().last_digit_is_one);
-    PackBytes<0> low_bytes;
-
-    /// In the low digits.
-    FLASHOPTIM_HD __m512i operator()(__m512 rest, __m512 narrow) const {
-      const __m512i factor = _mm512_sub_epi32(units, _mm512_and_si512(bits_of(narrow), exponent));
-      return bits_of(_mm512_add_ps(_mm512_mul_ps(rest, float_of(factor)), magic));
-    }
-    FLASHOPTIM_HD void store(void* base, int i, __m512i low, __m512i high) const {
-      if constexpr (kBits == 8) {
-        store_32_bytes(static_cast<uint8_t*>(base) + i, low_bytes(low, high));
-      } else {
-        auto* const to = static_cast<uint16_t*>(base) + i;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(low));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kLanes), _mm512_cvtepi32_epi16(high));
-      }
-    }
-  };
 
   template <MasterWeights kMaster>
   static void load_weights(Block& b) {
@@ -116,7 +18,7 @@ struct HotWeights : HotPieces {
     const int groups = b.groups;
     const Widen widen;
     const NotNormal not_normal;
-    const CorrectionValue<core::correction_bits(kMaster)> correction_value;
+    const CorrectionValue<core::BFloat16, core::correction_bits(kMaster)> correction_value;
     for (int group = 0; group < groups; ++group) {
       const int i = group * kGroup;
       const __m512i words = _mm512_loadu_si512(parameter + i);
@@ -162,12 +64,12 @@ struct HotWeights : HotPieces {
       Generic::load_narrow_gradient<core::BFloat16>(b);
   }
 
-  template <MasterWeights kMaster>
+  template <class Narrow, MasterWeights kMaster>
   [[gnu::noinline]] static void store_group_generic(Block& b, int group) {
     const int begin = b.store_begin, end = b.store_end;
     b.store_begin = group;
     b.store_end = group + 1;
-    Generic::store_narrow_weights<core::BFloat16, kMaster>(b);
+    Generic::store_narrow_weights<Narrow, kMaster>(b);
     b.store_begin = begin;
     b.store_end = end;
   }
@@ -180,7 +82,7 @@ struct HotWeights : HotPieces {
     const Dither<core::DitherStream::kWeight> dither(b);
     const Widen widen;
     const FarFromOne far_from_one;
-    const CutCorrection<core::correction_bits(kMaster), false> cut;
+    const CutCorrection<core::BFloat16, core::correction_bits(kMaster), false> cut;
     for (int group = b.store_begin; group < end; ++group) {
       const int i = group * kGroup;
       const __m512i words = _mm512_loadu_si512(parameter + i);
@@ -189,7 +91,7 @@ struct HotWeights : HotPieces {
       const Pair moved = narrow + rest;
       const __m512i rounded = round_to_words(moved.lo.v, moved.hi.v);
       if (far_from_one(rounded) != 0 || !have_no_zero(delta.lo.v, delta.hi.v)) [[unlikely]] {
-        store_group_generic<kMaster>(b, group);
+        store_group_generic<core::BFloat16, kMaster>(b, group);
         continue;
       }
       _mm512_storeu_si512(parameter + i, rounded);
@@ -200,33 +102,35 @@ struct HotWeights : HotPieces {
     }
   }
 
-  // ---- usual blocks: straight from bf16 gradients to bf16 weights ------------------------------------------------
+  // ---- usual blocks: straight from gradients to weights -----------------------------------------------------------
 
-  /// Reads a group's gradient, and its weight where the rule takes weight decay into the gradient.
-  template <core::Rule Rule, MasterWeights kMaster, bool kScaled>
+  /// Reads a group's gradient, and its weight, which is bf16, where the rule takes weight decay into the gradient.
+  template <core::Rule Rule, DType kGradient, MasterWeights kMaster, bool kScaled>
   struct NarrowInputs {
-    const uint16_t* gradient;
+    using Gradient = Format<kGradient>;
+    const void* gradient;
     const uint16_t* parameter;
     const void* corrections;
-    const uint16_t* gradient_ahead;
+    const char* gradient_ahead;
     __m512 scale;
+    Gradient format;
     Widen widen;
     NotNormal not_normal;
-    CorrectionValue<core::correction_bits(kMaster)> correction_value;
+    CorrectionValue<core::BFloat16, core::correction_bits(kMaster)> correction_value;
     __mmask32 unusual = 0;  ///< weights whose corrections have been taken for what they are not
 
     explicit FLASHOPTIM_HD NarrowInputs(const Block& b)
-        : gradient(static_cast<const uint16_t*>(b.gradient)),
+        : gradient(b.gradient),
           parameter(static_cast<const uint16_t*>(b.parameter)),
           corrections(b.correction),
-          gradient_ahead(gradient + b.ahead),
+          gradient_ahead(static_cast<const char*>(gradient) + b.ahead * Gradient::kBytes),
           scale(all_f(b.gradient_scale)) {}
 
     FLASHOPTIM_HD void operator()(int group, Pair* w, Pair* g) {
       const int i = group * kGroup;
-      __builtin_prefetch(gradient_ahead + i, 0, 3);
-      const __m512i words = _mm512_loadu_si512(gradient + i);
-      *g = {{widen.low(words)}, {widen.high(words)}};
+      __builtin_prefetch(gradient_ahead + i * Gradient::kBytes, 0, 3);
+      if constexpr (Gradient::kBytes == 4) __builtin_prefetch(gradient_ahead + i * 4 + 64, 0, 3);
+      *g = format.load(gradient, i);
       if constexpr (kScaled) *g = {{_mm512_mul_ps(g->lo.v, scale)}, {_mm512_mul_ps(g->hi.v, scale)}};
       if constexpr (!Rule::kDecoupledDecay) {
         const __m512i weights = _mm512_loadu_si512(parameter + i);
@@ -293,14 +197,15 @@ struct HotWeights : HotPieces {
     }
 
     /// begin() of UsualStages.
-    template <MasterWeights kMaster>
+    template <DType kGradient, MasterWeights kMaster>
     static bool begin(Block& b) {
       const Hyper h = *static_cast<const Hyper*>(b.hyper);
       typename Codec::Headers headers;
       if (!opens(b, h, &headers)) return false;
       const KeepStep<Rule> keep(b, h);
-      b.usual = b.gradient_scale == 1.0f ? Codec::advance(b, headers, h, NarrowInputs<Rule, kMaster, false>(b), keep)
-                                         : Codec::advance(b, headers, h, NarrowInputs<Rule, kMaster, true>(b), keep);
+      b.usual = b.gradient_scale == 1.0f
+                    ? Codec::advance(b, headers, h, NarrowInputs<Rule, kGradient, kMaster, false>(b), keep)
+                    : Codec::advance(b, headers, h, NarrowInputs<Rule, kGradient, kMaster, true>(b), keep);
       return b.usual;
     }
 
@@ -310,21 +215,61 @@ struct HotWeights : HotPieces {
     }
   };
 
-  template <core::Rule Rule, MasterWeights kMaster>
+  template <core::Rule Rule, class Narrow, MasterWeights kMaster>
   [[gnu::noinline]] static void finish_group_generic(Block& b, int group) {
     using Lane = BoundedLane<Pair>;
     const int i = group * kGroup;
-    Generic::load_narrow_weights_of<core::BFloat16, kMaster>(b, group, group + 1);
+    Generic::load_narrow_weights_of<Narrow, kMaster>(b, group, group + 1);
     const Lane w{core::load_f32<Pair>(b.weight + i)}, step{core::load_f32<Pair>(b.delta + i)};
     core::store_f32(b.delta + i,
                     Rule::template decayed<Lane>(w, step, *static_cast<const typename Rule::Hyper*>(b.hyper)).v);
-    store_group_generic<kMaster>(b, group);
+    store_group_generic<Narrow, kMaster>(b, group);
   }
 
   /// finish() of UsualStages: weights of groups store_begin ... store_end - 1, whose steps stand in delta.
-  template <core::Rule Rule, MasterWeights kMaster>
+  template <core::Rule Rule, DType kParameter, MasterWeights kMaster>
   static void finish(Block& b) {
+    if constexpr (core::has_correction(kMaster)) {
+      finish_corrected<Rule, kParameter, kMaster>(b);
+    } else {
+      finish_alone<Rule, kParameter, kMaster>(b);
+    }
+  }
+
+  template <core::Rule Rule, DType kParameter, MasterWeights kMaster>
+  static FLASHOPTIM_HD void finish_alone(Block& b) {
     using Lane = BoundedLane<Pair>;
+    using Parameter = Format<kParameter>;
+    const auto h = *static_cast<const typename Rule::Hyper*>(b.hyper);
+    void* const parameter = b.parameter;
+    const float* const steps = b.delta;
+    const char* const ahead = static_cast<const char*>(parameter) + b.ahead * Parameter::kBytes;
+    const int end = b.store_end;
+    const Parameter format;
+    for (int group = b.store_begin; group < end; ++group) {
+      const int i = group * kGroup;
+      __builtin_prefetch(ahead + i * Parameter::kBytes, 1, 3);
+      if constexpr (Parameter::kBytes == 4) __builtin_prefetch(ahead + i * 4 + 64, 1, 3);
+      const Pair w = format.load(parameter, i);
+      const Pair moved = w - Rule::template decayed<Lane>({w}, {core::load_f32<Pair>(steps + i)}, h).v;
+      if constexpr (kParameter == DType::kFloat32) {
+        format.store(parameter, i, core::canonical_nan(moved));
+      } else {
+        const auto rounded = format.round(moved);
+        if (format.outside(rounded)) [[unlikely]] {
+          finish_group_generic<Rule, typename Parameter::Narrow, kMaster>(b, group);
+        } else {
+          format.store(parameter, i, rounded);
+        }
+      }
+    }
+  }
+
+  template <core::Rule Rule, DType kParameter, MasterWeights kMaster>
+  static FLASHOPTIM_HD void finish_corrected(Block& b) {
+    using Lane = BoundedLane<Pair>;
+    using Parameter = Format<kParameter>;
+    using Narrow = typename Parameter::Narrow;
     constexpr int kBits = core::correction_bits(kMaster);
     constexpr bool kNearest = core::is_nearest(kMaster);
     using Dithering = std::conditional_t<kNearest, NoDither, Dither<core::DitherStream::kWeight>>;
@@ -336,10 +281,9 @@ struct HotWeights : HotPieces {
     const auto* const corrections_ahead = static_cast<const char*>(corrections) + b.ahead * (kBits / 8);
     const int end = b.store_end;
     const Dithering dither(b);
-    const Widen widen;
-    const FarFromOne far_from_one;
-    const CorrectionValue<kBits> correction_value;
-    const CutCorrection<kBits, kNearest> cut;
+    const Parameter format;
+    const CorrectionValue<Narrow, kBits> correction_value;
+    const CutCorrection<Narrow, kBits, kNearest> cut;
     struct Group {
       Pair narrow, delta;
       Pair rest;  ///< what the narrow value is too small by; or, where corrections are rounded to nearest, the new
@@ -348,12 +292,9 @@ struct HotWeights : HotPieces {
     const auto update = [&](int group) __attribute__((always_inline)) {
       const int i = group * kGroup;
       __builtin_prefetch(parameter_ahead + i, 1, 3);
-      const __m512i words = _mm512_loadu_si512(parameter + i);
       Group of;
-      of.narrow = {{widen.low(words)}, {widen.high(words)}};
-      // Their corrections' values, fraction * scale, are exact, so that an fma rounds as the sum does. They are wrong
-      // where a narrow value is not normal. If the new one is normal nevertheless, and not far from 1, the old was 0 or
-      // subnormal, and its correction is too small to count.
+      of.narrow = format.load(parameter, i);
+      // Their corrections' values, fraction * scale, are exact, so that an fma rounds as the sum does.
       const Pair fraction = {{correction_value.fraction(corrections, i)},
                              {correction_value.fraction(corrections, i + kLanes)}};
       const Pair scale = {{correction_value.scale(of.narrow.lo.v)}, {correction_value.scale(of.narrow.hi.v)}};
@@ -371,12 +312,13 @@ struct HotWeights : HotPieces {
     const auto store = [&](int group, const Group& of) __attribute__((always_inline)) {
       const int i = group * kGroup;
       const Pair moved = kNearest ? of.rest : of.narrow + of.rest;
-      const __m512i rounded = round_to_words(moved.lo.v, moved.hi.v);
-      if (far_from_one(rounded) != 0 || !have_no_zero(of.delta.lo.v, of.delta.hi.v)) [[unlikely]] {
-        return finish_group_generic<Rule, kMaster>(b, group);
+      const auto rounded = format.round(moved);
+      if (format.outside(rounded) || !have_no_zero(of.delta.lo.v, of.delta.hi.v)) [[unlikely]] {
+        return finish_group_generic<Rule, Narrow, kMaster>(b, group);
       }
-      _mm512_storeu_si512(parameter + i, rounded);
-      const __m512 low = widen.low(rounded), high = widen.high(rounded);
+      format.store(parameter, i, rounded);
+      const Pair now = format.widened(rounded);
+      const __m512 low = now.lo.v, high = now.hi.v;
       if constexpr (kNearest) {
         cut.store(corrections, i, cut(_mm512_sub_ps(moved.lo.v, low), low), cut(_mm512_sub_ps(moved.hi.v, high), high));
       } else {
