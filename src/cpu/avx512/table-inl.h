@@ -8,6 +8,7 @@
 
 #include "src/cpu/avx512/default_states-inl.h"
 #include "src/cpu/avx512/paper_states-inl.h"
+#include "src/cpu/avx512/usual-inl.h"
 
 namespace flashoptim::cpu {
 inline namespace FLASHOPTIM_AVX512 {
@@ -24,15 +25,15 @@ struct HotAvx512 {
   static constexpr void add_usual(KernelTable& t, RuleKind kind) {
     using Relative = HotDefaultStates<Rule>;
     using Paper = HotPaperStates<Rule>;
-    using RelativeEntries = HotWeights::Entries<Rule, Relative>;
-    using PaperEntries = HotWeights::Entries<Rule, Paper>;
+    using RelativeEntries = HotUsual::Entries<Rule, Relative>;
+    using PaperEntries = HotUsual::Entries<Rule, Paper>;
     auto& usual = t.usual[static_cast<int>(kind)];
     constexpr int kM = static_cast<int>(kMaster);
     usual[static_cast<int>(StateCodec::kDefault)][kM] = {RelativeEntries::template begin<kMaster>,
-                                                         HotWeights::finish<Rule, kMaster>,
+                                                         HotUsual::finish<Rule, kMaster>,
                                                          {Relative::encode_variance, Relative::encode_momentum}};
     usual[static_cast<int>(StateCodec::kPaper)][kM] = {
-        PaperEntries::template begin<kMaster>, HotWeights::finish<Rule, kMaster>, {Paper::encode, nullptr}};
+        PaperEntries::template begin<kMaster>, HotUsual::finish<Rule, kMaster>, {Paper::encode, nullptr}};
   }
   template <core::Rule Rule>
   static constexpr void add_rule(KernelTable& t, RuleKind kind) {
@@ -48,10 +49,10 @@ struct HotAvx512 {
     add_usual<Rule, MasterWeights::kCorrection16Nearest>(t, kind);
     auto& stages = t.rule[static_cast<int>(kind)];
     constexpr int kDefault = static_cast<int>(StateCodec::kDefault), kPaper = static_cast<int>(StateCodec::kPaper);
-    stages[kDefault][0] = HotWeights::Entries<Rule, HotDefaultStates<Rule>>::update;
+    stages[kDefault][0] = HotUsual::Entries<Rule, HotDefaultStates<Rule>>::update;
     stages[kDefault][1] = HotDefaultStates<Rule>::encode_variance;
     stages[kDefault][2] = HotDefaultStates<Rule>::encode_momentum;
-    stages[kPaper][0] = HotWeights::Entries<Rule, HotPaperStates<Rule>>::update;
+    stages[kPaper][0] = HotUsual::Entries<Rule, HotPaperStates<Rule>>::update;
     stages[kPaper][1] = HotPaperStates<Rule>::encode;
   }
 
