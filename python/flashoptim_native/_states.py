@@ -323,6 +323,16 @@ def warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, befo
         )
 
 
+def warn_of_lost_digits(name: str, dtype: torch.dtype) -> None:
+    """Says that float32 weights have been cast to 16 bits where no correction could take what was cut off."""
+    warnings.warn(
+        f"{name} was torch.float32 at its last step and is {dtype} now: what its weights had beyond {dtype} is lost, "
+        "and its correction begins with zeros. cast_model() keeps it, as does set_fp32_model_state_dict() with what "
+        "get_fp32_model_state_dict() gave before the cast; reset_corrections() behind the cast says that it is meant",
+        stacklevel=5,
+    )
+
+
 def decode(kind: str, state: Mapping[str, Any], slots: Sequence[str], param: Local | None = None) -> list[Tensor]:
     """fp32 values of every slot, contiguous, in the parameter's shape."""
     arrays = _Arrays.of(state, slots)
