@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -250,8 +251,7 @@ def test_low_precision_without_correction_is_warned_of():
         flashoptim_native.FlashAdamW(make_params(), master_weight_bits=None)
 
 
-def _import(tmp_path, environment):
-    code = "import flashoptim_native"
+def _import(tmp_path, environment, code="import flashoptim_native"):
     env = {k: v for k, v in os.environ.items() if k != "FLASHOPTIM_OPS_LIBRARY"} | environment
     return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
 
@@ -283,3 +283,30 @@ def test_a_refusal_of_one_group_of_calls_comes_before_any_change():
         optimizer.state[broken]["correction"] = good
     run(optimizer, params, 2, 3)
     assert [optimizer.state[p]["step"] for p in params] == [3] * 8
+
+
+# A step whose states want more than the process may have: files without blocks stand for the memory of the rest.
+NO_MEMORY = """
+import os, resource, torch, flashoptim_native
+numel = 3 * 2**29
+with open("weights", "wb") as file:
+    file.truncate(2 * numel)
+param, grad = (torch.from_file("weights", True, numel, dtype=torch.bfloat16) for _ in range(2))
+param = torch.nn.Parameter(param)
+param.grad = grad
+optimizer = flashoptim_native.FlashAdamW([param])
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))
+try:
+    optimizer.step()
+except RuntimeError as error:
+    print(len(optimizer.state), error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the process's size")
+def test_what_torch_says_of_memory_that_it_does_not_have_comes_through(tmp_path):
+    said = _import(tmp_path, {"FLASHOPTIM_OPS_LIBRARY": str(_ops.library_path())}, NO_MEMORY)
+    assert said.returncode == 0, said.stderr
+    assert re.match(r"0 flashoptim: torch's empty_strided failed: .*allocate", said.stdout)
