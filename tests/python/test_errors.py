@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flashoptim_native
-from flashoptim_native import _ops
+from flashoptim_native import _ops, _validate
 from helpers import CLASSES, assert_untouched, make_params, run, set_grads, snapshot
 
 NAN, INF = float("nan"), float("inf")
@@ -78,7 +78,7 @@ def is_short(arguments, betas):
 def wrong_arguments(kind):
     cases, (_, *betas) = list(COMMON), (0.9, 0.99, 0.999)
     description = _ops.describe(kind)
-    for name, number, _, _, _ in description.hyperparameters[6:]:
+    for name, number in ((one.name, one.kind) for one in description.hyperparameters[6:]):
         if name in OF_HYPERPARAMETERS:
             cases += OF_HYPERPARAMETERS[name]
         elif name.removeprefix("beta").isdigit():
@@ -283,6 +283,31 @@ def test_a_refusal_of_one_group_of_calls_comes_before_any_change():
         optimizer.state[broken]["correction"] = good
     run(optimizer, params, 2, 3)
     assert [optimizer.state[p]["step"] for p in params] == [3] * 8
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ends", "good", "bad", "allowed"),
+    [
+        (0.0, INF, {}, [0, 1e300], [-1e-9, INF, NAN], "a finite number >= 0"),
+        (0.0, INF, {"low_allowed": False}, [1e-300], [0.0], "a finite number > 0"),
+        (-INF, 2.0, {"high_allowed": True}, [-1e300, 2.0], [2.1, -INF, NAN], "a finite number <= 2"),
+        (-INF, INF, {}, [-5.0], [INF, NAN], "a finite number"),
+        (0.0, 1.0, {}, [0.0, 0.5], [1.0, -0.1, NAN], "0 <= x < 1"),
+        (0.0, 1.0, {"low_allowed": False, "high_allowed": True}, [1.0], [0.0], "0 < x <= 1"),
+    ],
+)
+def test_ends_of_a_range_are_allowed_as_a_rule_says(low, high, ends, good, bad, allowed):
+    for value in good:
+        assert _validate.check_range("x", value, low, high, **ends) == value
+    for value in bad:
+        with pytest.raises(ValueError, match=re.escape(f"x = {value!r} is not allowed; allowed is {allowed}") + "$"):
+            _validate.check_range("x", value, low, high, **ends)
+
+
+def test_a_rules_ranges_come_with_their_ends():
+    numbers = {one.name: one for one in _ops.describe("adamw").hyperparameters}
+    assert (numbers["beta1"].lowest_allowed, numbers["beta1"].highest_allowed) == (True, False)
+    assert (numbers["maximize"].lowest_allowed, numbers["maximize"].highest_allowed) == (True, True)
 
 
 # A step whose states want more than the process may have: files without blocks stand for the memory of the rest.
