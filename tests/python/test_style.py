@@ -73,6 +73,7 @@ def test_a_good_tree_has_one_passed_test_a_check(tmp_path):
         ("tools/bad.py", "one = (1,2)\n", "ruff format", "make format"),
         ("tools/bad.py", "import os\n", "ruff", "by hand"),
         ("tools/bad.py", f"# {'x' * 119}\n", "ruff", "by hand"),  # 121 columns
+        ("tools/bad.py", f'one = "{"x" * 90}"  # type: ignore[assignment]\n', "columns", "by hand"),
         (PACKAGE, "def one(a):\n    return a\n", "mypy", "by hand"),
         ("docs/bad.md", "word " * 30 + "\n", "columns", "make format"),
         ("tools/bad.sh", f"echo {'x' * 116}\n", "columns", "by hand"),
