@@ -1,4 +1,5 @@
-"""Checks or mends how sources are written: clang-format, ruff format, ruff, mypy, lines of at most 120 columns.
+"""Checks or mends how sources are written: clang-format, ruff format, ruff, mypy, lines of at most 120 columns, and
+how long files and classes are, what they are called and import (structure.py).
 
 usage: style.py [--mend] [--junit FILE] [ROOT]
 
@@ -19,11 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import structure
 import wrap_markdown
 
 COLUMNS = 120
 CPP = (".h", ".cpp", ".cu", ".cuh")
-#: Others whose width counts; that of Python is ruff's to check.
+#: What ruff passes over: lines of Python that end in a word for a tool.
+PRAGMA = re.compile(r"#\s*(type: ignore|noqa)")
+#: Others whose width counts; that of Python's other lines is ruff's to check.
 WIDE = (*CPP, ".sh", ".cmake", ".md", ".in", ".toml", ".yml", ".yaml", "CMakeLists.txt", "Makefile", ".ci/run")
 RUFF = r"(?P<file>[^:]+):(?P<message>\d+:\d+: .*)"
 #: Written by programs: tables of a measurement.
@@ -67,7 +71,7 @@ class Sources:
 
     def __init__(self, root: Path):
         self.root = root
-        files = [name for name in sources(root) if not name.startswith(GENERATED)]
+        self.files = files = [name for name in sources(root) if not name.startswith(GENERATED)]
         self.cpp = [name for name in files if name.endswith(CPP)]
         self.python = [name for name in files if name.endswith(".py")]
         self.markdown = [name for name in files if name.endswith(".md")]
@@ -107,14 +111,18 @@ class Sources:
 
     def columns(self) -> list[Finding]:
         found = []
-        for name in self.wide:
+        for name in (*self.wide, *self.python):
             text = (self.root / name).read_text()
             if name.endswith(".md"):
                 long = wrap_markdown.too_long(text, COLUMNS)
             else:
-                long = [n for n, line in enumerate(text.split("\n"), 1) if len(line) > COLUMNS]
+                lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if len(line) > COLUMNS]
+                long = [n for n, line in lines if not name.endswith(".py") or PRAGMA.search(line)]
             found += [Finding(name, f"{n}: more than {COLUMNS} columns") for n in long]
         return found
+
+    def structure(self) -> list[Finding]:
+        return [Finding(name, message) for name, message in structure.findings(self.root, self.files)]
 
     def mend(self) -> int:
         """Formats everything that a machine can; returns the number of files it has not understood."""
@@ -175,6 +183,7 @@ def main() -> int:
         Check("ruff", tree.ruff, "mend by hand; see .venv/bin/ruff check"),
         Check("mypy", tree.mypy, "mend by hand; see .venv/bin/mypy"),
         Check("columns", tree.columns, "break by hand"),
+        Check("structure", tree.structure, "mend by hand; tools/structure.py says what is allowed"),
     ]
     answers = []
     with ThreadPoolExecutor(len(checks)) as pool:

@@ -2,7 +2,7 @@
 
 #include <bit>
 #include <cstring>
-#include <stdexcept>
+#include <utility>
 
 namespace flashoptim::ops {
 namespace {
@@ -24,10 +24,17 @@ StableIValue to_bits(T value) {
 
 static_assert(std::endian::native == std::endian::little, "StableIValue holds small values in its lowest bytes");
 
-/// Deletes a list when it goes out of scope; its elements have been taken out by then.
+/// Deletes a list when it goes out of scope; its elements have been taken out by then. What torch says of that is not
+/// asked: it can only fail for a handle that is none.
 struct ListOwner {
   StableListHandle list;
-  ~ListOwner() { torch_delete_list(list); }
+  ~ListOwner() {
+    if (list != nullptr) torch_delete_list(list);
+  }
+};
+struct StringOwner {
+  StringHandle string;
+  ~StringOwner() { torch_delete_string(string); }
 };
 
 template <class T, class Take>
@@ -45,10 +52,13 @@ std::vector<T> take_list(StableIValue value, Take take) {
   return result;
 }
 
-StableListHandle new_list(size_t size) {
-  StableListHandle list = nullptr;
-  check_torch(torch_new_list_reserve_size(size, &list), "torch_new_list_reserve_size");
-  return list;
+/// A list of `size` values, each of which `give` makes.
+template <class Give>
+StableIValue give_list(size_t size, Give give) {
+  ListOwner owner{nullptr};
+  check_torch(torch_new_list_reserve_size(size, &owner.list), "torch_new_list_reserve_size");
+  for (size_t i = 0; i < size; ++i) check_torch(torch_list_push_back(owner.list, give(i)), "torch_list_push_back");
+  return to_bits(std::exchange(owner.list, nullptr));
 }
 
 }  // namespace
@@ -68,14 +78,12 @@ std::vector<int64_t> take_ints(StableIValue value) { return take_list<int64_t>(v
 std::vector<double> take_floats(StableIValue value) { return take_list<double>(value, take_float); }
 
 std::string take_string(StableIValue value) {
-  const auto handle = from_bits<StringHandle>(value);
+  const StringOwner owner{from_bits<StringHandle>(value)};
   const char* data = nullptr;
   size_t length = 0;
-  const bool ok = torch_string_c_str(handle, &data) == AOTI_TORCH_SUCCESS &&
-                  torch_string_length(handle, &length) == AOTI_TORCH_SUCCESS;
-  std::string text(ok ? data : "", length);
-  torch_delete_string(handle);
-  return text;
+  check_torch(torch_string_c_str(owner.string, &data), "torch_string_c_str");
+  check_torch(torch_string_length(owner.string, &length), "torch_string_length");
+  return std::string(data, length);
 }
 
 int64_t take_int(StableIValue value) { return from_bits<int64_t>(value); }
@@ -85,20 +93,14 @@ bool take_bool(StableIValue value) { return from_bits<bool>(value); }
 StableIValue give_tensor(Tensor tensor) { return to_bits(tensor.release()); }
 
 StableIValue give_tensors(TensorList tensors) {
-  StableListHandle list = new_list(tensors.size());
-  for (Tensor& tensor : tensors) {
-    check_torch(torch_list_push_back(list, give_tensor(std::move(tensor))), "torch_list_push_back");
-  }
-  return to_bits(list);
+  return give_list(tensors.size(), [&](size_t i) { return give_tensor(std::move(tensors[i])); });
 }
 
 StableIValue give_bool(bool value) { return to_bits(value); }
 StableIValue give_int(int64_t value) { return to_bits(value); }
 
 StableIValue give_ints(const std::vector<int64_t>& values) {
-  StableListHandle list = new_list(values.size());
-  for (const int64_t value : values) check_torch(torch_list_push_back(list, to_bits(value)), "torch_list_push_back");
-  return to_bits(list);
+  return give_list(values.size(), [&](size_t i) { return to_bits(values[i]); });
 }
 
 StableIValue give_string(const std::string& text) {

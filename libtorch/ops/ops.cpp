@@ -428,7 +428,8 @@ void describe_kernel(StableIValue* stack, uint64_t, uint64_t) {
     const HyperparameterInfo info = hyperparameter(optimizer, i);
     out << (i > 0 ? "," : "") << "{\"name\":\"" << info.name << "\",\"kind\":\"" << kKinds[static_cast<int>(info.kind)]
         << "\",\"default\":" << number(info.default_value) << ",\"lowest\":" << number(info.lowest)
-        << ",\"highest\":" << number(info.highest) << "}";
+        << ",\"highest\":" << number(info.highest) << ",\"lowest_allowed\":" << info.lowest_allowed
+        << ",\"highest_allowed\":" << info.highest_allowed << "}";
   }
   out << "],\"slots\":[";
   for (int k = 0; k < state_count(optimizer, true); ++k) {

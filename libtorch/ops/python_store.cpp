@@ -140,6 +140,7 @@ std::shared_ptr<const PythonStore::Entries> PythonStore::entries_of(PyObject* st
 void PythonStore::describe(Op op, int64_t index, const std::string& name, const store::RecordOptions& options,
                            PyObject* param, PyObject* state) {
   const auto slots = static_cast<size_t>(state_count(store_.optimizer(), options.has_momentum));
+  const CriticalSection section(state);
   const std::shared_ptr<const Entries> entries = entries_of(state);
   std::vector<LocalTensor> read;  // keeps the handles
   read.reserve(entries->size() + 1);
@@ -150,7 +151,9 @@ void PythonStore::describe(Op op, int64_t index, const std::string& name, const 
   PyObject *key = nullptr, *value = nullptr;
   PySsize position = 0;
   for (const Entry& entry : *entries) {
-    PyDict_Next(state, &position, &key, &value);
+    // Of a DTensor a local tensor is asked for, which may run code.
+    const bool is_there = PyDict_Next(state, &position, &key, &value) != 0;
+    if (!is_there || key != entry.key.get()) op.fail("the state of " + name + " was changed while it was looked at");
     const bool is_array = entry.kind == EntryKind::kCorrection || static_cast<size_t>(entry.slot) < slots;
     if (entry.kind == EntryKind::kOther || entry.kind == EntryKind::kStep || !is_array) continue;
     const LocalTensor& tensor = read.emplace_back(value);

@@ -71,7 +71,7 @@ at::Tensor FlashOptimizer::fp32_weight(const at::Tensor& param) const {
   if (!is_settled(position.group)) made = settled_options(group_prefix(position.group), group);
   const auto& options = made != nullptr ? *made : static_cast<const FlashOptions&>(group.options());
   const std::string name = class_name(kind_) + (": " + position.str());
-  const Conversion next = convert_state(kind_, name, *state, param, form_of(options, param));
+  const ConvertedState next = convert_state(kind_, name, *state, param, form_of(options, param));
   return merged_weights(next.values.defined() ? next.values : param, *next.state);
 }
 

@@ -44,10 +44,14 @@ OptionValues default_values(OptimizerKind kind) {
 
 /// What a rule allows, in a LibTorch user's words.
 std::string allowed(const HyperparameterInfo& info) {
+  const bool has_lowest = std::isfinite(info.lowest);
+  const bool has_highest = std::isfinite(info.highest) && info.kind == HyperparameterKind::kNumber;
   std::ostringstream text;
-  if (std::isinf(info.highest)) text << "finite";
-  if (!std::isinf(info.lowest)) text << (std::isinf(info.highest) ? " and " : "") << "at least " << info.lowest;
-  if (info.kind == HyperparameterKind::kNumber && !std::isinf(info.highest)) text << " and below " << info.highest;
+  if (!std::isfinite(info.highest)) text << "finite";
+  if (has_lowest && !std::isfinite(info.highest)) text << " and ";
+  if (has_lowest) text << (info.lowest_allowed ? "at least " : "above ") << info.lowest;
+  if (has_lowest && has_highest) text << " and ";
+  if (has_highest) text << (info.highest_allowed ? "at most " : "below ") << info.highest;
   return text.str();
 }
 

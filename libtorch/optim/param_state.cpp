@@ -190,8 +190,8 @@ store::Fit fit_of(OptimizerKind kind, const std::string& name, const FlashParamS
   return in_store([&] { return store::fit(kind, form.has_momentum, handle_of(param), stored, form.format, {}, name); });
 }
 
-Conversion convert_state(OptimizerKind kind, const std::string& name, const FlashParamState& saved,
-                         const at::Tensor& param, Form form) {
+ConvertedState convert_state(OptimizerKind kind, const std::string& name, const FlashParamState& saved,
+                             const at::Tensor& param, Form form) {
   const int slots = store::slot_count(kind, form.has_momentum);
   const store::Stored stored = stored_of(saved, slots);
   const bool is_dense = param.is_non_overlapping_and_dense();
@@ -199,7 +199,7 @@ Conversion convert_state(OptimizerKind kind, const std::string& name, const Flas
       is_dense ? param.detach() : copy_with(param, store::dense_strides(param.sizes().vec(), order_of(param)));
   store::Converted converted = in_store(
       [&] { return store::convert(kOp, name, kind, form.has_momentum, handle_of(dense), stored, form.format); });
-  Conversion result;
+  ConvertedState result;
   result.state = assembled(specs_of(kind, dense, form), converted.arrays.data(), dense, form);
   result.values = take(std::move(converted.param));
   result.fate = converted.fate;

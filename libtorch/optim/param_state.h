@@ -81,15 +81,15 @@ store::Fit fit_of(OptimizerKind kind, const std::string& name, const FlashParamS
                   Form form);
 
 /// A state in another form.
-struct Conversion {
+struct ConvertedState {
   std::unique_ptr<FlashParamState> state;
   at::Tensor values;  ///< the parameter's new ones; undefined where they stay
   store::CorrectionFate fate;
 };
 /// Changes nothing. Slots that the form lacks (momentum is 0) stay as they are, for later; where it has slots that are
 /// not there yet, the next step is the first.
-Conversion convert_state(OptimizerKind kind, const std::string& name, const FlashParamState& saved,
-                         const at::Tensor& param, Form form);
+ConvertedState convert_state(OptimizerKind kind, const std::string& name, const FlashParamState& saved,
+                             const at::Tensor& param, Form form);
 /// TORCH_WARN where weights lose what their correction held.
 void warn_of(store::CorrectionFate fate, const std::string& name, const FlashParamState& saved,
              const at::Tensor& param);

@@ -207,7 +207,7 @@ void ParamStore::describe(Taken* taken, Made* made) {
               "set_fp32_model_state() what get_fp32_model_state() gave before the cast; or call reset_corrections(), "
               "and weights are what the parameter holds now");
   if (fit_of(kind_, name, *taken->state, param, form) == store::Fit::kNo) {
-    Conversion converted = convert_state(kind_, name, *taken->state, param, form);
+    ConvertedState converted = convert_state(kind_, name, *taken->state, param, form);
     warn_of(converted.fate, name, *taken->state, param);
     made->state = std::move(converted.state);
     made->values = std::move(converted.values);

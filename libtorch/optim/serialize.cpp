@@ -243,14 +243,14 @@ namespace {
 
 /// What an archive's state becomes: as it is, or converted to the options, dtype and order in memory of now. One that
 /// lay otherwise than its parameter when it was saved goes on doing so.
-Conversion restored(const std::string& name, const at::Tensor& param, OptimizerKind kind, const FlashOptions& options,
-                    FlashParamState saved, bool lies_otherwise) {
+ConvertedState restored(const std::string& name, const at::Tensor& param, OptimizerKind kind,
+                        const FlashOptions& options, FlashParamState saved, bool lies_otherwise) {
   const Form form = form_of(options, param);
   const store::Fit fit = fit_of(kind, name, saved, param, form);
   if (fit == store::Fit::kYes || (fit == store::Fit::kOwnOrder && lies_otherwise)) {
     return {std::make_unique<FlashParamState>(std::move(saved)), {}, store::CorrectionFate::kKept};
   }
-  Conversion converted = convert_state(kind, name, saved, param, form);
+  ConvertedState converted = convert_state(kind, name, saved, param, form);
   TORCH_CHECK(converted.fate != store::CorrectionFate::kLost, name, " has dtype ", param.scalar_type(),
               " and other values than ", saved.param_dtype, " can hold, or fewer; its correction was saved for ",
               saved.param_dtype, " weights. Must be ", saved.param_dtype,
@@ -341,7 +341,7 @@ void FlashOptimizer::load(InputArchive& archive, bool verify) {
               " param_groups; must be ", param_groups_.size());
   ArchiveChecksum checksum(format, kind_, param_groups_.size());
   std::vector<std::unique_ptr<FlashOptions>> new_options;
-  std::vector<std::pair<at::Tensor, Conversion>> new_states;
+  std::vector<std::pair<at::Tensor, ConvertedState>> new_states;
   size_t number = 0;
   for (size_t g = 0; g < param_groups_.size(); ++g) {
     const std::vector<at::Tensor>& own = param_groups_[g].params();
@@ -379,7 +379,7 @@ void FlashOptimizer::load(InputArchive& archive, bool verify) {
       reader.check_all_read();
       check_param(name, own[i]);
       FlashParamState checked = checked_state(name, own[i], kind_, saved.state, verify && has_checksums);
-      Conversion restored_state = restored(name, own[i], kind_, *options, std::move(checked), lies_otherwise);
+      ConvertedState restored_state = restored(name, own[i], kind_, *options, std::move(checked), lies_otherwise);
       new_states.emplace_back(own[i], std::move(restored_state));
     }
   }

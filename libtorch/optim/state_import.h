@@ -41,7 +41,7 @@ class StateImport {
  private:
   struct Added {
     at::Tensor param;
-    Conversion conversion;
+    ConvertedState conversion;
   };
 
   FlashOptimizer& optimizer_;

@@ -45,7 +45,7 @@ void StateImport::add(size_t group, size_t index, FlashParamState state) {
     states_.push_back({param, {std::make_unique<FlashParamState>(std::move(state)), {}, store::CorrectionFate::kKept}});
     return;
   }
-  Conversion converted = convert_state(kind(), name, state, param, form);
+  ConvertedState converted = convert_state(kind(), name, state, param, form);
   TORCH_CHECK(converted.fate != store::CorrectionFate::kLost, name, " has dtype ", param.scalar_type(),
               " and other values than ", state.param_dtype, " can hold, or fewer; its correction was saved for ",
               state.param_dtype, " weights. Must be ", state.param_dtype,

@@ -83,6 +83,12 @@ class TorchMemory {
     return {&allocate, &free, &user};
   }
 
+  /// torch's words about memory that it has not given this thread.
+  static std::string& refusal() {
+    thread_local std::string words;
+    return words;
+  }
+
  private:
   static void* allocate(void* user, int64_t bytes, void* /*stream: the current one*/) {
     const auto& device = *static_cast<const Device*>(user);
@@ -90,6 +96,7 @@ class TorchMemory {
     AtenTensorHandle handle = nullptr;
     if (aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), device.type, device.index, &handle) !=
         AOTI_TORCH_SUCCESS) {
+      refusal() = torch_said();
       return nullptr;
     }
     Tensor tensor(handle);
@@ -128,8 +135,13 @@ Status DevicePlan::make(Backend backend, Device device, OptimizerKind optimizer,
     options.stream = current_stream(device);
     options.allocator = TorchMemory::allocator(device);
     cuda::Plan made;
+    TorchMemory::refusal().clear();
     Status status = cuda::Plan::make(optimizer, has_momentum, tensors.data(), count, device.index, &made, options);
-    if (status.is_ok()) plan->plan_ = std::move(made);
+    if (status.is_ok()) {
+      plan->plan_ = std::move(made);
+    } else if (const std::string words = std::move(TorchMemory::refusal()); !words.empty()) {
+      status = Status::out_of_memory(status.message() + words);
+    }
     return status;
   }
 #else

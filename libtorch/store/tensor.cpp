@@ -52,14 +52,15 @@ int64_t extent(const TensorInfo& t) {
 
 }  // namespace
 
+std::string torch_said() {
+  if (&torch_exception_get_what_without_backtrace == nullptr) return "";
+  const char* const said = torch_exception_get_what_without_backtrace();
+  return said == nullptr || said[0] == '\0' ? "" : std::string(": ") + said;
+}
+
 void check_torch(AOTITorchError error, const char* what) {
   if (error == AOTI_TORCH_SUCCESS) return;
-  std::string message = std::string("torch's ") + what + " failed";
-  if (&torch_exception_get_what_without_backtrace != nullptr) {
-    const char* const said = torch_exception_get_what_without_backtrace();
-    if (said != nullptr && said[0] != '\0') message.append(": ").append(said);
-  }
-  throw std::runtime_error("flashoptim: " + message);
+  throw std::runtime_error(std::string("flashoptim: torch's ") + what + " failed" + torch_said());
 }
 
 Tensor& Tensor::operator=(Tensor&& other) noexcept {

@@ -14,7 +14,9 @@
 
 namespace flashoptim::store {
 
-/// Throws std::runtime_error where a call into torch failed.
+/// ": " and torch's words about the call of this thread that has just failed; nothing where it has none.
+std::string torch_said();
+/// Throws std::runtime_error where a call into torch failed, with its words.
 void check_torch(AOTITorchError error, const char* what);
 
 /// One owned tensor, or none.

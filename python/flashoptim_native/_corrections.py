@@ -23,7 +23,7 @@ def of(state: Mapping[Any, Any], param: Tensor) -> Tensor | None:
 
 
 def reset(store: Store, groups: Groups, state: State, params: Iterable[Tensor]) -> None:
-    """Sets the corrections of ``params`` to zero.
+    """Sets the corrections of ``params`` to zero; one that is yet to be made begins so.
 
     Raises:
         ValueError: one is in no group; nothing has changed then.
@@ -36,7 +36,7 @@ def reset(store: Store, groups: Groups, state: State, params: Iterable[Tensor]) 
         correction = of(state, param)
         if correction is not None:
             _parameters.plain(correction).zero_()
-            store.records.remember_dtype(param)
+        store.records.remember_dtype(param)
 
 
 def dtypes(store: Store, groups: Groups) -> dict[int, torch.dtype]:

@@ -172,7 +172,7 @@ def _runs(values: Iterable[str | None]) -> list[list[Any]]:
     return runs
 
 
-class Description(NamedTuple):
+class GroupDescription(NamedTuple):
     """What a checkpoint says of a group; None: it is of format 1, or another library's."""
 
     parameters: int
@@ -215,7 +215,7 @@ def _read_runs(runs: Any, allowed: Sequence[str | None]) -> list[list[Any]]:
     return [list(run) for run in runs]
 
 
-def read_description(kind: str, group: Mapping[str, Any], index: int) -> Description | None:
+def read_description(kind: str, group: Mapping[str, Any], index: int) -> GroupDescription | None:
     """What a saved group says.
 
     Raises:
@@ -235,13 +235,13 @@ def read_description(kind: str, group: Mapping[str, Any], index: int) -> Descrip
     held = group[keys[0]]
     if isinstance(held, Mapping):  # a live group's, as ZeroRedundancyOptimizer's consolidated state dict has it
         count = len(group["params"])
-        return Description(count, [[count, held.get("state_codec")]], [[count, None]])
+        return GroupDescription(count, [[count, held.get("state_codec")]], [[count, None]])
     if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.dim() != 1:
         raise ValueError(f"{keys[0]} of {where} is {held!r}; allowed is a 1-D uint8 tensor that holds JSON")
     try:
         said = json.loads(bytes(held.cpu().tolist()))
         codecs, dtypes = _read_runs(said["codecs"], _CODECS), _read_runs(said["dtypes"], _DTYPES)
-        description = Description(int(said["parameters"]), codecs, dtypes)
+        description = GroupDescription(int(said["parameters"]), codecs, dtypes)
         named = (said["optimizer"], int(said["format"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{keys[0]} of {where} is broken ({error}); allowed is what state_dict() wrote") from error

@@ -176,7 +176,20 @@ new_states = torch.ops.flashoptim.new_states.default
 host_states = torch.ops.flashoptim.host_states.default
 host_buffers = torch.ops.flashoptim.host_buffers.default
 fit_state = torch.ops.flashoptim.fit_state.default
-convert_state = torch.ops.flashoptim.convert_state.default
+
+
+class Conversion(NamedTuple):
+    """A state in another format: store::Converted of libtorch/store/arrays.h."""
+
+    arrays: list[torch.Tensor]  # in the order of array_names()
+    param: torch.Tensor | None  # the parameter's new values; None: they stay
+    fate: CorrectionFate
+
+
+def convert_state(**arguments: Any) -> Conversion:
+    """The operator, whose schema names its arguments."""
+    arrays, rewritten, fate = torch.ops.flashoptim.convert_state.default(**arguments)
+    return Conversion(arrays, rewritten[0] if rewritten else None, CorrectionFate(fate))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -209,8 +222,10 @@ class Hyperparameter(NamedTuple):
     name: str
     kind: str  # "number", "flag", "whole"
     default: float
-    lowest: float  # allowed, where it is finite
-    highest: float  # of numbers not allowed
+    lowest: float  # an infinite end means finite numbers
+    highest: float
+    lowest_allowed: bool
+    highest_allowed: bool
 
 
 class Slot(NamedTuple):
@@ -247,7 +262,8 @@ def describe(optimizer: str) -> Description:
     for one in said["hyperparameters"]:
         lowest = -math.inf if one["lowest"] is None else one["lowest"]
         highest = math.inf if one["highest"] is None else one["highest"]
-        numbers.append(Hyperparameter(one["name"], one["kind"], one["default"], lowest, highest))
+        ends = {"lowest": lowest, "highest": highest}
+        numbers.append(Hyperparameter(**{**one, **ends}))
     fields = ("name", "signed", "relative_to", "mantissa_bits", "slow")
     slots = tuple(Slot(*(one[field] for field in fields)) for one in said["slots"])
     return Description(said["title"], tuple(numbers), slots)

@@ -315,10 +315,12 @@ def check_gradient(param: Tensor, grad: Tensor, name: str) -> None:
     if is_sharded(grad) != is_sharded(param):
         kinds = ["a DTensor" if is_sharded(tensor) else "a plain tensor" for tensor in (grad, param)]
         raise RuntimeError(f"the gradient of {name} is {kinds[0]}; allowed is what the parameter is, {kinds[1]}")
-    if is_sharded(grad) and grad._spec.mesh != param._spec.mesh:  # type: ignore[attr-defined]
-        raise RuntimeError(
-            f"the gradient of {name} is on mesh {grad._spec.mesh}; allowed is the parameter's, {param._spec.mesh}"  # type: ignore[attr-defined]
-        )
+    if is_sharded(grad):
+        meshes = [tensor._spec.mesh for tensor in (grad, param)]  # type: ignore[attr-defined]
+        if meshes[0] != meshes[1]:
+            raise RuntimeError(
+                f"the gradient of {name} is on mesh {meshes[0]}; allowed is the parameter's, {meshes[1]}"
+            )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of {name} has layout {grad.layout}; allowed is torch.strided (for an embedding, "

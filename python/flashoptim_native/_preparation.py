@@ -205,7 +205,10 @@ class Preparation:
         name = records.name(record)
         # ZeroRedundancyOptimizer puts what a state dict holds into optimizer.state.
         unpacked = _packing.unpacked(records.kind, held, local, form, Stored(), name)
-        new, rewritten = _states.converted(records.kind, unpacked, local, form, name, records.dtypes[record])
+        before = records.dtypes[record]
+        new, rewritten = _states.converted(records.kind, unpacked, local, form, name, before)
+        if before == torch.float32 and _states.CORRECTION in new and _states.CORRECTION not in unpacked:
+            _states.warn_of_lost_digits(name, param.dtype)
         if form.offload is not None:
             new = records.host.place(new, records.new_state(record, form))
         self._change.put(param, new)

@@ -154,7 +154,7 @@ def _new_states(
 
 
 class _Arrays(NamedTuple):
-    """What of a state the operators take."""
+    """What of a state the operators take, by their arguments' names."""
 
     states: list[Tensor]
     scales: list[Tensor]
@@ -190,16 +190,16 @@ def fit(
         return Fit.NO
     return Fit(
         _ops.fit_state(
-            kind,
-            form.has_momentum,
-            param.tensor.detach(),
-            *arrays,
-            _belongs_to(belongs_to),
-            int(form.master_weights),
-            int(form.codec),
-            param.place or _NO_PLACE,
-            name,
-            form.offload is not None,
+            optimizer=kind,
+            has_momentum=form.has_momentum,
+            param=param.tensor.detach(),
+            **arrays._asdict(),
+            correction_of=_belongs_to(belongs_to),
+            master_weights=int(form.master_weights),
+            codec=int(form.codec),
+            place=param.place or _NO_PLACE,
+            name=name,
+            on_host=form.offload is not None,
         )
     )
 
@@ -251,16 +251,16 @@ def converted(
             "allowed are scales for all (8-bit codes) or none (floating-point values)"
         )
     try:
-        made, rewritten, fate = _ops.convert_state(
-            kind,
-            form.has_momentum,
-            dense(param.tensor.detach()),
-            *arrays,
-            _belongs_to(belongs_to),
-            int(form.master_weights),
-            int(form.codec),
-            param.place or _NO_PLACE,
-            name,
+        made = _ops.convert_state(
+            optimizer=kind,
+            has_momentum=form.has_momentum,
+            param=dense(param.tensor.detach()),
+            **arrays._asdict(),
+            correction_of=_belongs_to(belongs_to),
+            master_weights=int(form.master_weights),
+            codec=int(form.codec),
+            place=param.place or _NO_PLACE,
+            name=name,
         )
     except RuntimeError as error:
         said = _said(error)
@@ -269,12 +269,12 @@ def converted(
     # Where a buffer is new (SGD whose momentum was 0 so far), the next step is its first.
     has_stepped = bool(present) or not slots
     step = whole_number(saved.get(STEP, 1 if present else 0), name) if has_stepped else 0
-    state = _named(names, made, param, form, step, name)
+    state = _named(names, made.arrays, param, form, step, name)
     unknown = {key: value for key, value in saved.items() if key not in known_keys(kind)}
     for key, value in unknown.items():
         state[key] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-    warn_of_correction(CorrectionFate(fate), name, param.tensor.dtype, belongs_to)
-    return Converted(state, rewritten[0] if rewritten else None)
+    warn_of_correction(made.fate, name, param.tensor.dtype, belongs_to)
+    return Converted(state, made.param)
 
 
 @functools.lru_cache(maxsize=16)
@@ -321,6 +321,16 @@ def warn_of_correction(fate: CorrectionFate, name: str, dtype: torch.dtype, befo
             "cast and give it to set_fp32_model_state_dict() after it",
             stacklevel=5,
         )
+
+
+def warn_of_lost_digits(name: str, dtype: torch.dtype) -> None:
+    """Says that float32 weights have been cast to 16 bits where no correction could take what was cut off."""
+    warnings.warn(
+        f"{name} was torch.float32 at its last step and is {dtype} now: what its weights had beyond {dtype} is lost, "
+        "and its correction begins with zeros. cast_model() keeps it, as does set_fp32_model_state_dict() with what "
+        "get_fp32_model_state_dict() gave before the cast; reset_corrections() behind the cast says that it is meant",
+        stacklevel=5,
+    )
 
 
 def decode(kind: str, state: Mapping[str, Any], slots: Sequence[str], param: Local | None = None) -> list[Tensor]:

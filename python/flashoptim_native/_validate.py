@@ -32,13 +32,19 @@ def real_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_range(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """``value`` as a float in [low, high); NaN and infinities are outside every range."""
+def check_range(
+    name: str, value: Any, low: float, high: float = math.inf, *, low_allowed: bool = True, high_allowed: bool = False
+) -> float:
+    """``value`` as a float between two numbers; NaN and infinities are outside every range."""
     number = real_number(name, value)
-    if not (low <= number < high) or math.isinf(number):
-        allowed = f"a finite number >= {low:g}" if high == math.inf else f"{low:g} <= {name} < {high:g}"
-        if math.isinf(low):
-            allowed = "a finite number"
+    above = number > low or (low_allowed and number == low)
+    below = number < high or (high_allowed and number == high)
+    if not (above and below) or math.isinf(number):
+        more, less = ">=" if low_allowed else ">", "<=" if high_allowed else "<"
+        allowed = f"{low:g} {'<=' if low_allowed else '<'} {name} {less} {high:g}"
+        if math.isinf(low) or math.isinf(high):
+            ends = [f"{more} {low:g}"] * math.isfinite(low) + [f"{less} {high:g}"] * math.isfinite(high)
+            allowed = " ".join(["a finite number", *ends])
         raise ValueError(f"{name} = {number!r} is not allowed; allowed is {allowed}")
     return number
 
@@ -89,15 +95,17 @@ def check_hyperparameters(kind: str, group: Mapping[str, Any]) -> None:
     description = _ops.describe(kind)
     if "betas" in group:
         check_betas(group["betas"], description.betas())
-    for name, number, _, lowest, highest in description.hyperparameters:
-        if name in _NOT_A_GROUPS or name not in group:
+    for one in description.hyperparameters:
+        if one.name in _NOT_A_GROUPS or one.name not in group:
             continue
-        if number == "flag":
-            check_bool(name, group[name])
-        elif number == "number":
-            check_range(name, group[name], lowest, highest)
-        elif group[name] is not None:
-            check_integer(name, group[name], int(lowest))
+        value = group[one.name]
+        if one.kind == "flag":
+            check_bool(one.name, value)
+        elif one.kind == "number":
+            ends = {"low_allowed": one.lowest_allowed, "high_allowed": one.highest_allowed}
+            check_range(one.name, value, one.lowest, one.highest, **ends)
+        elif value is not None:
+            check_integer(one.name, value, int(one.lowest))
     if "decouple_lr" in group:
         check_bool("decouple_lr", group["decouple_lr"])
     if group.get("nesterov") and (group["momentum"] == 0 or group["dampening"] != 0):

@@ -141,21 +141,16 @@ class FlashOptimizer(Inspection):
             raise
 
     def _add_one_group(self, param_group: dict[str, Any]) -> None:
-        count = len(self.param_groups)
-        try:
-            super().add_param_group(param_group)
-            self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
-            if group.get("decouple_lr"):
-                group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
-            _validate.check_hyperparameters(self.kind, group)
-            _validate.check_format(group)
-            check_group(group, self._check_numerics)
-            for position, param in enumerate(group["params"]):
-                name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
-                _parameters.check_parameter(param, name)
-        except BaseException:
-            del self.param_groups[count:]
-            raise
+        super().add_param_group(param_group)
+        self.param_groups[-1] = group = ParamGroup.of(self.kind, self.param_groups[-1])
+        if group.get("decouple_lr"):
+            group.setdefault("decay_lr", _validate.real_number("lr", group["lr"]))
+        _validate.check_hyperparameters(self.kind, group)
+        _validate.check_format(group)
+        check_group(group, self._check_numerics)
+        for position, param in enumerate(group["params"]):
+            name = _parameters.name_of(self.param_groups, len(self.param_groups) - 1, position)
+            _parameters.check_parameter(param, name)
 
     # Steps
 

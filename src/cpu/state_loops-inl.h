@@ -9,18 +9,15 @@
 
 namespace flashoptim::cpu {
 
+/// What every rule's loops are made of, and the loops over fp32 states.
 template <class F>
-struct StateLoops : LoopPieces<F> {
+struct PlainStateLoops : LoopPieces<F> {
   using Pieces = LoopPieces<F>;
   using Pieces::ask_ahead;
-  using Pieces::codes;
-  using Pieces::for_each_header;
-  static constexpr int kGroup = Pieces::kGroup, kVectors = Pieces::kVectors, kWidth = Pieces::kWidth;
-  using typename Pieces::GroupVectors;
+  static constexpr int kGroup = Pieces::kGroup, kWidth = Pieces::kWidth;
   using typename Pieces::H;
   using typename Pieces::HI;
   using typename Pieces::I;
-  using typename Pieces::PerGroup;
 
   /// The body of a step: decoded states in and out, delta to the block. Holds its own copy of the hyperparameters, so
   /// that the compiler can keep them in registers across stores.
@@ -114,8 +111,23 @@ struct StateLoops : LoopPieces<F> {
     constants.each(SpreadConstant{b.constants[slot][0] + group});
     return constants;
   }
+};
 
-  // ---- states in codes ------------------------------------------------------------------------------------------
+/// The loops over states in codes, and the table of all.
+template <class F>
+struct StateLoops : PlainStateLoops<F> {
+  using Plain = PlainStateLoops<F>;
+  using Pieces = LoopPieces<F>;
+  using Pieces::ask_ahead;
+  using Pieces::codes;
+  using Pieces::for_each_header;
+  using Plain::store_constants;
+  static constexpr int kGroup = Pieces::kGroup, kVectors = Pieces::kVectors, kWidth = Pieces::kWidth;
+  using typename Pieces::GroupVectors;
+  using typename Pieces::H;
+  using typename Pieces::HI;
+  using typename Pieces::I;
+  using typename Pieces::PerGroup;
 
   /// Which stage codes what: bases where there are any, and the others behind them; all, where there are none.
   enum class Coding { kBases, kOthers, kAll };
@@ -136,7 +148,7 @@ struct StateLoops : LoopPieces<F> {
 
     template <int k>
     static FLASHOPTIM_HD auto group_constants(const Block& b, int group) {
-      return constants_of<typename Slot<k>::template Constants<F>>(b, k, group);
+      return Plain::template constants_of<typename Slot<k>::template Constants<F>>(b, k, group);
     }
 
     template <int... k>
@@ -340,10 +352,10 @@ struct StateLoops : LoopPieces<F> {
       });
     }
 
-    static void update(Block& b) { run<true, true>(b, update_body<Rule>(b)); }
-    static void decode(Block& b) { run<true, false>(b, keep_decoded<Rule>(b)); }
+    static void update(Block& b) { run<true, true>(b, Plain::template update_body<Rule>(b)); }
+    static void decode(Block& b) { run<true, false>(b, Plain::template keep_decoded<Rule>(b)); }
     static void encode(Block& b) {
-      run<false, true>(b, take_decoded<Rule>(b));
+      run<false, true>(b, Plain::template take_decoded<Rule>(b));
       encode_slots<Coding::kAll, false>(b);
     }
 
@@ -367,9 +379,9 @@ struct StateLoops : LoopPieces<F> {
   static constexpr void add_rule(KernelTable& t, RuleKind kind) {
     static_assert(sizeof(typename Rule::Hyper) <= sizeof(HyperStorage));
     const int r = static_cast<int>(kind), f32 = static_cast<int>(StateCodec::kFloat32);
-    t.rule[r][f32][0] = Float32States<Rule>::update;
-    t.decode[r][f32] = Float32States<Rule>::decode;
-    t.encode[r][f32] = Float32States<Rule>::encode;
+    t.rule[r][f32][0] = Plain::template Float32States<Rule>::update;
+    t.decode[r][f32] = Plain::template Float32States<Rule>::decode;
+    t.encode[r][f32] = Plain::template Float32States<Rule>::encode;
     CodedStates<Rule, StateCodec::kPaper>::add(t, kind);
     CodedStates<Rule, StateCodec::kDefault>::add(t, kind);
   }

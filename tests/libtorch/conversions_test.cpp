@@ -130,13 +130,51 @@ TEST(Conversions, AnFp32ParameterThatBecomes16BitLosesItsDigitsOnlyWhereThatIsMe
   EXPECT_EQ(plain.param_state(param)->step, 2);
 }
 
+TEST(Conversions, AnArchiveOfFp32WeightsIsLoadedFor16BitOnes) {
+  // The model's weights are loaded by themselves, rounded: corrections begin with zeros, or with what is given.
+  for (const NamedOptimizer& named : all_optimizers()) {
+    for (const auto dtype : {torch::kBFloat16, torch::kHalf}) {
+      SCOPED_TRACE(named.name + " as " + toString(dtype));
+      const Warnings warnings;
+      const Tensor wide = parameter({33, 47}, 1, torch::kFloat);
+      const auto optimizer = named.make({wide});
+      for (int64_t i = 0; i < 3; ++i) step(*optimizer, {wide}, i);
+      const Tensor narrow = wide.detach().to(dtype).set_requires_grad(true);
+      const auto loaded = named.make({narrow});
+      std::stringstream stream = saved(*optimizer);
+      load(*loaded, stream);
+      EXPECT_TRUE(same_bytes(loaded->fp32_weight(narrow), narrow.detach().to(torch::kFloat)));
+      const flash::FlashParamState *before = optimizer->param_state(wide), *after = loaded->param_state(narrow);
+      EXPECT_EQ(after->step, 3);
+      EXPECT_EQ(after->param_dtype, dtype);
+      const bool keeps_digits = named.name.find("0bit") == std::string::npos;
+      EXPECT_EQ(after->correction.numel(), keeps_digits ? narrow.numel() : 0);
+      ASSERT_EQ(after->states.size(), before->states.size());
+      for (size_t k = 0; k < after->states.size(); ++k) {
+        EXPECT_TRUE(same_bytes(after->states[k], before->states[k]));
+        EXPECT_TRUE(same_bytes(after->scales[k], before->scales[k]));
+      }
+      loaded->set_fp32_weight(narrow, wide);
+      const Tensor error = (loaded->fp32_weight(narrow).to(torch::kDouble) - wide.detach().to(torch::kDouble)).abs();
+      const double share = keeps_digits ? 0.51 / 127 : 1.0;
+      EXPECT_TRUE((error <= half_spacing(narrow) * share + wide.detach().abs() * 6e-8).all().item<bool>());
+      step(*loaded, {narrow}, 3);
+      EXPECT_EQ(loaded->param_state(narrow)->step, 4);
+      EXPECT_TRUE(warnings.texts.empty());
+    }
+  }
+}
+
 TEST(Conversions, EveryOptimizerInMidTrainingAsByArchive) {
   // The same change between two steps and between save and load: from there on the same bits.
+  const std::pair<torch::Dtype, torch::Dtype> casts[] = {
+      {torch::kBFloat16, torch::kFloat}, {torch::kBFloat16, torch::kHalf}, {torch::kHalf, torch::kFloat}};
   for (const NamedOptimizer& named : all_optimizers()) {
-    for (const auto to : {torch::kFloat, torch::kHalf}) {
-      SCOPED_TRACE(named.name + " to " + toString(to));
-      const std::vector<Tensor> params{parameter({33, 47}, 1), parameter({5, 3, 40}, 3), parameter({0, 4}, 5),
-                                       parameter({}, 6), parameter({64}, 7, torch::kFloat)};
+    for (const auto& [from, to] : casts) {
+      SCOPED_TRACE(named.name + " from " + toString(from) + " to " + toString(to));
+      const std::vector<Tensor> params{parameter({33, 47}, 1, from), parameter({5, 3, 40}, 3, from),
+                                       parameter({0, 4}, 5, from), parameter({}, 6, from),
+                                       parameter({64}, 7, torch::kFloat)};
       const auto optimizer = named.make(params);
       for (int64_t i = 0; i < 3; ++i) step(*optimizer, params, i);
       std::stringstream stream = saved(*optimizer);

@@ -24,7 +24,7 @@ def hypers_of(kind):
     hypers = {"lr": 1e-2 if "sgd" in kind else 3e-3}
     if description.betas() > 0:
         hypers["betas"] = (0.8, 0.95, 0.975)[: description.betas()]
-    for name, number, default, _, _ in description.hyperparameters[6:]:
+    for name, number, default in ((one.name, one.kind, one.default) for one in description.hyperparameters[6:]):
         if number != "flag" and not name.removeprefix("beta").isdigit():
             hypers[name] = _HYPERS.get(name, 5 if number == "whole" else 0.5 * default + 1)
     return hypers | {"weight_decay": 0.1}

@@ -1,6 +1,8 @@
 """cast_model() of a model that an optimizer holds already: training goes on from the fp32 weights."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -146,3 +148,60 @@ def test_wrong_optimizers():
     with pytest.raises(ValueError, match="holds no parameter of the model"):
         cast_model(model, optimizer=FlashAdamW(make().parameters()))
     assert model[0].weight.dtype == torch.float32
+
+
+LOST = r"'0\.weight' was torch.float32 at its last step and is {} now: .* cast_model.* reset_corrections\(\)"
+
+
+@pytest.mark.parametrize("bits_kept", [24, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_digits_that_a_cast_behind_a_step_has_cut_off_are_said_to_be_lost(dtype, bits_kept):
+    model = make()
+    optimizer = FlashAdamW(model.named_parameters(), lr=1e-4, master_weight_bits=bits_kept)
+    set_grads(model)
+    optimizer.step()
+    model.to(dtype)
+    set_grads(model, 1)
+    narrow = {k: v.detach().clone() for k, v in model.named_parameters()}
+    before = copy.deepcopy(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="was torch.float32"):
+            optimizer.step()
+    assert all(bits(v) == bits(narrow[k]) for k, v in model.named_parameters())
+    assert str(optimizer.state_dict()) == str(before)
+    with pytest.warns(UserWarning) as said:
+        optimizer.step()
+    assert len(said) == len(narrow), "each parameter"
+    assert re.search(LOST.format(dtype), str(said[0].message))
+    # A correction of zeros, from which small steps count.
+    assert all("correction" in state and state["step"] == 2 for state in optimizer.state.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_grads(model, 2)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("meant", ["cast_model", "reset_corrections", "export", "no corrections"])
+def test_a_cast_that_keeps_digits_or_is_meant_says_nothing(meant):
+    model = make()
+    bits_kept = None if meant == "no corrections" else 24
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = FlashAdamW(model.parameters(), lr=1e-4, master_weight_bits=bits_kept)
+    set_grads(model)
+    optimizer.step()
+    weights = optimizer.get_fp32_model_state_dict(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if meant == "cast_model":
+            cast_model(model)
+        else:
+            model.to(torch.bfloat16)
+        if meant == "reset_corrections":
+            optimizer.reset_corrections()
+        if meant == "export":
+            optimizer.set_fp32_model_state_dict(model, weights)
+        set_grads(model, 1)
+        optimizer.step()
+    assert all(state["step"] == 2 for state in optimizer.state.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import flashoptim_native
-from flashoptim_native import _ops
+from flashoptim_native import _ops, _validate
 from helpers import CLASSES, assert_untouched, make_params, run, set_grads, snapshot
 
 NAN, INF = float("nan"), float("inf")
@@ -77,7 +78,7 @@ def is_short(arguments, betas):
 def wrong_arguments(kind):
     cases, (_, *betas) = list(COMMON), (0.9, 0.99, 0.999)
     description = _ops.describe(kind)
-    for name, number, _, _, _ in description.hyperparameters[6:]:
+    for name, number in ((one.name, one.kind) for one in description.hyperparameters[6:]):
         if name in OF_HYPERPARAMETERS:
             cases += OF_HYPERPARAMETERS[name]
         elif name.removeprefix("beta").isdigit():
@@ -250,8 +251,7 @@ def test_low_precision_without_correction_is_warned_of():
         flashoptim_native.FlashAdamW(make_params(), master_weight_bits=None)
 
 
-def _import(tmp_path, environment):
-    code = "import flashoptim_native"
+def _import(tmp_path, environment, code="import flashoptim_native"):
     env = {k: v for k, v in os.environ.items() if k != "FLASHOPTIM_OPS_LIBRARY"} | environment
     return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
 
@@ -283,3 +283,55 @@ def test_a_refusal_of_one_group_of_calls_comes_before_any_change():
         optimizer.state[broken]["correction"] = good
     run(optimizer, params, 2, 3)
     assert [optimizer.state[p]["step"] for p in params] == [3] * 8
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ends", "good", "bad", "allowed"),
+    [
+        (0.0, INF, {}, [0, 1e300], [-1e-9, INF, NAN], "a finite number >= 0"),
+        (0.0, INF, {"low_allowed": False}, [1e-300], [0.0], "a finite number > 0"),
+        (-INF, 2.0, {"high_allowed": True}, [-1e300, 2.0], [2.1, -INF, NAN], "a finite number <= 2"),
+        (-INF, INF, {}, [-5.0], [INF, NAN], "a finite number"),
+        (0.0, 1.0, {}, [0.0, 0.5], [1.0, -0.1, NAN], "0 <= x < 1"),
+        (0.0, 1.0, {"low_allowed": False, "high_allowed": True}, [1.0], [0.0], "0 < x <= 1"),
+    ],
+)
+def test_ends_of_a_range_are_allowed_as_a_rule_says(low, high, ends, good, bad, allowed):
+    for value in good:
+        assert _validate.check_range("x", value, low, high, **ends) == value
+    for value in bad:
+        with pytest.raises(ValueError, match=re.escape(f"x = {value!r} is not allowed; allowed is {allowed}") + "$"):
+            _validate.check_range("x", value, low, high, **ends)
+
+
+def test_a_rules_ranges_come_with_their_ends():
+    numbers = {one.name: one for one in _ops.describe("adamw").hyperparameters}
+    assert (numbers["beta1"].lowest_allowed, numbers["beta1"].highest_allowed) == (True, False)
+    assert (numbers["maximize"].lowest_allowed, numbers["maximize"].highest_allowed) == (True, True)
+
+
+# A step whose states want more than the process may have: files without blocks stand for the memory of the rest.
+NO_MEMORY = """
+import os, resource, torch, flashoptim_native
+numel = 3 * 2**29
+with open("weights", "wb") as file:
+    file.truncate(2 * numel)
+param, grad = (torch.from_file("weights", True, numel, dtype=torch.bfloat16) for _ in range(2))
+param = torch.nn.Parameter(param)
+param.grad = grad
+optimizer = flashoptim_native.FlashAdamW([param])
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))
+try:
+    optimizer.step()
+except RuntimeError as error:
+    print(len(optimizer.state), error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the process's size")
+def test_what_torch_says_of_memory_that_it_does_not_have_comes_through(tmp_path):
+    said = _import(tmp_path, {"FLASHOPTIM_OPS_LIBRARY": str(_ops.library_path())}, NO_MEMORY)
+    assert said.returncode == 0, said.stderr
+    assert re.match(r"0 flashoptim: torch's empty_strided failed: .*allocate", said.stdout)

@@ -27,12 +27,12 @@ def of_hyperparameters(kind):
     """The same as value_of in tests/front_ends/front_end_bytes.cpp."""
     known = KNOWN | ({"dampening": 0.0, "nesterov": True} if kind == "sgdw" else {})
     arguments, betas = {}, []
-    for name, number, default, _, highest in _ops.describe(kind).hyperparameters[6:]:
-        other = 5 if number == "whole" else 0.975 if highest == 1.0 else 0.5 * default + 1.0
-        if name.removeprefix("beta").isdigit():
-            betas.append(known.get(name, other))
+    for one in _ops.describe(kind).hyperparameters[6:]:
+        other = 5 if one.kind == "whole" else 0.975 if one.highest == 1.0 else 0.5 * one.default + 1.0
+        if one.name.removeprefix("beta").isdigit():
+            betas.append(known.get(one.name, other))
         else:
-            arguments[name] = known.get(name, other)
+            arguments[one.name] = known.get(one.name, other)
     return arguments | ({"betas": tuple(betas)} if betas else {})
 
 

@@ -54,7 +54,14 @@ def test_a_good_tree_has_one_passed_test_a_check(tmp_path):
     result = style(tree(tmp_path), "--junit", str(tmp_path / "style.xml"))
     assert (result.returncode, result.stderr) == (0, "")
     cases = list(ElementTree.parse(tmp_path / "style.xml").iter("testcase"))
-    assert [case.get("name") for case in cases] == ["clang-format", "ruff format", "ruff", "mypy", "columns"]
+    assert [case.get("name") for case in cases] == [
+        "clang-format",
+        "ruff format",
+        "ruff",
+        "mypy",
+        "columns",
+        "structure",
+    ]
     assert not any(case.find("failure") is not None for case in cases)
 
 
@@ -66,11 +73,16 @@ def test_a_good_tree_has_one_passed_test_a_check(tmp_path):
         ("tools/bad.py", "one = (1,2)\n", "ruff format", "make format"),
         ("tools/bad.py", "import os\n", "ruff", "by hand"),
         ("tools/bad.py", f"# {'x' * 119}\n", "ruff", "by hand"),  # 121 columns
+        ("tools/bad.py", f'one = "{"x" * 90}"  # type: ignore[assignment]\n', "columns", "by hand"),
         (PACKAGE, "def one(a):\n    return a\n", "mypy", "by hand"),
         ("docs/bad.md", "word " * 30 + "\n", "columns", "make format"),
         ("tools/bad.sh", f"echo {'x' * 116}\n", "columns", "by hand"),
         (".ci/run", f"echo {'x' * 116}\n", "columns", "by hand"),
         ("src/CMakeLists.txt", f"# {'x' * 119}\n", "columns", "by hand"),
+        ("tests/long.sh", "true\n" * 601, "structure", "by hand"),
+        ("src/long.h", "struct Long {\n" + "  int one();\n" * 299 + "};\n", "structure", "by hand"),
+        ("python/flashoptim_native/long.py", "class Long:\n" + "    one = 1\n" * 300, "structure", "by hand"),
+        ("src/two.h", "struct One {};\nstruct One {};\n", "structure", "by hand"),
     ],
 )
 def test_a_finding_names_the_file_and_what_mends_it(tmp_path, file, text, check, mend):
@@ -81,6 +93,29 @@ def test_a_finding_names_the_file_and_what_mends_it(tmp_path, file, text, check,
     assert [case.get("classname") for case in failed] == [check]
     assert failed[0].get("name").startswith(f"{file} (")
     assert mend in failed[0].get("name")
+
+
+def test_modules_that_import_each_other_at_import_are_found(tmp_path):
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import structure
+    finally:
+        sys.path.pop(0)
+    package = "python/flashoptim_native"
+    files = {
+        f"{package}/__init__.py": "from .a import one\n",
+        f"{package}/a.py": "from . import b\none = 1\n",
+        f"{package}/b.py": "from .inner.c import two\n",
+        f"{package}/inner/__init__.py": "",
+        f"{package}/inner/c.py": "def later():\n    from .. import a\n    return a\n\n\ntwo = 2\n",
+    }
+    tree(tmp_path, **files)
+    assert structure.findings(tmp_path, list(files)) == []
+    for text in ("from .. import a\n", "if True:\n    from ..a import one\n", "import flashoptim_native.a\n"):
+        (tmp_path / package / "inner/c.py").write_text(text)
+        [(file, message)] = structure.findings(tmp_path, list(files))
+        assert file == f"{package}/a.py"
+        assert message.endswith(" -> ".join(f"flashoptim_native.{name}" for name in ("a", "b", "inner.c", "a")))
 
 
 @needs_tools

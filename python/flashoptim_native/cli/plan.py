@@ -150,7 +150,7 @@ def _as_json(done: _Outcome) -> dict[str, Any]:
         "parameters": rows[0].parameters,
         "trained_parameters": rows[0].trained,
         "counts_activations": planner.has_step,
-        "setting": setting._replace(device=None)._asdict() | {"device": setting.device._asdict()},  # type: ignore[arg-type]
+        "setting": {**setting._asdict(), "device": setting.device._asdict()},
         "card_bytes": card,
         "choices": [
             {

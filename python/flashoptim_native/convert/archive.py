@@ -265,7 +265,8 @@ def _read_state(module: _Module, version: int, number: int, total: _Sum) -> dict
 
 def _group_of(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options under Python's names: those that a group of this optimizer has."""
-    live = optimizer_class(kind)([torch.nn.Parameter(torch.empty(0, device="meta"))], lr=1e-3).param_groups[0]  # type: ignore[call-arg]
+    param = torch.nn.Parameter(torch.empty(0, device="meta"))
+    live = optimizer_class(kind)([param], lr=1e-3).param_groups[0]  # type: ignore[call-arg]
     result = {name: options[name] for name in options if name in live or name in _groups.PACKED_OPTIONS}
     result |= {name: options[name] or None for name in _NONE_AS_0 if name in result}
     if "beta3" in options:
