@@ -7,9 +7,8 @@
 namespace flashoptim::cpu {
 inline namespace FLASHOPTIM_AVX512 {
 
-struct HotWeights : HotFormats {
-  // ---- weights and gradients ------------------------------------------------------------------------------------
-
+/// Stages that load and store bf16 weights and gradients.
+struct HotStages : HotFormats {
   template <MasterWeights kMaster>
   static void load_weights(Block& b) {
     const auto* const parameter = static_cast<const uint16_t*>(b.parameter);
@@ -101,9 +100,10 @@ struct HotWeights : HotFormats {
                 cut(new_rest.hi.v, rounded_narrow.hi.v, dither.high(group)));
     }
   }
+};
 
-  // ---- usual blocks: straight from gradients to weights -----------------------------------------------------------
-
+/// Usual blocks: straight from gradients to weights.
+struct HotWeights : HotStages {
   /// Reads a group's gradient, and its weight, which is bf16, where the rule takes weight decay into the gradient.
   template <core::Rule Rule, DType kGradient, MasterWeights kMaster, bool kScaled>
   struct NarrowInputs {
