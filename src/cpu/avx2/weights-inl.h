@@ -77,12 +77,17 @@ struct Weights : Pieces {
     const int begin = b.store_begin, end = b.store_end;
     if constexpr (kCorrected) {
       Corrected groups(b);
-      __m256i next = groups.prepare(begin);
-      for (int group = begin; group < end; ++group) {
-        const __m256i zeros = next;
-        if (group + 1 < end) next = groups.prepare(group + 1);
-        if (!groups.update(group, zeros)) [[unlikely]]
+      const auto update = [&](int group, const Prepared& from) __attribute__((always_inline)) {
+        if (!groups.update(group, from)) [[unlikely]]
           finish_group_generic(b, group);
+      };
+      Prepared even, odd;
+      groups.prepare(begin, &even);
+      for (int group = begin; group < end; group += 2) {
+        groups.prepare(group + 1, &odd);
+        update(group, even);
+        if (group + 2 < end) groups.prepare(group + 2, &even);
+        update(group + 1, odd);
       }
     } else {
       const Alone groups(b);
@@ -132,6 +137,14 @@ struct Weights : Pieces {
     }
   };
 
+  struct Prepared {
+    /// What narrow values are too small by; or, where corrections are rounded to nearest, the new weights.
+    alignas(32) float rest[kGroup];
+    /// Marks deltas of 0, which change nothing. Products of two small ones may be 0, too: then core's formulas are the
+    /// slower way.
+    __m256i zeros;
+  };
+
   /// The first half of a group's operations beside the second of the one before: chains of half the length, of which
   /// more fit into the processor's window.
   struct Corrected {
@@ -139,9 +152,6 @@ struct Weights : Pieces {
     void* parameter;
     void* base;
     const float* steps;
-    /// What narrow values are too small by; or, where corrections are rounded to nearest, the new weights. Of even
-    /// groups and odd ones.
-    alignas(32) float rests[2][kGroup];
     const char* parameter_ahead;
     const char* corrections_ahead;
     std::conditional_t<kNearest, NoDither, Dither<core::DitherStream::kWeight>> dither;
@@ -157,9 +167,7 @@ struct Weights : Pieces {
           corrections_ahead(ahead_of<kBits / 8>(b, base)),
           dither(b) {}
 
-    /// Marks deltas of 0, which change nothing. Products of two small ones may be 0, too: then core's formulas are the
-    /// slower way.
-    FLASHOPTIM_HD __m256i prepare(int group) {
+    FLASHOPTIM_HD void prepare(int group, Prepared* to) const {
       const int first = group * kGroup;
       ask<2, 1>(parameter_ahead, group);
       ask<kBits / 8, 1>(corrections_ahead, group);
@@ -179,24 +187,24 @@ struct Weights : Pieces {
           rest = {{_mm256_fmsub_ps(fraction.lo.v, scale.lo.v, delta.lo.v)},
                   {_mm256_fmsub_ps(fraction.hi.v, scale.hi.v, delta.hi.v)}};
         }
-        core::store_f32(rests[group % 2] + kHalf * half, rest);
+        core::store_f32(to->rest + kHalf * half, rest);
         flags[half] = bits_of(_mm256_cmp_ps(_mm256_mul_ps(delta.lo.v, delta.hi.v), _mm256_setzero_ps(), _CMP_EQ_OQ));
       }
-      return _mm256_or_si256(flags[0], flags[1]);
+      to->zeros = _mm256_or_si256(flags[0], flags[1]);
     }
     /// False, and nothing written, where core's formulas have to.
-    FLASHOPTIM_HD bool update(int group, __m256i zeros) const {
+    FLASHOPTIM_HD bool update(int group, const Prepared& from) const {
       const int first = group * kGroup;
       Pair narrow[2], rest[2];
       typename Parameter::Rounded to[2];
       __m256i flags[2];
       for (const int half : {0, 1}) {
         narrow[half] = format.load(parameter, first + 8 * half);
-        rest[half] = core::load_f32<Pair>(rests[group % 2] + kHalf * half);
+        rest[half] = core::load_f32<Pair>(from.rest + kHalf * half);
         to[half] = format.round(kNearest ? rest[half] : narrow[half] + rest[half]);
         flags[half] = format.flags(to[half]);
       }
-      flags[0] = _mm256_or_si256(flags[0], zeros);
+      flags[0] = _mm256_or_si256(flags[0], from.zeros);
       if (!_mm256_testz_si256(_mm256_or_si256(flags[0], flags[1]), format.outside)) [[unlikely]]
         return false;
       const __m256i words = dither.group(group);
