@@ -5,6 +5,14 @@ Drop-in replacements for PyTorch's optimizers; the arithmetic is C++. See docs/p
 
 from __future__ import annotations
 
+from . import _broken
+
+try:
+    from . import _ops  # noqa: F401  (everything else imports it)
+except (ImportError, OSError) as _error:
+    _broken.end_the_command(_error)
+    raise
+
 from . import convert, optimizers
 from ._alias import install_as_flashoptim
 from ._ops import cpu_isa, tensor_access

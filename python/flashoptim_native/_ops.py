@@ -25,6 +25,7 @@ from . import _layout
 LIBRARY_NAME = "libflashoptim_ops.so"
 LIBRARY_VARIABLE = "FLASHOPTIM_OPS_LIBRARY"
 OLDEST_TORCH = (2, 11)
+_REBUILD = "Rebuild it with 'pip install --no-build-isolation --force-reinstall --no-deps .'"
 
 
 class StateCodec(enum.IntEnum):
@@ -123,8 +124,7 @@ def _load() -> Path | None:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
-            f"{str(path)!r} could not be loaded into torch {torch.__version__}: {error}. Rebuild it with "
-            "'pip install --no-build-isolation --force-reinstall --no-deps .'"
+            f"{str(path)!r} could not be loaded into torch {torch.__version__}: {error.__cause__ or error}. {_REBUILD}"
         ) from error
     return path
 
@@ -133,7 +133,10 @@ def _store_functions(path: Path | None) -> dict[str, Callable[..., Any]]:
     """The functions of libtorch/ops/python.cpp, by name."""
     sample = torch.empty(0)
     library = ctypes.PyDLL(None if path is None else str(path))
-    make = library.flashoptim_python_functions
+    try:
+        make = library.flashoptim_python_functions
+    except AttributeError as error:
+        raise ImportError(f"{str(path)!r} is no {LIBRARY_NAME} of this version: {error}. {_REBUILD}") from error
     make.argtypes = [ctypes.py_object, ctypes.py_object, ctypes.py_object, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     make.restype = ctypes.py_object
     free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))

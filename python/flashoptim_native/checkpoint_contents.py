@@ -24,6 +24,7 @@ from .convert import bitsandbytes, torchao
 #: Writers by what convert calls their formats, where a person would not.
 _WRITERS = {"flashoptim": "flashoptim-native", "reference": "flashoptim (reference)"}
 BINS = 32
+GROUP = 32
 #: A group of 32 has one largest element, so that 1 in 32 codes may lie at the end of the range and be right.
 _MOST_SATURATED = 2 / 32
 _MOST_FLOORED = 0.9
@@ -251,11 +252,27 @@ def _two_bytes(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _is_signed(slot: str) -> bool:
-    """By the rules that have such a slot."""
-    return all(
-        one.is_signed for kind in _ops.optimizer_names() for one in _ops.describe(kind).slots if one.name == slot
-    )
+def _code_values(slot: str, codec: StateCodec) -> tuple[Tensor, float]:
+    """|values| that all 256 codes of a slot stand for, in some group, and the magnitude at the end of their range.
+
+    Decoded by the library, which alone knows what codes mean. Where one sign reaches further than the other (-128 of a
+    signed byte), the end is where both have one.
+    """
+    kind = next(kind for kind in _ops.optimizer_names() if slot in _ops.state_names(kind, True))
+    slots = _ops.state_names(kind, True)
+    ramp = torch.arange(1.0, GROUP + 1).repeat(256 // GROUP) / GROUP  # groups of the same scale
+    values = [ramp if one == slot else torch.ones(256) for one in slots]
+    signed = codec == StateCodec.PAPER
+    codes, scales = [], []
+    for one in _ops.describe(kind).slots:
+        codes.append(torch.empty(256, dtype=torch.int8 if signed and one.is_signed else torch.uint8))
+        scales.append(torch.empty(256 // GROUP, dtype=torch.float16 if signed else torch.int16))
+    _ops.encode_states_(kind, values, codes, scales, int(codec), ())
+    at = slots.index(slot)
+    codes[at] = torch.arange(256, dtype=torch.uint8).view(codes[at].dtype)
+    decoded: Tensor = _ops.decode_states(kind, codes, scales, int(codec), ())[at]
+    ends = [float(one.max()) for one in (decoded, -decoded) if one.max() > 0]
+    return decoded.abs(), min(ends)
 
 
 def _kind_of(key: str, tensor: Tensor) -> str:
@@ -321,15 +338,11 @@ def _histogram(tensor: Tensor) -> list[int]:
 
 
 def _ends(key: str, codes: Tensor, codec: StateCodec) -> tuple[float, float]:
-    """Shares of codes at the largest magnitude of their range, and at zero."""
-    if not _is_signed(key.removesuffix(CODES)):
-        magnitude, most = codes.to(torch.int16), 255
-    elif codec == StateCodec.PAPER:
-        magnitude, most = codes.to(torch.int16).abs(), 127
-    else:
-        magnitude, most = codes.to(torch.int16) & 127, 127
-    count = codes.numel()
-    return int((magnitude >= most).sum()) / count, int((magnitude == 0).sum()) / count
+    """Shares of codes that stand for the end of their range, and for zero."""
+    values, end = _code_values(key.removesuffix(CODES), codec)
+    counts = torch.bincount(codes.contiguous().view(torch.uint8).flatten().to(torch.int64), minlength=256)
+    at_end, at_zero = counts[values >= end].sum(), counts[values == 0].sum()
+    return int(at_end) / codes.numel(), int(at_zero) / codes.numel()
 
 
 def _range(values: Tensor | None, suspicions: list[str]) -> tuple[float, float] | None:

@@ -1,6 +1,7 @@
 """The command flashoptim-native: what it prints, its exit codes, and that mistakes end without a traceback."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 import flashoptim_native
-from flashoptim_native import cli, diagnosis, planning
+from flashoptim_native import checkpoint_contents, cli, diagnosis, planning
 
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from flashoptim_native.cli._app import app
 
+PACKAGE = Path(flashoptim_native.__file__).resolve().parents[1]
 SAMPLES = Path(__file__).resolve().parents[1] / "data" / "convert"
 
 MODELS = """
@@ -147,6 +149,12 @@ def test_the_largest_batch_is_found(fixed):
     assert line.traced <= 20
 
 
+def test_the_context_is_what_was_measured():
+    results = json.loads((SAMPLES.parents[2] / "benchmarks" / "results" / "plan_h200.json").read_text())["results"]
+    largest = max(one["outside"] for one in results)
+    assert largest <= planning.CONTEXT_BYTES < largest + 2**20
+
+
 def test_doctor_finds_what_is_here(run):
     code, output = run("doctor", "--json")
     findings = {one["name"]: one for one in json.loads(output)}
@@ -154,6 +162,45 @@ def test_doctor_finds_what_is_here(run):
     assert findings["torch"]["text"].startswith(torch.__version__)
     assert findings["instructions"]["text"].startswith(flashoptim_native.cpu_isa())
     assert findings["self-test"]["level"] == "ok"
+
+
+def _command_without_library(tmp_path, library, *arguments, name=None):
+    """The command where its library is ``library``; as python -m, or as the script ``name``."""
+    call = ["-m", "flashoptim_native"]
+    if name is not None:
+        script = tmp_path / name
+        script.write_text("from flashoptim_native.cli import main\nmain()\n")
+        call = [str(script)]
+    env = os.environ | {"FLASHOPTIM_OPS_LIBRARY": str(library), "PYTHONPATH": str(PACKAGE)}
+    return subprocess.run(
+        [sys.executable, *call, *arguments], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_doctor_reports_a_library_that_does_not_load(tmp_path):
+    (tmp_path / "broken.so").write_bytes(b"junk")
+    done = _command_without_library(tmp_path, tmp_path / "broken.so", "doctor", "--json")
+    findings = {one["name"]: one for one in json.loads(done.stdout)}
+    assert (done.returncode, done.stderr) == (1, "")
+    assert findings["library"]["level"] == "fault"
+    assert "file too short" in findings["library"]["text"]  # the loader's message
+    assert "unset FLASHOPTIM_OPS_LIBRARY" in findings["library"]["remedy"]
+    assert torch.__version__ in findings["torch"]["text"]
+
+
+def test_the_script_reports_a_library_of_something_else(tmp_path):
+    other = torch._C.__file__
+    done = _command_without_library(tmp_path, other, "doctor", name="flashoptim-native")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "fault  library" in done.stdout and "flashoptim_python_functions" in done.stdout
+
+
+def test_other_commands_and_imports_fail_in_their_way(tmp_path):
+    done = _command_without_library(tmp_path, tmp_path / "no.so", "plan", "x")
+    assert done.returncode == 2
+    assert "no.so" in done.stderr and "doctor says more" in done.stderr and "Traceback" not in done.stderr
+    done = _command_without_library(tmp_path, tmp_path / "no.so", "doctor", name="some_script.py")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ImportError" in done.stderr
 
 
 def test_doctor_exits_with_1_on_a_fault(run, monkeypatch):
@@ -246,6 +293,22 @@ def test_inspect_reads_what_other_packages_wrote(run, name, writer, elements):
 def test_inspect_takes_nobodys_states_for_torchs(run, tmp_path):
     code, output = run("inspect", saved(tmp_path, stepped(torch.optim.RMSprop, torch.float32)), "--json")
     assert (code, json.loads(output)["writer"]) == (0, "unknown")
+
+
+@pytest.mark.parametrize(("codec", "signed_ends"), [("default", {127, 255}), ("paper", {127, 128, 129})])
+def test_inspect_knows_the_ends_of_codes(codec, signed_ends):
+    stored = checkpoint_contents.StateCodec[codec.upper()]
+    for slot, ends in (
+        ("exp_avg_codes", signed_ends),
+        ("momentum_buffer_codes", signed_ends),
+        ("exp_avg_sq_codes", {255}),
+    ):
+        dtype = torch.int8 if codec == "paper" and len(ends) > 1 else torch.uint8
+        for code in range(256):
+            codes = torch.tensor([code, 1], dtype=torch.uint8).view(dtype)
+            saturated, floored = checkpoint_contents._ends(slot, codes, stored)
+            assert saturated == (0.5 if code in ends else 0)
+            assert floored == (0.5 if code == 0 or (code == 128 and codec == "default" and len(ends) > 1) else 0)
 
 
 def test_inspect_puts_suspicious_tensors_first(run, tmp_path):

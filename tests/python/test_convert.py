@@ -297,6 +297,7 @@ def test_our_load_names_the_converter_for_the_checkpoints_of_others():
 
 def test_names():
     assert sorted(convert.__all__) == [
-        "detect", "file", "fp32_weights", "load", "load_weights", "narrow_weights", "state_dict", "weights_file",
+        "Expected", "SlotError", "detect", "expected", "expected_weights", "file", "fp32_weights", "load",
+        "load_weights", "narrow_weights", "state_dict", "weights_file",
     ]  # fmt: skip
     assert flashoptim_native.convert is convert

@@ -1,4 +1,4 @@
-"""The command ``flashoptim-native``: plan, bench, inspect, doctor."""
+"""The command ``flashoptim-native``: plan, bench, inspect, convert, doctor."""
 
 from __future__ import annotations
 

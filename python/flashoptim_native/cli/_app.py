@@ -8,6 +8,7 @@ import typer
 
 from .. import __version__
 from .bench import bench
+from .convert import convert
 from .doctor import doctor
 from .inspect import inspect
 from .plan import plan
@@ -17,9 +18,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Memory-efficient optimizers: what a model takes, how fast steps are, what a checkpoint holds.",
+    help="Memory-efficient optimizers: what a model takes, how fast steps are, what a checkpoint holds, converters.",
     epilog="Examples:  [bold]flashoptim-native plan config.json --gpu 24[/bold]   "
     "[bold]flashoptim-native doctor[/bold]   [bold]flashoptim-native inspect checkpoint.pt[/bold]   "
+    "[bold]flashoptim-native convert adamw.pt ours.pt --to flashoptim[/bold]   "
     "[bold]flashoptim-native bench --numel 4194304[/bold]",
 )
 
@@ -39,7 +41,7 @@ def _options(
     """Exit codes: 0, all is well; 1, something was found (doctor) or does not fit (plan); 2, a mistake in the call."""
 
 
-for command in (plan, bench, inspect, doctor):
-    app.command(no_args_is_help=command in (plan, inspect))(command)
+for command in (plan, bench, inspect, convert, doctor):
+    app.command(no_args_is_help=command in (plan, inspect, convert))(command)
 
 __all__ = ["app"]

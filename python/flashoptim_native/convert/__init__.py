@@ -3,6 +3,7 @@
     convert.state_dict(saved, optimizer="adamw")                   # in memory
     convert.file("theirs.pt", "ours.pt", optimizer="adamw")        # from file to file, larger than memory
     convert.file("ours.pt", "torch.pt", to="torch")
+    convert.expected("theirs.pt", optimizer="adamw")               # how far values would be off; writes nothing
     convert.weights_file("pytorch_model.bin", "model.safetensors", dtype=torch.bfloat16)
     convert.weights_file("model.safetensors", "fp32.safetensors", optimizer_file="ours.pt", names=names)
 
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor
 
 from .. import _load_checks, _states
-from . import _files, archive, bitsandbytes, ours, reference, safetensors, torch_optim, torchao, weights
+from . import _expected, _files, archive, bitsandbytes, ours, reference, safetensors, torch_optim, torchao, weights
 from ._checkpoint import Checkpoint, State, check_narrow
+from ._expected import Expected, SlotError
 
 #: Who may have written a state dict, the first that says yes.
 _READERS: tuple[ModuleType, ...] = (ours, reference, bitsandbytes, torchao, torch_optim)
@@ -105,7 +107,7 @@ def state_dict(
         raise ValueError(f"to = {to!r} is not allowed; allowed are {', '.join(map(repr, _TARGETS))}")
     checkpoint = _read(source, optimizer, verify)
     how = _how(checkpoint, weights, names, dtype, options, to)
-    return _converted(checkpoint, checkpoint.kind_as(optimizer), to, how, lambda one: one.clone(), lambda count: None)
+    return _converted(checkpoint, checkpoint.kind_as(optimizer), to, how, lambda one: one.clone())
 
 
 def _how(
@@ -131,10 +133,9 @@ def _converted(
     to: str,
     how: ours.Options,
     keep: Callable[[Tensor], Tensor],
-    done: Callable[[int], None],
 ) -> dict[str, Any]:
     if to != "torch":
-        return ours.write(checkpoint, kind, how, keep, done)
+        return ours.write(checkpoint, kind, how, keep)
 
     def values(number: Any) -> State | None:
         state = checkpoint.read(number)
@@ -143,7 +144,6 @@ def _converted(
         slots = _states.slots_in(kind, state.held)
         decoded = dict(zip(slots, _states.decode(kind, state.held, slots)))
         others = {key: one for key, one in state.held.items() if key in (_states.STEP, _states.CORRECTION)}
-        done(_files.bytes_in(decoded))
         return State({**others, **{slot: keep(one) for slot, one in decoded.items()}}, state.shape)
 
     return torch_optim.write(checkpoint, kind, values)
@@ -189,17 +189,17 @@ def file(
     source, target = Path(source), Path(target)
     if to is None:
         to = "safetensors" if target.suffix == safetensors.SUFFIX else "flashoptim"
-    if to not in _FILE_TARGETS:
-        raise ValueError(f"to = {to!r} is not allowed; allowed are {', '.join(map(repr, _FILE_TARGETS))}")
+    _check_target(to)
     _files.check_absent(target)
-    loaded, checkpoint = _open(source, key, optimizer, verify)
+    loaded, checkpoint, sizes = _open(source, key, optimizer, verify)
     how = _how(checkpoint, weights, names, dtype, options, to)
     kind = checkpoint.kind_as(optimizer)
     scratch = _files.Scratch(target.parent)
-    total = _files.bytes_in(loaded) if loaded is not None else source.stat().st_size
-    shown = _files.Progress(f"{source.name} -> {target.name}", total, progress)
+    shown = _files.Progress(f"{source.name} -> {target.name}", sum(sizes.values()), progress)
     try:
-        made = _converted(checkpoint, kind, "torch" if to == "torch" else "flashoptim", how, scratch.keep, shown.add)
+        counted = checkpoint.counted(sizes, shown.add)
+        made = _converted(counted, kind, "torch" if to == "torch" else "flashoptim", how, scratch.keep)
+        shown.writes()
         with _files.new_file(target) as partial:
             if to == "safetensors":
                 safetensors.write_state_dict(partial, made, kind, lambda count: None)
@@ -213,18 +213,61 @@ def file(
         scratch.close()
 
 
-def _open(source: Path, key: str | None, optimizer: str | None, verify: bool) -> tuple[Any, Checkpoint]:
-    """What a file holds (None: nothing but a checkpoint), and the checkpoint in it."""
+def _check_target(to: str) -> None:
+    if to not in _FILE_TARGETS:
+        raise ValueError(f"to = {to!r} is not allowed; allowed are {', '.join(map(repr, _FILE_TARGETS))}")
+
+
+@torch.no_grad()
+def expected(
+    source: str | os.PathLike[str],
+    to: str = "flashoptim",
+    *,
+    key: str | None = None,
+    optimizer: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    names: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    progress: bool | None = None,
+    **options: Any,
+) -> Expected:
+    """What :func:`file` would give for a file: its size, and how far states would be from those that are there.
+
+    Everything is read, converted and compared, parameter by parameter; nothing is written. Arguments and errors are
+    those of :func:`file`.
+    """
+    source = Path(source)
+    _check_target(to)
+    _, checkpoint, sizes = _open(source, key, optimizer, verify)
+    how = _how(checkpoint, weights, names, dtype, options, to)
+    kind = checkpoint.kind_as(optimizer)
+    size = sum(sizes.values())
+    shown = _files.Progress(f"{source.name}, dry run", size, progress)
+    try:
+        return _expected.of_states(checkpoint.counted(sizes, shown.add), kind, to, how, size)
+    finally:
+        shown.close()
+
+
+def _open(source: Path, key: str | None, optimizer: str | None, verify: bool) -> tuple[Any, Checkpoint, dict[Any, int]]:
+    """What a file holds (None: nothing but a checkpoint), the checkpoint in it, and its bytes by parameter."""
+    if archive.is_archive(source):
+        checkpoint = archive.read_file(source, key)
+        each = source.stat().st_size // max(1, len(checkpoint.numbers))
+        return None, checkpoint, dict.fromkeys(checkpoint.numbers, each)
+    loaded = None
     if source.suffix == safetensors.SUFFIX:
         content = safetensors.read_file(source)
         if not safetensors.is_state_dict(content):
             raise ValueError(f"{source} holds no optimizer's state; allowed is what convert.file() or C++ wrote")
         saved = safetensors.state_dict_of(content, source)
-        return None, ours.read(saved, optimizer, verify and ours.has_checksums(saved))
-    if archive.is_archive(source):
-        return None, archive.read_file(source, key)
-    loaded = load(source)
-    return loaded, _read(_at(loaded, key, source), optimizer, verify)
+        checkpoint = ours.read(saved, optimizer, verify and ours.has_checksums(saved))
+    else:
+        loaded = load(source)
+        saved = _at(loaded, key, source)
+        checkpoint = _read(saved, optimizer, verify)
+    return loaded, checkpoint, {number: _files.bytes_in(held) for number, held in saved["state"].items()}
 
 
 def _at(loaded: Any, key: str | None, source: Path) -> Any:
@@ -259,14 +302,21 @@ def load(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     with torch.serialization.safe_globals(torchao.stand_ins()):  # type: ignore[arg-type]
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise ValueError(f"{path} cannot be read: {error}") from error
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path} holds other things than tensors, numbers and names: {error}") from error
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # whatever the unpickler meets in a damaged or foreign file
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise ValueError(f"{path} cannot be read as a file of torch.save(): {reason}") from error
         warnings.warn(f"{path} is of a format of torch before 1.6, which is read whole, not mapped", stacklevel=3)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return loaded
 
 
 # Weights
@@ -339,8 +389,7 @@ def weights_file(
     """
     source, target = Path(source), Path(target)
     _files.check_absent(target)
-    if (dtype is None) == (optimizer_file is None):
-        raise ValueError(f"dtype = {dtype!r}, optimizer_file = {optimizer_file!r}: allowed is one of them")
+    _check_one_of(dtype, optimizer_file)
     loaded = load_weights(source)
     scratch = _files.Scratch(target.parent)
     shown = _files.Progress(f"{source.name} -> {target.name}", _files.bytes_in(loaded), progress)
@@ -353,6 +402,7 @@ def weights_file(
         for name, value in items:
             made[name] = scratch.keep(value)
             shown.add(loaded[name].nbytes)
+        shown.writes()
         with _files.new_file(target) as partial:
             if target.suffix == safetensors.SUFFIX:
                 safetensors.write_file(partial, made, {"format": "pt"}, lambda count: None)
@@ -361,6 +411,37 @@ def weights_file(
     finally:
         shown.close()
         scratch.close()
+
+
+@torch.no_grad()
+def expected_weights(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    keep_fp32: Sequence[str] = (),
+    optimizer_file: str | os.PathLike[str] | None = None,
+    key: str | None = None,
+    names: Sequence[str] | None = None,
+    progress: bool | None = None,
+) -> Expected:
+    """What :func:`weights_file` would give: its size, and how far weights would be from those that are there.
+
+    Nothing is written. Arguments and errors are those of :func:`weights_file`.
+    """
+    source = Path(source)
+    _check_one_of(dtype, optimizer_file)
+    loaded = load_weights(source)
+    shown = _files.Progress(f"{source.name}, dry run", _files.bytes_in(loaded), progress)
+    checkpoint = None if optimizer_file is None else _open(Path(optimizer_file), key, None, True)[1]
+    try:
+        return _expected.of_weights(loaded, checkpoint, names, dtype, _matcher(keep_fp32), shown.add)
+    finally:
+        shown.close()
+
+
+def _check_one_of(dtype: torch.dtype | None, optimizer_file: Any) -> None:
+    if (dtype is None) == (optimizer_file is None):
+        raise ValueError(f"dtype = {dtype!r}, optimizer_file = {optimizer_file!r}: allowed is one of them")
 
 
 def load_weights(source: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -381,7 +462,11 @@ def load_weights(source: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 __all__ = [
+    "Expected",
+    "SlotError",
     "detect",
+    "expected",
+    "expected_weights",
     "file",
     "fp32_weights",
     "load",

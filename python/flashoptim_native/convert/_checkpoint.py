@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,16 @@ class Checkpoint:
     more: dict[str, Any] = field(default_factory=dict)
     #: Parameters whose states are as their checksums say.
     vouched: frozenset[Any] = frozenset()
+
+    def counted(self, sizes: Mapping[Any, int], done: Callable[[int], None]) -> Checkpoint:
+        """The same; ``done`` is told of a parameter's bytes when its state is read for the first time."""
+        left = dict(sizes)
+
+        def read(number: Any) -> State | None:
+            done(left.pop(number, 0))
+            return self.read(number)
+
+        return replace(self, read=read)
 
     @property
     def numbers(self) -> list[Any]:

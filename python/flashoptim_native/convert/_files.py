@@ -20,6 +20,7 @@ from torch import Tensor
 #: Elements' bytes from which a progress line is shown where nobody says whether to.
 _LARGE = 1 << 30
 _SEGMENT = 1 << 26
+_BAR = 30
 
 
 @contextlib.contextmanager
@@ -52,9 +53,11 @@ def _umask() -> int:
 
 
 def check_absent(path: Path) -> None:
-    """Raises FileExistsError where there is a file."""
+    """Raises FileExistsError where there is a file, and FileNotFoundError where there is no folder for one."""
     if path.exists():
         raise FileExistsError(f"{path} exists, and is not overwritten: move it away, or give another name")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no folder; make it, or give another name")
 
 
 def flush(path: Path) -> None:
@@ -130,7 +133,18 @@ class Progress:
         percent = 100 if self._total == 0 else min(100, 100 * self._done // self._total)
         if percent != self._percent:
             self._percent = percent
-            print(f"\r{self._what}: {percent} %", end="", file=sys.stderr, flush=True)
+            self._print(f"{percent} %")
+
+    def writes(self) -> None:
+        """What is left is writing the file, which takes as long as the disk does."""
+        if self._bar is not None:
+            self._bar.set_postfix_str("writing")
+        elif self._is_shown:
+            self._print("writing")
+
+    def _print(self, state: str) -> None:
+        full = max(0, self._percent) * _BAR // 100
+        print(f"\r{self._what}: [{'#' * full:<{_BAR}}] {state:<7}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -163,6 +177,7 @@ def weight_files(path: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: the index is none.
     """
     if path.is_dir():
         indices = sorted(path.glob("*.index.json"))
@@ -176,8 +191,13 @@ def weight_files(path: Path) -> list[Path]:
             )
         return found
     if path.name.endswith(".index.json"):
-        listed = json.loads(path.read_text())["weight_map"]
+        try:
+            listed = json.loads(path.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no index of weight files; allowed is JSON with a 'weight_map'") from error
         return [path.parent / name for name in dict.fromkeys(listed.values())]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; allowed is a file of weights, an index of several, or a folder")
     return [path]
 
 

@@ -132,22 +132,19 @@ class Options(NamedTuple):
     dtype: torch.dtype | None
 
 
-def write(
-    checkpoint: Checkpoint, kind: str, how: Options, keep: Callable[[Tensor], Tensor], done: Callable[[int], None]
-) -> dict[str, Any]:
+def write(checkpoint: Checkpoint, kind: str, how: Options, keep: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """What ``state_dict()`` of an optimizer that was loaded with this checkpoint would give.
 
     Args:
         keep: takes every tensor of the result, and gives it back, in other memory perhaps.
-        done: is told of every parameter's elements.
     """
-    groups = _live_groups(checkpoint, kind, how.options)
+    groups = live_groups(checkpoint, kind, how.options)
     states: dict[Any, Any] = {}
     stored: dict[Any, Stored] = {}
     weights: dict[Any, int] = {}
     for group in groups:
         for number in group["params"]:
-            made = _state(checkpoint, kind, group, number, how)
+            made = converted_state(checkpoint, kind, group, number, how)
             if made is None:
                 continue
             held, dtype, narrow = made
@@ -158,7 +155,6 @@ def write(
                 weights[number] = int(_checksums.of_states({0: {"weight": narrow}}, 1)[0])
             shown = _packing.packed(held)
             states[number] = {key: keep(one) if isinstance(one, Tensor) else one for key, one in shown.items()}
-            done(sum(one.numel() for one in shown.values() if isinstance(one, Tensor) and one.dim() > 0))
     numbers = checkpoint.numbers
     shown_groups = []
     for group in groups:
@@ -172,7 +168,7 @@ def write(
     return result
 
 
-def _live_groups(checkpoint: Checkpoint, kind: str, options: Mapping[str, Any]) -> list[Any]:
+def live_groups(checkpoint: Checkpoint, kind: str, options: Mapping[str, Any]) -> list[Any]:
     """Groups as an optimizer of this kind has them, its parameters' numbers in the place of the parameters."""
     cls = optimizer_class(kind)
     stubs = [
@@ -194,7 +190,7 @@ def _live_groups(checkpoint: Checkpoint, kind: str, options: Mapping[str, Any]) 
     return merged
 
 
-def _state(
+def converted_state(
     checkpoint: Checkpoint, kind: str, group: Mapping[str, Any], number: Any, how: Options
 ) -> tuple[dict[str, Any], torch.dtype, Tensor | None] | None:
     """A parameter's state in the group's formats, its dtype, and its 16-bit weights where there are fp32 ones."""
@@ -282,4 +278,4 @@ def _by_position(result: Mapping[str, Any], numbers: Sequence[Any]) -> dict[str,
     return {**result, "state": states}
 
 
-__all__ = ["NAME", "Options", "has_checksums", "matches", "read", "write"]
+__all__ = ["NAME", "Options", "converted_state", "has_checksums", "live_groups", "matches", "read", "write"]
