@@ -45,7 +45,7 @@ class Expected(NamedTuple):
     errors: list[SlotError]
 
 
-class _Sum:
+class _ErrorSum:
     """The error of a slot, parameter by parameter."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ def of_states(checkpoint: Checkpoint, kind: str, to: str, how: ours.Options, sou
     Raises:
         TypeError, ValueError: as the conversion.
     """
-    sums: dict[str, _Sum] = {}
+    sums: dict[str, _ErrorSum] = {}
     target_bytes = 0
     for group in ours.live_groups(checkpoint, kind, how.options):
         for number in group["params"]:
@@ -102,14 +102,14 @@ def of_states(checkpoint: Checkpoint, kind: str, to: str, how: ours.Options, sou
                 if narrow is not None and fp32 is not None:
                     _add_weights(sums, fp32, narrow, made.get(CORRECTION))
             for slot in slots:
-                sums.setdefault(slot, _Sum()).add(values[slot], after[slot])
+                sums.setdefault(slot, _ErrorSum()).add(values[slot], after[slot])
     errors = [one.result(slot) for slot, one in sums.items()]
     return Expected(checkpoint.source, kind, len(checkpoint.numbers), source_bytes, target_bytes, errors)
 
 
-def _add_weights(sums: dict[str, _Sum], fp32: Tensor, narrow: Tensor, correction: Tensor | None) -> None:
+def _add_weights(sums: dict[str, _ErrorSum], fp32: Tensor, narrow: Tensor, correction: Tensor | None) -> None:
     kept = narrow if correction is None else reconstruct_fp32_param(narrow.contiguous(), correction.contiguous())
-    sums.setdefault("weights", _Sum()).add(fp32, kept)
+    sums.setdefault("weights", _ErrorSum()).add(fp32, kept)
 
 
 def of_weights(
@@ -125,7 +125,7 @@ def of_weights(
     Raises:
         TypeError, ValueError: as the conversion.
     """
-    total = _Sum()
+    total = _ErrorSum()
     target_bytes = 0
     if dtype is not None:
         items = weights.narrowed(loaded, dtype, keep_fp32)
