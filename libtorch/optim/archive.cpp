@@ -23,12 +23,12 @@ constexpr int64_t kPieceBytes = int64_t{1} << 20;
 
 /// Throws unless the elements lie in the tensor's storage; sizes, strides and offset may be any numbers.
 void check_in_storage(const std::string& name, const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.defined() && tensor.layout() == at::kStrided && tensor.has_storage(), name,
-              " in the archive is undefined, sparse or without memory; must be a dense tensor");
+  TORCH_CHECK(tensor.defined() && tensor.layout() == at::kStrided && tensor.has_storage() && !tensor.is_meta(), name,
+              " in the archive is undefined, sparse or without memory; must be a dense tensor with values");
   const auto refuse = [&] {
     TORCH_CHECK(false, name, " in the archive has shape ", tensor.sizes(), ", strides ", tensor.strides(), ", offset ",
                 tensor.storage_offset(), " and a storage of ", tensor.storage().nbytes(),
-                " bytes; all its elements must lie there");
+                " bytes; all its elements must lie there, each in a place of its own");
   };
   // The index behind the last element, each step checked: the numbers come from a file.
   int64_t end = 1, numel = 1;
@@ -44,10 +44,13 @@ void check_in_storage(const std::string& name, const at::Tensor& tensor) {
   const auto storage = static_cast<int64_t>(tensor.storage().nbytes());
   if (tensor.storage_offset() < 0 || tensor.numel() != numel) refuse();
   if (numel == 0) return;
-  if (__builtin_add_overflow(end, tensor.storage_offset(), &end) ||
-      __builtin_mul_overflow(end, static_cast<int64_t>(tensor.itemsize()), &bytes) || bytes > storage) {
+  const auto itemsize = static_cast<int64_t>(tensor.itemsize());
+  if (__builtin_add_overflow(end, tensor.storage_offset(), &end) || __builtin_mul_overflow(end, itemsize, &bytes) ||
+      bytes > storage) {
     refuse();
   }
+  // A few bytes with strides of 0 would be any size in the first copy.
+  if (__builtin_mul_overflow(numel, itemsize, &bytes) || bytes > storage) refuse();
 }
 
 bool has_any(const at::Tensor& condition) { return condition.any().item<bool>(); }
@@ -91,10 +94,10 @@ void ArchiveReader::read_archive(const std::string& key, ::torch::serialize::Inp
   read_.insert(key);
 }
 
-void ArchiveReader::read_options(FlashOptions* options) {
+void ArchiveReader::check_options(OptimizerKind kind) {
   const auto check = [&](const char* name, bool (c10::IValue::*is)() const, const char* kind) { read(name, kind, is); };
   for_each_option([&](int index, const char* name, auto member) {
-    if (!is_archived(options->kind(), index, name)) return;
+    if (!is_archived(kind, index, name)) return;
     using Value = std::decay_t<decltype(std::declval<OptionValues>().*member)>;
     if constexpr (std::is_same_v<Value, double>) check(name, &c10::IValue::isDouble, "a number");
     if constexpr (std::is_same_v<Value, bool>) check(name, &c10::IValue::isBool, "a bool");
@@ -112,8 +115,16 @@ void ArchiveReader::read_options(FlashOptions* options) {
     for (const c10::IValue& name : names.toListRef()) {
       TORCH_CHECK(name.isString(), where_, "explicitly_set holds a ", name.tagKind(),
                   " in the archive; must be names of options");
+      bool is_known = false;
+      for_each_option([&](int, const char* option, auto) { is_known = is_known || name.toStringRef() == option; });
+      TORCH_CHECK(is_known, where_, "explicitly_set holds \"", name.toStringRef(),
+                  "\" in the archive; must be names of options");
     }
   }
+}
+
+void ArchiveReader::read_options(FlashOptions* options) {
+  check_options(options->kind());
   options->serialize(archive_);
 }
 

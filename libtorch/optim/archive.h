@@ -38,9 +38,12 @@ class ArchiveReader {
   }
   bool read_bool(const std::string& key);
   std::string read_string(const std::string& key);
-  /// A strided tensor all of whose elements lie in its storage: reading it cannot leave memory.
+  /// A strided tensor each of whose elements has a place of its own in its storage: reading it cannot leave memory, and
+  /// a copy takes no more.
   ::torch::Tensor read_tensor(const std::string& key);
   void read_archive(const std::string& key, ::torch::serialize::InputArchive* inner);
+  /// Throws unless all options that archives of the optimizer hold are there and of their types.
+  void check_options(OptimizerKind kind);
   void read_options(FlashOptions* options);
 
   /// Throws where the archive holds an entry that was not read.

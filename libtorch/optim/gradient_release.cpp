@@ -239,13 +239,22 @@ std::vector<at::Tensor> GradientRelease::params() const {
 
 // ---- the public side ------------------------------------------------------------------------------------------------
 
-GradientReleaseHandle::GradientReleaseHandle(std::shared_ptr<GradientRelease> release) : release_(std::move(release)) {}
+GradientReleaseHandle::GradientReleaseHandle(std::shared_ptr<GradientRelease> release) : release_(std::move(release)) {
+  TORCH_CHECK(release_ != nullptr,
+              "GradientReleaseHandle: release is null; must be what enable_gradient_release() returns");
+}
 
 bool GradientReleaseHandle::active() const { return release_->is_active(); }
 void GradientReleaseHandle::remove() { release_->end(); }
 at::Tensor GradientReleaseHandle::grad_norm() const { return release_->norm(); }
-void GradientReleaseHandle::measure_norm(const std::function<void()>& backward) { release_->measure_norm(backward); }
-void GradientReleaseHandle::accumulate(const std::function<void()>& backward) { release_->accumulate(backward); }
+void GradientReleaseHandle::measure_norm(const std::function<void()>& backward) {
+  TORCH_CHECK(backward != nullptr, "measure_norm: backward is empty; must be a function to call");
+  release_->measure_norm(backward);
+}
+void GradientReleaseHandle::accumulate(const std::function<void()>& backward) {
+  TORCH_CHECK(backward != nullptr, "accumulate: backward is empty; must be a function to call");
+  release_->accumulate(backward);
+}
 
 namespace {
 

@@ -93,7 +93,9 @@ FlashOptimizer::NewWeight FlashOptimizer::new_weight(const std::string& where, c
   const Position position = position_of("set_fp32_weight", param);
   const std::string name = class_name(kind_) + (": " + position.str());
   check_param(name, param);
-  const Form form = form_of(group_options(position.group), param);
+  const FlashOptions& options = group_options(position.group);
+  options.check_settled(group_prefix(position.group));
+  const Form form = form_of(options, param);
   NewWeight made{param, {}, {}, form.format.master_weights, nullptr};
   const FlashParamState* state = find_state(param);
   if (state == nullptr) {

@@ -118,10 +118,13 @@ void collect(const Module& module, const std::string& name, bool keep, CastRules
   const auto add = [&](const auto& item, bool is_buffer) {
     const std::string full = join(name, item.key());
     bool keep_this = rules.keep.match(full) || keep_own;
+    if (keep_this && item.value().defined() && !item.value().has_storage()) return;  // sparse, and to be left alone
     if (is_buffer && !rules.buffers.match(full)) {
       keep_this = keep_this || needs_its_precision(item.key(), item.value(), rules.dtype);
     }
-    if (!at::isFloatingType(item.value().scalar_type())) return;
+    if (!item.value().defined() || !at::isFloatingType(item.value().scalar_type())) return;
+    TORCH_CHECK(item.value().layout() == at::kStrided && item.value().has_storage(), "cast_model: ", full,
+                " has layout ", item.value().layout(), "; must be a dense tensor, or named in keep_fp32_patterns");
     Tied& tied = all[memory_of(item.value())];
     tied.tensors.push_back(item.value());
     tied.keep = tied.keep || keep_this;
@@ -145,6 +148,25 @@ at::Tensor fp32_copy(const at::Tensor& tensor) {
   return tensor.detach().to(dtype, /*non_blocking=*/false, /*copy=*/true);
 }
 
+/// An optimizer that is to learn of a cast, and the weights that its steps would continue from.
+struct Owner {
+  FlashOptimizer* optimizer;
+  at::Tensor param, weights;
+};
+
+std::vector<Owner> owners_of(const Tied& tied, const std::vector<FlashOptimizer*>& optimizers) {
+  std::vector<Owner> owners;
+  for (FlashOptimizer* const optimizer : optimizers) {
+    for (const at::Tensor& tensor : tied.tensors) {
+      const bool has_more = tensor.scalar_type() == at::kFloat && tensor.requires_grad() && !tensor.is_meta();
+      if (!optimizer->holds(tensor) || (!has_more && optimizer->param_state(tensor) == nullptr)) continue;
+      owners.push_back({optimizer, tensor, {}});
+      break;
+    }
+  }
+  return owners;
+}
+
 /// cast_model(), of which `optimizers` are to learn.
 void cast(Module& module, const std::vector<FlashOptimizer*>& optimizers, ::torch::Dtype dtype,
           const std::vector<std::string>& keep_fp32_patterns, const std::vector<std::string>& cast_buffers) {
@@ -157,22 +179,16 @@ void cast(Module& module, const std::vector<FlashOptimizer*>& optimizers, ::torc
   collect(module, "", /*keep=*/false, rules, all);
   rules.keep.check_all_used();
   rules.buffers.check_all_used();
-  struct Owner {
-    FlashOptimizer* optimizer;
-    at::Tensor param, weights;
-  };
+  // Whatever an optimizer refuses, it refuses before the first tensor is cast.
+  for (const auto& [memory, tied] : all) {
+    if (tied.keep || tied.tensors.front().scalar_type() == dtype) continue;
+    for (const Owner& owner : owners_of(tied, optimizers)) LiveOptimizers::check_groups(*owner.optimizer);
+  }
   for (auto& [memory, tied] : all) {
     const at::Tensor& first = tied.tensors.front();
     if (tied.keep || first.scalar_type() == dtype) continue;
-    std::vector<Owner> owners;
-    for (FlashOptimizer* const optimizer : optimizers) {
-      for (const at::Tensor& tensor : tied.tensors) {
-        const bool has_more = first.scalar_type() == at::kFloat && tensor.requires_grad() && !tensor.is_meta();
-        if (!optimizer->holds(tensor) || (!has_more && optimizer->param_state(tensor) == nullptr)) continue;
-        owners.push_back({optimizer, tensor, optimizer->fp32_weight(tensor)});
-        break;
-      }
-    }
+    std::vector<Owner> owners = owners_of(tied, optimizers);
+    for (Owner& owner : owners) owner.weights = owner.optimizer->fp32_weight(owner.param);
     const at::Tensor cast = first.detach().to(dtype);
     for (at::Tensor& tensor : tied.tensors) {
       tensor.set_data(cast);

@@ -127,6 +127,16 @@ bool FlashOptimizer::is_settled(size_t group) const {
   return options->role_.kind == FlashOptions::Role::kGroup;
 }
 
+void FlashOptimizer::check_groups() const {
+  for (size_t g = 0; g < param_groups_.size(); ++g) {
+    if (!is_settled(g)) {
+      (void)settled_options(group_prefix(g), param_groups_[g]);
+    } else {
+      static_cast<const FlashOptions&>(param_groups_[g].options()).check_settled(group_prefix(g));
+    }
+  }
+}
+
 FlashOptions& FlashOptimizer::group_options(size_t group) {
   if (!is_settled(group)) param_groups_[group].set_options(settled_options(group_prefix(group), param_groups_[group]));
   return static_cast<FlashOptions&>(param_groups_[group].options());

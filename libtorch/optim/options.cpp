@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "flashoptim/optimizer_info.h"
+#include "libtorch/optim/archive.h"
 #include "libtorch/optim/param_state.h"
 
 namespace flashoptim::libtorch {
@@ -31,6 +32,14 @@ void with_number(Values& values, std::string_view name, F&& f) {
 template <class T>
 void assign(T& value, double number) {
   value = static_cast<T>(number);
+}
+
+/// Whether a T can be `number`, a whole one as a double can say it.
+template <class T>
+bool holds(double number) {
+  if constexpr (std::is_same_v<T, bool>) return number == 0 || number == 1;
+  if constexpr (std::is_same_v<T, int64_t>) return std::trunc(number) == number && std::abs(number) < 0x1p63;
+  return true;
 }
 
 OptionValues default_values(OptimizerKind kind) {
@@ -63,6 +72,15 @@ bool reads(OptimizerKind kind, std::string_view name) {
     if (name == hyperparameter(kind, i).name) return true;
   }
   return false;
+}
+
+/// Whether the Options of `kind` show an option that archives of all have.
+bool shows(OptimizerKind kind, std::string_view name) {
+  for (const char* rules : {"momentum", "dampening", "nesterov", "eps"}) {
+    if (name == rules) return reads(kind, name);
+  }
+  if (name == "betas") return reads(kind, "beta1");
+  return name != "decouple_lr" || (kind != OptimizerKind::kAdam && kind != OptimizerKind::kSgd);
 }
 
 constexpr uint32_t all_options() {
@@ -107,6 +125,9 @@ double FlashOptions::number(std::string_view name) const {
 void FlashOptions::set_number(std::string_view name, double value) {
   (void)number(name);
   with_number(values_, name, [&](auto& option, const char*, int index) {
+    using Value = std::decay_t<decltype(option)>;
+    TORCH_CHECK(holds<Value>(value), "FlashOptions::set_number: ", std::string(name), " = ", value, "; must be ",
+                std::is_same_v<Value, bool> ? "0 or 1" : "a whole number below 2^63");
     assign(option, value);
     set_ |= uint32_t{1} << index;
   });
@@ -156,6 +177,13 @@ void FlashOptions::check(const std::string& where) const {
   const auto need = [&where](bool ok, const char* name, const auto& value, const auto& allowed) {
     TORCH_CHECK(ok, where, name, " = ", value, "; must be ", allowed);
   };
+  // Of what the Options do not show an archive alone can hold other values.
+  const OptionValues defaults = default_values(kind_);
+  for_each_option([&](int index, const char* name, auto member) {
+    if (index >= kOptionsOfAll || shows(kind_, name)) return;
+    TORCH_CHECK(v.*member == defaults.*member, where, name, " is not its default; ", class_name(kind_),
+                " has no such option");
+  });
   for (int64_t i = 0; i < hyperparameter_count(kind_); ++i) {
     const HyperparameterInfo info = hyperparameter(kind_, i);
     if (i == kSeedIndex || info.kind == HyperparameterKind::kFlag) continue;
@@ -190,6 +218,7 @@ void FlashOptions::serialize(::torch::serialize::OutputArchive& archive) const {
 }
 
 void FlashOptions::serialize(::torch::serialize::InputArchive& archive) {
+  ArchiveReader(archive, class_name(kind_) + "Options: ").check_options(kind_);  // before the first is taken
   for_each_option([&](int index, const char* name, auto member) {
     if (!is_archived(kind_, index, name)) return;
     c10::IValue value;

@@ -107,7 +107,7 @@ Form form_of(const OptionValues& values, bool has_momentum, const at::Tensor& pa
   format.master_weight_bits = values.master_weight_bits;
   format.stochastic_rounding = values.stochastic_rounding;
   format.min_quantized_numel = values.min_quantized_numel;
-  return {store::format_of(dtype_of(param), param.sizes().vec(), format), has_momentum};
+  return {in_store([&] { return store::format_of(dtype_of(param), param.sizes().vec(), format); }), has_momentum};
 }
 
 std::vector<int64_t> strides_of(OptimizerKind kind, const FlashParamState& state, Form form, const at::Tensor& param) {

@@ -21,6 +21,8 @@ struct LiveOptimizers {
   static void add(FlashOptimizer* optimizer);
   static void remove(FlashOptimizer* optimizer);
   static std::vector<FlashOptimizer*> all();
+  /// Throws unless the options of all its groups are there and allowed.
+  static void check_groups(const FlashOptimizer& optimizer) { optimizer.check_groups(); }
 };
 
 /// What a step takes of options that check() has passed.

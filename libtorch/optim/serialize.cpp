@@ -157,8 +157,7 @@ bool are_finite(const std::tuple<at::Tensor, at::Tensor>& ends) {
 }
 
 /// Throws unless the decoded values are numbers that a step can go on from. Where a checksum says that they are as
-/// saved
-/// (`is_as_saved`), float32 may be infinite or NaN: gradients were.
+/// saved (`is_as_saved`), float32 may be infinite or NaN: gradients were.
 void check_decoded(const std::string& name, OptimizerKind kind, const FlashParamState& state, bool is_as_saved) {
   const auto slots = static_cast<int>(state.states.size());
   store::TensorList values;
@@ -235,6 +234,14 @@ FlashParamState checked_state(const std::string& name, const at::Tensor& param, 
     as_saved.strides = store::dense_strides(as_saved.sizes, {});
     state.scales[slot] = checked(scale_name, scale, as_saved, device);
   }
+  if (form.format.codec == StateCodec::kFloat32) {
+    // By the rule of either state format; 0: of a state that is no archive's.
+    const std::vector<int64_t> sizes = param.sizes().vec();
+    state.rows = store::layout_of(sizes, order).rows;
+    TORCH_CHECK(
+        saved.rows == state.rows || saved.rows == 0 || saved.rows == store::format1_layout_of(sizes, order).rows, name,
+        ": rows = ", saved.rows, " in the archive; must be ", state.rows);
+  }
   check_decoded(name, kind, state, is_as_saved);
   return state;
 }
@@ -282,6 +289,8 @@ void FlashOptimizer::save(OutputArchive& archive) const {
     group.write("params", c10::IValue(static_cast<int64_t>(params.size())));
     std::unique_ptr<FlashOptions> made;
     if (!is_settled(g)) made = settled_options(group_prefix(g), param_groups_[g]);
+    // What load() would refuse must not be found out when it is needed.
+    if (!made) static_cast<const FlashOptions&>(param_groups_[g].options()).check_settled(group_prefix(g));
     if (store_->lr(g).defined()) {
       if (!made) made.reset(static_cast<FlashOptions*>(param_groups_[g].options().clone().release()));
       made->values_.lr = store_->lr(g).item<double>();
@@ -315,7 +324,7 @@ void FlashOptimizer::load(InputArchive& archive) { load(archive, /*verify=*/true
 void FlashOptimizer::load_unverified(InputArchive& archive) { load(archive, /*verify=*/false); }
 
 void FlashOptimizer::load(InputArchive& archive, bool verify) {
-  const std::string where = std::string(class_name(kind_)) + "::load: ";
+  const std::string where = std::string(class_name(kind_)) + (verify ? "::load: " : "::load_unverified: ");
   ArchiveReader top(archive, where);
   TORCH_CHECK(top.has("flashoptim_archive_version"), where,
               "flashoptim_archive_version is missing; must be an archive that a flashoptim optimizer saved");

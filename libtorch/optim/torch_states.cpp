@@ -194,6 +194,8 @@ void check_groups(const std::string& where, const std::vector<OptimizerParamGrou
     TORCH_CHECK(ours[g].params().size() == theirs[g].params().size(), where, "param_groups[", g, "] has ",
                 theirs[g].params().size(), " params in the other optimizer; must be ", ours[g].params().size());
     for (size_t i = 0; i < ours[g].params().size(); ++i) {
+      TORCH_CHECK(theirs[g].params()[i].defined(), where, "param_groups[", g, "].params[", i,
+                  "] is undefined in the other optimizer; must be a tensor");
       TORCH_CHECK(ours[g].params()[i].sizes() == theirs[g].params()[i].sizes(), where, "param_groups[", g, "].params[",
                   i, "] has shape ", theirs[g].params()[i].sizes(), " in the other optimizer; must be ",
                   ours[g].params()[i].sizes());
@@ -210,14 +212,21 @@ void import_from(StateImport* into, const FlashOptimizer& flash, const Optimizer
   check_groups(where, flash.param_groups(), from.param_groups());
   bool has_amsgrad = false;
   for (size_t g = 0; g < into->groups(); ++g) {
-    const auto& options = static_cast<const typename Types<T>::Options&>(from.param_groups()[g].options());
-    take_options(options, &into->values(g));
+    const auto& group = from.param_groups()[g];
+    const auto* const options =
+        group.has_options() ? dynamic_cast<const typename Types<T>::Options*>(&group.options()) : nullptr;
+    TORCH_CHECK(options != nullptr, where, "param_groups[", g, "] of `from` has no options of ", Types<T>::kName,
+                "; must have them");
+    take_options(*options, &into->values(g));
     for (size_t i = 0; i < into->params(g).size(); ++i) {
       const auto found = from.state().find(from.param_groups()[g].params()[i].unsafeGetTensorImpl());
       if (found == from.state().end()) continue;
-      const auto& theirs = static_cast<const State&>(*found->second);
       const at::Tensor& param = into->params(g)[i];
       const std::string name = where + "param_groups[" + std::to_string(g) + "].params[" + std::to_string(i) + "]";
+      const auto* const state = dynamic_cast<const State*>(found->second.get());
+      TORCH_CHECK(state != nullptr, name, ": its state in the other optimizer is of another kind; must be of ",
+                  Types<T>::kName);
+      const State& theirs = *state;
       if constexpr (std::is_same_v<State, SGDParamState>) {
         if (theirs.momentum_buffer().defined()) {
           into->add(g, i, fp32_state(name, param, 1, {theirs.momentum_buffer()}));
@@ -239,6 +248,9 @@ void export_to(const FlashOptimizer& from, Optimizer& to, const std::string& whe
   std::vector<OptionValues> options;
   for (size_t g = 0; g < from.param_groups().size(); ++g) {
     options.push_back(StateImport::options_of(from, g)->values());
+    TORCH_CHECK(to.param_groups()[g].has_options() &&
+                    dynamic_cast<const typename Types<T>::Options*>(&to.param_groups()[g].options()) != nullptr,
+                where, "param_groups[", g, "] of `to` has no options of ", Types<T>::kName, "; must have them");
     TORCH_CHECK(!options.back().maximize, where, "param_groups[", g,
                 "].maximize = true; must be false: ", Types<T>::kName, " minimizes alone");
   }
@@ -308,6 +320,9 @@ void load_torch_archive(FlashOptimizer& optimizer, ::torch::serialize::InputArch
     } catch (const c10::Error& error) {
       TORCH_CHECK(false, into.where(), "no archive that ", Types<T>::kName,
                   " wrote for these parameters: ", error.what_without_backtrace());
+    } catch (const std::exception& error) {  // torch's reader looks up what it does not know
+      TORCH_CHECK(false, into.where(), "no archive that ", Types<T>::kName,
+                  " wrote for these parameters: ", error.what());
     }
     import_from<T>(&into, optimizer, *theirs);
   });

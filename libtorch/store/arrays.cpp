@@ -182,9 +182,7 @@ GroupLayout stored_layout(Op op, const std::string& name, const std::vector<int6
   const std::vector<int64_t> found(scale.sizes, scale.sizes + scale.dim), wanted = scale_sizes_of(sizes, order, shard);
   if (found == wanted) return layout_of(sizes, order, shard);
   if (!shard.is_set()) {
-    std::vector<int64_t> taken(sizes);
-    for (size_t i = 0; i < order.size(); ++i) taken[i] = sizes[static_cast<size_t>(order[i])];
-    const GroupLayout old = group_layout(taken.data(), static_cast<int64_t>(taken.size()), RowRule::kFirstDimension);
+    const GroupLayout old = format1_layout_of(sizes, order);
     if (found == std::vector<int64_t>{old.rows, old.groups_per_row()}) return old;
   }
   const auto dim = static_cast<int64_t>(sizes.size());

@@ -113,6 +113,11 @@ GroupLayout layout_of(const std::vector<int64_t>& sizes, const StorageOrder& ord
   return group_layout(taken.data(), static_cast<int64_t>(taken.size()), RowRule::kShortest);
 }
 
+GroupLayout format1_layout_of(const std::vector<int64_t>& sizes, const StorageOrder& order) {
+  const std::vector<int64_t> taken = in_order(sizes, order);
+  return group_layout(taken.data(), static_cast<int64_t>(taken.size()), RowRule::kFirstDimension);
+}
+
 std::vector<int64_t> scale_sizes_of(const std::vector<int64_t>& sizes, const StorageOrder& order, const Shard& shard) {
   const std::vector<int64_t> taken = in_order(sizes, order);
   const auto leading = static_cast<size_t>(shard.is_set() ? shard.leading : leading_dimensions(taken));

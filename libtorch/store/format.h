@@ -61,6 +61,8 @@ Status shard_of_box(const std::vector<int64_t>& whole_sizes, const std::vector<i
 /// Rows and groups run along memory: the layout of `sizes` taken in `order`.
 /// That of a shard is its whole's; it lies in its dimensions' own order.
 GroupLayout layout_of(const std::vector<int64_t>& sizes, const StorageOrder& order, const Shard& shard = {});
+/// The same by state format 1, of what is no shard.
+GroupLayout format1_layout_of(const std::vector<int64_t>& sizes, const StorageOrder& order);
 
 /// Of the scales: the leading dimensions, then groups. Taken in `order`.
 std::vector<int64_t> scale_sizes_of(const std::vector<int64_t>& sizes, const StorageOrder& order,

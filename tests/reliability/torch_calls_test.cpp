@@ -254,6 +254,29 @@ TYPED_TEST(TorchCalls, GradientsAndClosures) {
          {parts[0] + " in clip_grad_norm_()", [](auto& rig) { rig.optimizer->clip_grad_norm_(1.0); }, with_name}},
         [&make = make](auto& rig) { Tensor(rig.params[0]).mutable_grad() = make(rig.params[0].detach()); });
   }
+  // A group whose options are not allowed: nothing is written, saved or cast with them.
+  const std::vector<Call<TypeParam>> calls{
+      {"set_fp32_weight",
+       [](auto& rig) { rig.optimizer->set_fp32_weight(rig.params[0], torch::zeros({8, 40})); },
+       {"state_codec"}},
+      {"save",
+       [](auto& rig) {
+         torch::serialize::OutputArchive archive;
+         rig.optimizer->save(archive);
+       },
+       {"state_codec"}},
+      {"cast_model", [](auto& rig) { flash::cast_model(rig.model, torch::kHalf); }, {"state_codec"}}};
+  for (const Call<TypeParam>& wrong : calls) {
+    Rig<TypeParam> rig;
+    const std::string before = rig.everything();
+    auto& options = static_cast<typename TypeParam::Options&>(rig.optimizer->param_groups()[0].options());
+    options.state_codec("int4");
+    const std::string message = error_of([&] { wrong.call(rig); });
+    options.state_codec("default");
+    tally.count(message.find("state_codec = \"int4\"") == std::string::npos ? wrong.what + " says " + message
+                : rig.everything() != before                                ? wrong.what + " has changed something"
+                                                                            : "");
+  }
   // What a closure throws comes through as it is.
   Rig<TypeParam> rig;
   const std::string before = rig.everything();
@@ -337,6 +360,15 @@ TYPED_TEST(TorchCalls, Methods) {
     add("set_number", [=](auto& rig) { group(rig).set_number(name, 1.0); }, {name});
     add("is_set", [=](auto& rig) { group(rig).is_set(name); }, {name});
   }
+  const auto set = [&](const std::string& name, double value) {
+    add("set_number " + name,
+        [=](auto& rig) {
+          static_cast<flash::FlashOptions&>(rig.optimizer->param_groups()[0].options()).set_number(name, value);
+        },
+        {"set_number", name});
+  };
+  for (const double bad : {0.5, kNaN, kInf, 1e300, -1e300}) set("seed", bad);
+  for (const double bad : {0.5, 2.0, -1.0, kNaN}) set("maximize", bad);
   refuse<TypeParam>(tally, calls);
 }
 
@@ -424,6 +456,16 @@ TYPED_TEST(TorchCalls, ModelsAndRelease) {
   add("measure_norm without two_pass",
       [](auto& rig) { flash::enable_gradient_release(rig.model, *rig.optimizer).measure_norm([] {}); },
       {"measure_norm", "two_pass"});
+  add("a handle of nothing", [](auto&) { flash::GradientReleaseHandle(nullptr).remove(); }, {"release", "null"});
+  add("measure_norm of nothing",
+      [](auto& rig) {
+        const auto options = Release().clip("two_pass").max_norm(1.0);
+        flash::enable_gradient_release(rig.model, *rig.optimizer, options).measure_norm(nullptr);
+      },
+      {"measure_norm", "backward"});
+  add("accumulate of nothing",
+      [](auto& rig) { flash::enable_gradient_release(rig.model, *rig.optimizer).accumulate(nullptr); },
+      {"accumulate", "backward"});
   add("measure_norm behind gradients",
       [](auto& rig) {
         flash::enable_gradient_release(rig.model, *rig.optimizer, Release().clip("two_pass").max_norm(1.0))

@@ -26,6 +26,7 @@ namespace flashoptim::libtorch {
 
 class GradientRelease;
 class ParamStore;
+struct LiveOptimizers;
 
 /// What is kept for one parameter: plain tensors on its device, each with memory of its own, made at its first step.
 ///
@@ -162,6 +163,7 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
 
  private:
   friend class GradientRelease;
+  friend struct LiveOptimizers;
   friend class ParamStore;
   friend class StateImport;
 
@@ -179,6 +181,8 @@ class FlashOptimizer : public ::torch::optim::Optimizer {
                                                 const ::torch::optim::OptimizerParamGroup& group) const;
   /// Whether the options of param_groups()[group] are settled; throws where they may have been lost.
   bool is_settled(size_t group) const;
+  /// Throws unless the options of every group are there and allowed.
+  void check_groups() const;
   /// The options of a group, settled in their place where they were not.
   FlashOptions& group_options(size_t group);
   /// Gives the store the options of a group, checked where they have changed.

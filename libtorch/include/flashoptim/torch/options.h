@@ -103,13 +103,15 @@ class FlashOptions : public ::torch::optim::OptimizerOptions {
   /// What a step takes by the name that the optimizer's rule gives it (optimizer_info.h): "lr", "beta1", "eps", "seed";
   /// a flag as 0 or 1. For programs that read names and numbers from elsewhere. Throws c10::Error for another name.
   double number(std::string_view name) const;
-  /// Sets it, which counts as setting the option; its range is looked at by check().
+  /// Sets it, which counts as setting the option; its range is looked at by check(). Throws c10::Error for another name
+  /// and for what the option's type cannot hold: 0.5 for a flag or a count.
   void set_number(std::string_view name, double value);
 
   /// Whether the option was set. Throws c10::Error for a name that no optimizer has.
   bool is_set(std::string_view name) const;
 
-  /// Writes and reads every value, bit-exactly, and which of them were set; an archive that does not say: all.
+  /// Writes and reads every value, bit-exactly, and which of them were set; an archive that does not say: all. Throws
+  /// c10::Error that names the option, with none read, where one is missing or of another type; ranges are check()'s.
   void serialize(::torch::serialize::OutputArchive& archive) const override;
   void serialize(::torch::serialize::InputArchive& archive) override;
 
