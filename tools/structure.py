@@ -80,7 +80,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
             return [*path[path.index(module) :], module]
         if module in done:
             return []
-        for other in sorted(graph[module]):
+        for other in sorted(graph.get(module, ())):  # (none of a file that does not parse)
             if found := walk(other, [*path, module]):
                 return found
         done.add(module)

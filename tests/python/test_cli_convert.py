@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashoptim_native import FlashAdamW, convert
+from flashoptim_native import FlashAdamW, FlashLion, convert
 
 pytest.importorskip("typer")
 from typer.testing import CliRunner
@@ -113,6 +113,28 @@ def test_a_dry_run_of_what_is_exact_says_so(run, arguments):
     assert all(one["rms"] == one["largest"] == one["zeroed"] == 0 for one in said["errors"])
     assert "Nothing was written" in run(*arguments, "--dry-run")[1]
     assert not Path("new.pt").exists()
+    assert run(*arguments)[0] == 0
+    made = torch.load("new.pt")
+    tensors = (
+        made.values() if "fp32" in arguments else [one for held in made["state"].values() for one in held.values()]
+    )
+    assert said["target_bytes"] == sum(one.nbytes for one in tensors)
+
+
+def test_what_torch_does_not_keep_is_said(run):
+    given = ("--weights", "weights.pt", "--names", "names")
+    assert run("adamw.pt", "ours.pt", "--to", "flashoptim", *given)[0] == 0
+    code, _, errors = run("ours.pt", "torch.pt", "--to", "torch")
+    assert code == 0
+    assert errors.startswith("warning: 2 parameters have corrections") and "UserWarning" not in errors
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_optimizer_that_torch_has_not_is_refused(run, more):
+    _, optimizer = stepped(FlashLion, torch.bfloat16)
+    torch.save(optimizer.state_dict(), "lion.pt")
+    code, _, errors = run("lion.pt", "new.pt", "--to", "torch", *more)
+    assert code == 2 and "torch.optim has no lion" in errors
 
 
 def test_weights_become_16_bit_and_come_back_with_their_corrections(run):

@@ -45,6 +45,11 @@ def note(message: str) -> None:
         errors.print(f"[dim]{_escaped(message)}[/dim]", highlight=False)
 
 
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a person reads it, without the line of Python that raised it."""
+    Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/yellow] {_escaped(str(message))}", highlight=False)
+
+
 def guarded(*mistakes: type[BaseException]) -> Callable[[Command], Command]:
     """A command whose ``mistakes``, UserError and files that cannot be read end it with a message and exit code 2."""
 
@@ -55,6 +60,7 @@ def guarded(*mistakes: type[BaseException]) -> Callable[[Command], Command]:
         def run(*args: Any, **kwargs: Any) -> Any:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of other libraries, about how we call them
+                warnings.showwarning = _warn
                 try:
                     return command(*args, **kwargs)
                 except KeyboardInterrupt:

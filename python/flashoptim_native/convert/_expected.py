@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _packing, _states
 from .._states import CORRECTION
 from ..weights import reconstruct_fp32_param
-from . import _files, ours, weights
+from . import _files, ours, torch_optim, weights
 from ._checkpoint import Checkpoint
 
 
@@ -79,6 +79,8 @@ def of_states(checkpoint: Checkpoint, kind: str, to: str, how: ours.Options, sou
     Raises:
         TypeError, ValueError: as the conversion.
     """
+    if to == "torch":
+        torch_optim.check_kind(kind)
     sums: dict[str, _ErrorSum] = {}
     target_bytes = 0
     for group in ours.live_groups(checkpoint, kind, how.options):
@@ -88,14 +90,16 @@ def of_states(checkpoint: Checkpoint, kind: str, to: str, how: ours.Options, sou
             slots = _states.slots_in(kind, held)
             values = dict(zip(slots, _states.decode(kind, held, slots)))
             if to == "torch":
-                made: dict[str, Any] = {**values, **{key: held[key] for key in (CORRECTION,) if key in held}}
-                target_bytes += _files.bytes_in(made)
+                if state is None:
+                    continue
+                target_bytes += _files.bytes_in(torch_optim.state_of(kind, {**held, **values}, ""))
                 after = values
             else:
                 converted = ours.converted_state(checkpoint, kind, group, number, how)
                 if converted is None:
                     continue
-                made, _, narrow = converted
+                made: dict[str, Any] = converted[0]
+                narrow = converted[2]
                 target_bytes += _files.bytes_in(_packing.packed(made))
                 after = dict(zip(slots, _states.decode(kind, made, slots)))
                 fp32 = None if how.weights is None else how.weights.get(number)

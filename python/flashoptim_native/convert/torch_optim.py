@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _states
+from .. import _ops, _states
 from .._states import CORRECTION, STEP
 from ._checkpoint import Checkpoint, State, group_of, missing, step_in, tensor
 
@@ -93,29 +93,17 @@ def write(checkpoint: Checkpoint, kind: str, values: Callable[[Any], State | Non
     Raises:
         ValueError: torch.optim has no such optimizer.
     """
-    if kind not in ("adamw", "adam", "sgd"):
-        raise ValueError(
-            f"torch.optim has no {kind}; allowed are adamw, adam and sgd. fp32 states of {kind} are to='flashoptim' "
-            "with quantize=False"
-        )
+    check_kind(kind)
     states: dict[Any, dict[str, Any]] = {}
     dropped = 0
     for number in checkpoint.numbers:
         state = values(number)
         if state is None:
             continue
-        held = state.held
-        dropped += CORRECTION in held
-        shown = {
-            key: value for key, value in held.items() if isinstance(value, Tensor) and key not in (STEP, CORRECTION)
-        }
-        step = _states.whole_number(held.get(STEP, 0), checkpoint.name_of(number))
-        if kind != "sgd":
-            # An fp32 scalar, which is what torch.optim counts in.
-            shown = {STEP: torch.tensor(float(step), dtype=torch.float32), **shown}
-        elif not shown:
-            continue
-        states[number] = shown
+        dropped += CORRECTION in state.held
+        shown = state_of(kind, state.held, checkpoint.name_of(number))
+        if shown:
+            states[number] = shown
     if dropped:
         warnings.warn(
             f"{dropped} parameters have corrections, which torch.optim does not keep: fp32_weights() makes fp32 "
@@ -123,6 +111,25 @@ def write(checkpoint: Checkpoint, kind: str, values: Callable[[Any], State | Non
             stacklevel=4,
         )
     return {"state": states, "param_groups": [_group(kind, group) for group in checkpoint.groups]}
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError where torch.optim has no such optimizer."""
+    if kind not in ("adamw", "adam", "sgd"):
+        raise ValueError(
+            f"torch.optim has no {kind}; allowed are adamw, adam and sgd. fp32 states of {kind} are to='flashoptim' "
+            "with quantize=False"
+        )
+
+
+def state_of(kind: str, held: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """What torch.optim keeps of a state whose slots are fp32 values; nothing where SGD has no momentum."""
+    slots = _ops.state_names(kind, True)
+    shown = {slot: held[slot] for slot in slots if isinstance(held.get(slot), Tensor)}
+    step = _states.whole_number(held.get(STEP, 0), name)
+    if kind == "sgd":
+        return shown
+    return {STEP: torch.tensor(float(step), dtype=torch.float32), **shown}  # in fp32, as torch.optim counts
 
 
 def _group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,4 +146,4 @@ def _group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
     return {**result, "params": list(group["params"])}
 
 
-__all__ = ["NAME", "matches", "read", "write"]
+__all__ = ["NAME", "check_kind", "matches", "read", "state_of", "write"]
