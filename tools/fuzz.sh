@@ -24,7 +24,8 @@ fuzz() {
   build "build/$1" "$2"
   mkdir -p "build/fuzz/corpus/$2"
   echo "[fuzz] $2 for $seconds s"
-  "build/$1/tests/fuzz/$2" -max_total_time="$seconds" -max_len=4096 -print_final_stats=1 \
+  "build/$1/tests/fuzz/$2" -max_total_time="$seconds" -max_len=8192 -len_control=0 -print_final_stats=1 \
+    -rss_limit_mb=4096 \
     -artifact_prefix="$findings/$2-" "build/fuzz/corpus/$2"
 }
 
