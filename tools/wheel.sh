@@ -34,7 +34,8 @@ echo "[wheel] compiling (CUDA=$cuda)"
 rm -rf build/wheel-raw
 CMAKE_BUILD_PARALLEL_LEVEL=$jobs "$python" -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps \
   --wheel-dir build/wheel-raw -C build-dir="build/wheel-$cuda" -C install.strip=true \
-  -C cmake.define.FLASHOPTIM_OLD_GLIBC=ON -C cmake.define.FLASHOPTIM_CUDA=$cuda .
+  -C cmake.define.FLASHOPTIM_OLD_GLIBC=ON -C cmake.define.FLASHOPTIM_CUDA=$cuda \
+  -C cmake.define.FLASHOPTIM_CUDA_NATIVE=OFF .
 
 echo "[wheel] auditwheel: refuses what $platform does not have"
 rm -rf dist
